@@ -1,0 +1,7 @@
+"""`python -m bridged`."""
+
+import sys
+
+from bridged.cli import main
+
+sys.exit(main())

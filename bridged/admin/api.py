@@ -1,0 +1,186 @@
+"""The JSON API under /api/: what the commands, the page and the operator's own tools ask and order.
+
+    GET  /api/status                  the Status of admin/status.py
+    GET  /api/config                  the configuration in force, secrets masked
+    GET  /api/dead-letters            ?event_type= reason= stage= since= until= after= limit= (<= 1000), oldest first
+    GET  /api/dead-letters/groups     all of them, counted by stage, event type and reason
+    GET  /api/dead-letters/export     NDJSON, with the events; the same filters
+    GET  /api/dead-letters/ID         one, with its event
+    POST /api/dead-letters/replay     {"ids": [...]} or {"filter": {...}} or {"all": true}
+    POST /api/dead-letters/purge      likewise
+    POST /api/replay                  {"events": [...]}: mapped events that were archived when they expired
+
+What changes something is a POST of JSON, and only that. Errors are {"error": what happened, "hint": what to do}.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+from bridged import config
+from bridged.admin.status import status
+from bridged.backlog.dead_letters import MAX_LISTED, DeadLetters, Filter, Group, Summary, exported
+from bridged.errors import BadRequest
+
+if TYPE_CHECKING:
+    from bridged.app import App
+
+T = TypeVar("T")
+
+_MAX_ID: Final = 2**63 - 1
+# Counting the reasons goes through the whole table: the status uses an old count for so many times what it took.
+_PATIENCE: Final = 30.0
+_TOP_REASONS: Final = 20
+
+
+class Listing(Struct):
+    """A page of dead letters; `next` is the `after` of the following one."""
+
+    dead_letters: list[Summary]
+    next: int | None
+
+
+class Order(Struct, forbid_unknown_fields=True):
+    """Which dead letters to replay or purge: exactly one of the three."""
+
+    ids: list[int] | None = None
+    filter: Filter | None = None
+    all: bool = False
+
+    def wanted(self) -> Filter | list[int]:
+        """As the dead letters want it. Raises BadRequest."""
+        if (self.ids is not None) + (self.filter is not None) + self.all != 1:
+            raise BadRequest("which dead letters?", 'exactly one of "ids", "filter" and "all"')
+        if self.filter is not None:
+            if self.filter == Filter():
+                raise BadRequest("the filter is empty", '{"all": true} means all of them')
+            return self.filter
+        if self.ids is not None and any(not 0 < id_ <= _MAX_ID for id_ in self.ids):
+            raise BadRequest("ids are positive numbers")
+        return Filter() if self.ids is None else self.ids
+
+
+class Archived(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a replay of archived events."""
+
+    events: list[msgspec.Raw]
+
+
+class Api:
+    """The endpoints. Owns the dead letters' verbs, so that there is one replay at a time."""
+
+    def __init__(self, app: "App") -> None:
+        self._app = app
+        self._dead_letters = DeadLetters(app.spool, app.intake.replay)
+        self._groups: list[Group] = []
+        self._groups_of: object = None  # what the dead letters were like when they were counted
+        self._groups_until = 0.0  # monotonic
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """Declares every endpoint."""
+        router.add_get("/api/status", self._status)
+        router.add_get("/api/config", self._config)
+        router.add_get("/api/dead-letters", self._list)
+        router.add_get("/api/dead-letters/groups", self._all_groups)
+        router.add_get("/api/dead-letters/export", self._export)
+        router.add_get(r"/api/dead-letters/{id:\d{1,19}}", self._show)
+        router.add_post("/api/dead-letters/replay", self._replay)
+        router.add_post("/api/dead-letters/purge", self._purge)
+        router.add_post("/api/replay", self._replay_archived)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return json(status(self._app, (await self._counted())[:_TOP_REASONS]))
+
+    async def _config(self, request: web.Request) -> web.Response:
+        return json(config.masked(self._app.config))
+
+    async def _counted(self) -> list[Group]:
+        """The dead letters by reason, not newer than need be."""
+        spool, now = self._app.spool, time.monotonic()
+        key = (spool.dead_letters, spool.dropped_dead_letters, spool.accounts.total("dead_lettered"))
+        if key != self._groups_of and now >= self._groups_until:
+            self._groups = await self._dead_letters.groups()
+            self._groups_of = key
+            took_s = time.monotonic() - now
+            self._groups_until = now + took_s * _PATIENCE if took_s > 0.05 else 0.0
+        return self._groups
+
+    async def _all_groups(self, request: web.Request) -> web.Response:
+        return json(await self._dead_letters.groups())
+
+    async def _list(self, request: web.Request) -> web.Response:
+        query = dict(request.query)
+        after = _number(query, "after", 0, _MAX_ID)
+        limit = _number(query, "limit", 100, MAX_LISTED)
+        rows = await self._dead_letters.list_after(_filter(query), after, limit)
+        return json(Listing(rows, rows[-1].id if rows and len(rows) == limit else None))
+
+    async def _show(self, request: web.Request) -> web.Response:
+        id_ = int(request.match_info["id"])
+        row = await self._dead_letters.get(id_) if id_ <= _MAX_ID else None
+        if row is None:
+            raise web.HTTPNotFound(text=f"there is no dead letter {id_}")
+        return json(exported(row))
+
+    async def _export(self, request: web.Request) -> web.StreamResponse:
+        wanted = _filter(dict(request.query))
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        async for rows in self._dead_letters.slices(wanted):
+            await response.write(msgspec.json.Encoder().encode_lines([exported(row) for row in rows]))
+        await response.write_eof()
+        return response
+
+    async def _replay(self, request: web.Request) -> web.Response:
+        wanted = (await _body(request, Order)).wanted()
+        self._demand_quiet()
+        return json(await self._dead_letters.replay(wanted))
+
+    async def _purge(self, request: web.Request) -> web.Response:
+        wanted = (await _body(request, Order)).wanted()
+        self._demand_quiet()
+        return json({"purged": await self._dead_letters.purge(wanted)})
+
+    async def _replay_archived(self, request: web.Request) -> web.Response:
+        """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk."""
+        events = (await _body(request, Archived)).events
+        await self._app.intake.accept_archived([bytes(event) for event in events])
+        return json({"accepted": len(events)})
+
+    def _demand_quiet(self) -> None:
+        if self._dead_letters.busy:
+            raise web.HTTPConflict(text="another replay or purge of dead letters is under way: wait for its end")
+
+
+def json(body: Any, status_code: int = 200) -> web.Response:
+    """An answer in JSON."""
+    return web.Response(status=status_code, body=msgspec.json.encode(body) + b"\n", content_type="application/json")
+
+
+async def _body(request: web.Request, type_: type[T]) -> T:
+    if request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
+    try:
+        return msgspec.json.decode(await request.read(), type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body can't be understood: {error}") from error
+
+
+def _number(query: dict[str, str], name: str, default: int, most: int) -> int:
+    """Takes a number out of a query."""
+    text = query.pop(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= most):
+        raise BadRequest(f"{name}: a number up to {most}, not {text[:40]!r}")
+    return int(text)
+
+
+def _filter(query: dict[str, str]) -> Filter:
+    """The rest of a query as a filter."""
+    try:
+        return msgspec.convert({key: value for key, value in query.items() if value}, Filter, strict=False)
+    except msgspec.ValidationError as error:
+        names = ", ".join(field.name for field in msgspec.structs.fields(Filter))
+        raise BadRequest(f"the query can't be understood: {error}", f"the filters are {names}") from error

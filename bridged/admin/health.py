@@ -1,0 +1,78 @@
+"""Is the daemon well? Two answers to two questions. Pure: every age is an argument.
+
+*Alive* (/healthz): the process and its event loop answer at all. Anything else would make a supervisor restart a daemon
+that is only waiting for Mixpanel, which helps nobody.
+
+*Ready* (/readyz): progress. Not ready means that new events would be refused (starting, spool near its cap, writer
+dead), or that events wait and nothing has been delivered or judged for so long that no orderly wait explains it. A halt
+(Mixpanel refuses the credential) and a backoff are orderly: the doors are open and keep what comes, so the daemon stays
+ready, or an orchestrator would cut the intake off and turn an outage of Mixpanel into a loss at the source. Both are
+told in the body, and by `bridged_delivery_halted`, which is what an alarm should look at.
+"""
+
+from typing import Final
+
+from msgspec import Struct
+
+# An orderly wait for one answer is at most the request's timeout; twice that and this much is none.
+STALL_MARGIN_S: Final = 60.0
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """What readiness depends on. Ages in seconds; None: there is no such moment."""
+
+    doors_open: bool
+    writer_failed: bool
+    near_cap: bool
+    halted: bool
+    backing_off: bool
+    waiting: int  # events
+    uptime_s: float
+    oldest_age_s: float | None
+    judged_age_s: float | None  # since Mixpanel's last answer, whatever it said
+    timeout_s: float  # of one request
+
+
+class Health(Struct, frozen=True):
+    """The answer of /readyz."""
+
+    ready: bool
+    reason: str  # empty when there is nothing to say
+    waiting: int
+    halted: bool
+    backing_off: bool
+    stalled_s: float
+
+
+def judge(facts: Facts) -> Health:
+    """Whether the daemon takes events and gets on with them."""
+    stalled_s = _stalled_s(facts)
+    ready, reason = _decision(facts, stalled_s)
+    return Health(ready, reason, facts.waiting, facts.halted, facts.backing_off, round(stalled_s, 1))
+
+
+def _decision(facts: Facts, stalled_s: float) -> tuple[bool, str]:
+    if facts.writer_failed:
+        return False, "the spool's writer has failed: the process is about to end"
+    if not facts.doors_open:
+        return False, "the doors are not open"
+    if facts.near_cap:
+        return False, "the spool is near its cap: new events are refused"
+    if stalled_s > 2 * facts.timeout_s + STALL_MARGIN_S:
+        return False, f"{facts.waiting} events wait, and Mixpanel has not been heard of for {stalled_s:.0f} s"
+    if facts.halted:
+        return True, "delivery is halted; events are taken and kept"
+    if facts.backing_off:
+        return True, "delivery is backing off; events are taken and kept"
+    return True, ""
+
+
+def _stalled_s(facts: Facts) -> float:
+    """How long events have waited without an answer of any kind; 0 while there is a reason to wait.
+
+    The smallest of three ages, so that one clock that was set forward can't make a stall.
+    """
+    if not facts.waiting or facts.halted or facts.backing_off:
+        return 0.0
+    ages = [facts.uptime_s, facts.oldest_age_s, facts.judged_age_s]
+    return max(0.0, min(age for age in ages if age is not None))

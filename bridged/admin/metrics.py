@@ -1,0 +1,182 @@
+"""/metrics: read from the parts when Prometheus asks. Plain ints everywhere: nothing here is on an event's path.
+
+Counts of events are the books, so they go on after a restart; the others begin at 0 with each start.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from bridged import __version__
+from bridged.admin.status import TYPE_NAMES, health, oldest_age_s
+from bridged.backlog.accounts import ENDS
+
+if TYPE_CHECKING:
+    from bridged.app import App
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+_BOOKS: Final = {
+    "accepted": "Events that were committed to the spool, and so acked.",
+    "delivered": "Events that Mixpanel said are in.",
+    "expired": "Events that became too old while delivery was halted.",
+    "skipped": "Events that are not forwarded by choice: not selected, or without a user.",
+}
+
+
+# What can become fewer: a counter that falls would look like a restart.
+_GAUGES = {
+    "dead_lettered": "Events that couldn't be delivered, by the door or by Mixpanel. A replay takes its events out again.",
+    "waiting": "Events that are on disk and not delivered yet.",
+}
+
+
+class Metrics:
+    """The registry of one daemon."""
+
+    def __init__(self, app: "App") -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_BridgedCollector(app))
+        ProcessCollector(registry=self._registry)
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _BridgedCollector(Collector):
+    def __init__(self, app: "App") -> None:
+        self._app = app
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the parts can't be asked before they are there."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._events()
+        yield from self._spool()
+        yield from self._doors()
+        yield from self._delivery()
+        yield _gauge(
+            "ready",
+            "1 if /readyz says so: events are taken, and those that wait make progress.",
+            health(self._app).ready,
+        )
+        build = GaugeMetricFamily("bridged_build_info", "Always 1; the version is the label.", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+
+    def _events(self) -> Iterator[Metric]:
+        app, accounts = self._app, self._app.spool.accounts
+        for kind in ("accepted", *ENDS):
+            if kind not in _GAUGES:
+                yield _counters(f"events_{kind}", _BOOKS[kind], "event_type", _named(accounts.counts[kind]))
+        for kind, text in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"bridged_events_{kind}", text, labels=["event_type"])
+            for name, count in _named(accounts.counts[kind]).items():
+                gauge.add_metric([name], count)
+            yield gauge
+        yield _gauge(
+            "books_imbalance",
+            "accepted - delivered - dead_lettered - expired - skipped - waiting: anything but 0 is a bug.",
+            accounts.imbalance(),
+        )
+        yield _gauge(
+            "oldest_event_age_seconds", "How long the oldest waiting event has waited.", oldest_age_s(app) or 0
+        )
+        yield _gauge("dead_letters", "Dead letters that are kept.", app.spool.dead_letters)
+        yield _counter(
+            "dead_letters_dropped",
+            "Dead letters that were dropped: too many were kept.",
+            app.spool.dropped_dead_letters,
+        )
+
+    def _spool(self) -> Iterator[Metric]:
+        spool, ring = self._app.spool, self._app.backlog.ring
+        yield _gauge("spool_bytes", "What everything in the spool takes.", spool.used_bytes)
+        yield _gauge("spool_max_bytes", "What the spool may take.", self._app.config.spool.max_bytes)
+        yield _gauge(
+            "spool_near_cap", "1 while new events are refused because the spool is near its cap.", spool.near_cap
+        )
+        yield _gauge("spool_pending_bytes", "Bytes that wait for their commit.", spool.pending_bytes)
+        yield _gauge("spool_segments", "Segments in the spool.", spool.segments)
+        yield _gauge("ring_segments", "Waiting segments that are in memory too.", ring.segments)
+        yield _gauge("ring_bytes", "Bytes of those.", ring.bytes)
+        yield _gauge("leased_segments", "Segments that are in a request or about to be.", ring.leased)
+        yield _counter("segments_damaged", "Segments that the disk gave back changed.", spool.damaged)
+        yield _counter("commits", "Commits to the spool.", spool.commits)
+        yield _counter("commit_seconds", "Time that commits took.", spool.commit_seconds)
+
+    def _doors(self) -> Iterator[Metric]:
+        # The doors are opened after the admin listener.
+        app = self._app
+        http, stream = (getattr(app, name, None) for name in ("http", "stream"))
+        if http is not None:
+            by_status = {str(status): count for status, count in http.answers.items()}
+            yield _counters("requests", "Requests at the HTTP door, by answer.", "status", by_status)
+        if stream is not None:
+            yield _gauge("stream_connections", "Connections at the stream door.", len(stream.connections))
+            yield _counter(
+                "stream_connections_accepted",
+                "Connections that were made to the stream door.",
+                stream.accepted_connections,
+            )
+        unknown = CounterMetricFamily(
+            "bridged_unknown_fields",
+            "Fields that Braze sends and this version doesn't forward, seen in samples.",
+            labels=["event_type", "field"],
+        )
+        for (code, field), seen in app.intake.unknown_fields.items():
+            unknown.add_metric([TYPE_NAMES.get(code, ""), field], seen)
+        yield unknown
+        yield _counters("skips", "Skipped events since this start, by reason.", "reason", app.intake.reasons)
+
+    def _delivery(self) -> Iterator[Metric]:
+        delivery, pace = self._app.delivery, self._app.delivery.pace
+        yield _counters("verdicts", "Mixpanel's answers, by what they mean.", "verdict", delivery.verdicts)
+        yield _gauge(
+            "delivery_halted", "1 while Mixpanel refuses the credential or the address.", delivery.halted is not None
+        )
+        yield _counter(
+            "events_uncounted", "Events of successful requests that Mixpanel's count left out.", delivery.uncounted
+        )
+        yield _gauge("delivered_timestamp_seconds", "When Mixpanel last took events.", delivery.delivered_at or 0)
+        yield _gauge("requests_in_flight", "Requests to Mixpanel without an answer yet.", pace.in_flight)
+        yield _gauge("concurrency_limit", "Requests to Mixpanel at a time, as learned.", pace.concurrency_limit)
+        yield _gauge("rate_limit_events_per_second", "Events a second, as learned.", pace.events_per_second_limit)
+        yield _gauge("rate_limit_bytes_per_second", "Uncompressed bytes a second.", pace.bytes_per_second_limit)
+        yield _gauge("delivered_events_per_second", "Over the last minute.", pace.delivered_per_second)
+        yield _gauge("backoff_remaining_seconds", "Until something is sent again.", pace.backing_off_s)
+        yield _gauge("request_latency_seconds", "Mixpanel's answers, smoothed.", pace.latency_s)
+        yield _counter("rate_limited", "Answers 429.", pace.rate_limited_total)
+        yield _counter("server_errors", "Answers 5xx and what isn't Mixpanel's.", pace.server_errors_total)
+        yield _counter("network_errors", "Requests without an answer.", pace.network_errors_total)
+        yield _counter("rate_cuts", "Times that the rate was cut.", pace.rate_cuts_total)
+        yield _counter("concurrency_cuts", "Times that the concurrency was cut.", pace.concurrency_cuts_total)
+        yield _counter("backoffs", "Times that everything paused.", pace.backoffs_total)
+
+
+def _named(counts: Mapping[int, int]) -> dict[str, int]:
+    named: dict[str, int] = {}
+    for code, count in sorted(counts.items()):
+        if count:
+            named[TYPE_NAMES.get(code, f"({code})")] = count
+    return named
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"bridged_{name}", text, value=float(value))
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"bridged_{name}", text, value=value)
+
+
+def _counters(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"bridged_{name}", text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family

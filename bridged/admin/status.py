@@ -1,0 +1,281 @@
+"""What the daemon does now, as one Struct: what /api/status answers, `bridged status` prints and the page shows."""
+
+import asyncio
+import math
+import time
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+from msgspec import Struct
+
+from bridged import __version__
+from bridged.admin.health import Facts, Health, judge
+from bridged.backlog.dead_letters import Group
+from bridged.currents.schema import iter_types
+from bridged.currents.table import EVENT_TYPES
+from bridged.delivery.pacing import WINDOW_S, PaceSnapshot
+from bridged.mixpanel.requests import API_SECRET_RETIRED
+
+if TYPE_CHECKING:
+    from bridged.app import App
+
+TYPE_NAMES = dict(iter_types(EVENT_TYPES))
+
+State = Literal["idle", "delivering", "backing off", "halted", "stalled", "refusing"]
+
+
+class SpoolStatus(Struct, kw_only=True):
+    """What is on disk."""
+
+    path: str
+    bytes: int
+    max_bytes: int
+    near_cap: bool  # new events are refused
+    segments: int
+    segments_damaged: int
+    commits: int
+    commit_seconds: float
+
+
+class DeadLetterStatus(Struct, kw_only=True):
+    """What can't be delivered and waits for a person."""
+
+    kept: int
+    dropped: int  # the oldest, since this start, because there were too many
+    reasons: list[Group]  # the most frequent first
+
+
+class PaceStatus(Struct, kw_only=True):
+    """How fast delivery may go and does. None: no limit, or not known yet."""
+
+    limited_by: str
+    delivered_per_second: float  # over the last minute
+    events_per_second_limit: float | None
+    bytes_per_second_limit: float | None
+    concurrency_limit: int
+    in_flight: int
+    latency_s: float | None
+    backing_off_s: float
+    reason: str  # of the backoff
+
+
+class HaltStatus(Struct, kw_only=True):
+    """Why nothing is sent until a person or time changes something."""
+
+    since: float  # wall clock, seconds
+    status: int  # HTTP; 0: it took more than one answer
+    reason: str
+
+
+class HttpDoorStatus(Struct, kw_only=True):
+    """The HTTP door, since this start."""
+
+    listen: str
+    requests: int
+    answers: dict[int, int]  # by HTTP status
+
+
+class StreamDoorStatus(Struct, kw_only=True):
+    """The stream door, since this start."""
+
+    listen: tuple[str, ...]
+    connections: int  # now
+    accepted_connections: int
+
+
+class UnknownField(Struct, kw_only=True):
+    """A field that Braze sends and our table doesn't have. It is not forwarded."""
+
+    event_type: str
+    field: str
+    seen: int  # in samples: one event of a type a second
+
+
+class Status(Struct, kw_only=True):
+    """Everything at a glance. Counts of events are since the spool was made, other counts since this start."""
+
+    version: str
+    started_at: float  # wall clock, seconds
+    uptime_s: float
+    state: State
+    sentence: str  # the state in words
+    health: Health
+    events: dict[str, int]  # accepted = delivered + dead_lettered + expired + skipped + waiting
+    by_type: dict[str, dict[str, int]]  # the same, per event type
+    imbalance: int  # of that equation: always 0
+    oldest_age_s: float | None  # of what waits
+    delivered_at: float | None  # wall clock, seconds: the last success
+    last_problem: str  # what Mixpanel or the network last said that was no success
+    spool: SpoolStatus
+    dead_letters: DeadLetterStatus
+    pace: PaceStatus
+    halted: HaltStatus | None
+    http: HttpDoorStatus | None  # None: closed
+    stream: StreamDoorStatus | None
+    verdicts: dict[str, int]  # on Mixpanel's answers
+    skipped: dict[str, int]  # reasons, since this start
+    unknown_fields: list[UnknownField]
+    warnings: list[str]
+
+
+def health(app: "App") -> Health:
+    """Whether the daemon is ready, now."""
+    delivery, pace = app.delivery, app.delivery.pace
+    return judge(
+        Facts(
+            doors_open=_doors_open(app),
+            writer_failed=app.spool.failed,
+            near_cap=app.spool.near_cap,
+            halted=delivery.halted is not None,
+            backing_off=pace.backing_off_s > 0,
+            waiting=app.backlog.events,
+            uptime_s=time.time() - app.started_at,
+            oldest_age_s=oldest_age_s(app),
+            judged_age_s=None if delivery.judged_at is None else asyncio.get_running_loop().time() - delivery.judged_at,
+            timeout_s=float(app.config.delivery.timeout),
+        )
+    )
+
+
+def _doors_open(app: "App") -> bool:
+    """Whether the last door is open; they are opened after the admin listener."""
+    return getattr(app, "http", None) is not None or (hasattr(app, "http") and not app.config.sources.http.listen)
+
+
+def oldest_age_s(app: "App") -> float | None:
+    """How long the oldest waiting event has waited; None when nothing waits."""
+    oldest_at = app.backlog.oldest_at()
+    return None if oldest_at is None else max(0.0, time.time() - oldest_at)
+
+
+def status(app: "App", reasons: list[Group]) -> Status:
+    """The status, now; `reasons` are the dead letters', which only the spool's thread can count."""
+    spool, delivery, config = app.spool, app.delivery, app.config
+    accounts, now = spool.accounts, time.time()
+    pace = _since_start(app.delivery.pace, now - app.started_at)
+    names = TYPE_NAMES
+    halt = delivery.halted
+    halted = (
+        HaltStatus(since=delivery.halted_at or now, status=halt.status, reason=halt.reason)
+        if halt is not None
+        else None
+    )
+    # The doors are opened after the admin listener.
+    http, stream = getattr(app, "http", None), getattr(app, "stream", None)
+    well = health(app)
+    state, sentence = _state(well, halted, pace, spool.near_cap)
+    return Status(
+        version=__version__,
+        started_at=app.started_at,
+        uptime_s=round(now - app.started_at, 3),
+        state=state,
+        sentence=sentence,
+        health=well,
+        events={kind: accounts.total(kind) for kind in accounts.counts},
+        by_type=accounts.by_type(names),
+        imbalance=accounts.imbalance(),
+        oldest_age_s=oldest_age_s(app),
+        delivered_at=delivery.delivered_at,
+        last_problem=delivery.last_problem,
+        spool=SpoolStatus(
+            path=config.spool.path,
+            bytes=spool.used_bytes,
+            max_bytes=int(config.spool.max_bytes),
+            near_cap=spool.near_cap,
+            segments=spool.segments,
+            segments_damaged=spool.damaged,
+            commits=spool.commits,
+            commit_seconds=round(spool.commit_seconds, 6),
+        ),
+        dead_letters=DeadLetterStatus(kept=spool.dead_letters, dropped=spool.dropped_dead_letters, reasons=reasons),
+        pace=_pace(pace),
+        halted=halted,
+        http=HttpDoorStatus(listen=config.sources.http.listen, requests=http.requests, answers=dict(http.answers))
+        if http
+        else None,
+        stream=StreamDoorStatus(
+            listen=config.sources.stream.listen,
+            connections=len(stream.connections),
+            accepted_connections=stream.accepted_connections,
+        )
+        if stream and config.sources.stream.listen
+        else None,
+        verdicts=dict(delivery.verdicts),
+        skipped=dict(app.intake.reasons),
+        unknown_fields=[
+            UnknownField(event_type=names.get(code, ""), field=field, seen=seen)
+            for (code, field), seen in app.intake.unknown_fields.most_common()
+        ],
+        warnings=_warnings(app),
+    )
+
+
+def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, near_cap: bool) -> tuple[State, str]:
+    """The one thing that matters most, in words."""
+    waiting = f"{well.waiting:,} events" if well.waiting != 1 else "1 event"
+    if halted is not None:
+        since = time.strftime(
+            "%H:%M" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M", time.localtime(halted.since)
+        )
+        http = f", HTTP {halted.status}" if halted.status else ""
+        return "halted", f"Halted since {since}{http}: {halted.reason}. {waiting} safe on disk"
+    if near_cap:
+        return "refusing", f"Refusing new events: the spool is near its cap, {waiting} waiting"
+    if not well.ready:
+        return "stalled", f"Not ready: {well.reason}"
+    if pace.backing_off_s > 0:
+        return "backing off", f"Backing off for {pace.backing_off_s:.0f} s: {pace.reason}. {waiting} safe on disk"
+    rate = f"{pace.delivered_per_second:,.0f} events/s" if pace.delivered_per_second >= 1 else "a trickle"
+    if well.waiting:
+        return "delivering", f"Delivering: {rate}, {waiting} waiting"
+    if pace.delivered_per_second > 0:
+        return "delivering", f"Delivering: {rate}, nothing waiting"
+    return "idle", "Idle: nothing waiting"
+
+
+def _since_start(pace: PaceSnapshot, uptime_s: float) -> PaceSnapshot:
+    """The pace's rate is one of the last minute: while there is no whole minute yet, of the time since the start."""
+    share = min(max(uptime_s, 1.0), WINDOW_S) / WINDOW_S
+    return msgspec.structs.replace(pace, delivered_per_second=pace.delivered_per_second / share)
+
+
+def _pace(pace: PaceSnapshot) -> PaceStatus:
+    return PaceStatus(
+        limited_by=pace.limited_by,
+        delivered_per_second=round(pace.delivered_per_second, 1),
+        events_per_second_limit=_finite(pace.events_per_second_limit),
+        bytes_per_second_limit=_finite(pace.bytes_per_second_limit),
+        concurrency_limit=pace.concurrency_limit,
+        in_flight=pace.in_flight,
+        latency_s=_finite(pace.latency_s) or None,
+        backing_off_s=round(pace.backing_off_s, 3),
+        reason=pace.reason,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _warnings(app: "App") -> list[str]:
+    """What a person should do something about."""
+    config, spool = app.config, app.spool
+    found = []
+    if problems := spool.accounts.problems(TYPE_NAMES):
+        found.append(f"the books don't balance: {'; '.join(problems[:3])}. This is a bug: please report it")
+    if spool.damaged:
+        found.append(f"{spool.damaged} segments were damaged on disk: check the disk; they are kept as dead letters")
+    if spool.dropped_dead_letters:
+        found.append(
+            f"{spool.dropped_dead_letters} dead letters were dropped: there were more than spool.max_dead_letters"
+        )
+    if config.mixpanel.api_secret and not config.mixpanel.service_account:
+        found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account")
+    if not config.mixpanel.token:
+        found.append("mixpanel.token is empty: events carry no `token` property, as those of Braze's connector do")
+    if app.intake.unknown_fields:
+        count = len(app.intake.unknown_fields)
+        found.append(
+            f"Braze sends {count} field(s) that this version doesn't know and doesn't forward: see unknown_fields"
+        )
+    return found

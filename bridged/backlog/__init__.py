@@ -1,0 +1,1 @@
+"""What waits: segments in a SQLite spool, the oldest of them in memory."""

@@ -1,0 +1,219 @@
+"""What waits, as one ordered queue: the oldest segments in memory (the ring), the rest behind them on disk.
+
+    committed by the spool ->  [ ring: oldest, in memory ] [ on disk only: newer ]  -> take -> leased -> settle
+
+A new segment goes into the ring if everything before it is there and it fits; else it is read back when the ring has room.
+Start-up is the same with an empty ring, and so are an overflow and an outage: there is one way in, `_refill`.
+Leases live in memory only: after a crash every row waits again, and Mixpanel knows a repetition by its `$insert_id`.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from msgspec import Struct
+
+from bridged.backlog.segment import Segment, request_body
+from bridged.backlog.spool import Settlement, Spool
+
+# What is settled and can't be committed stays in memory: beyond so much, nothing new is leased.
+_MAX_UNSETTLED_BYTES: Final = 32 * 2**20
+
+
+class Parcel(Struct, eq=False):
+    """Segments that travel in one request: what is leased, sent, tried again and settled as one."""
+
+    segments: list[Segment]
+    attempts: int = 0
+
+    @property
+    def events(self) -> int:
+        """How many events it holds."""
+        return sum(len(segment.codes) for segment in self.segments)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Uncompressed bytes: what Mixpanel counts."""
+        return sum(segment.raw_bytes for segment in self.segments)
+
+    @property
+    def codes(self) -> bytes:
+        """The types of its events, one byte each, in order."""
+        return b"".join(segment.codes for segment in self.segments)
+
+    def body(self) -> bytes:
+        """The gzip NDJSON to send."""
+        return request_body(self.segments)
+
+
+class Ring(NamedTuple):
+    """How much of the backlog is in memory."""
+
+    segments: int
+    bytes: int
+    leased: int  # segments
+
+
+class Backlog:
+    """The queue between intake and delivery. The ring and the leases are its own; what is on disk is the spool's."""
+
+    def __init__(self, spool: Spool, ring_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self._spool = spool
+        self._clock = clock
+        self._ring: deque[Segment] = deque()
+        self._ring_capacity = ring_bytes
+        self._ring_size = 0  # bytes
+        self._ring_events = 0
+        self._ring_raw_bytes = 0
+        # The newest segment that is, or was, in the ring: what comes after it is on disk only.
+        self._read_to = 0
+        self._leased: dict[int, Segment] = {}
+        # Leased parcels that are to be sent again, and parts of ones that were split: they come before everything.
+        self._again: deque[Parcel] = deque()
+        # Parts that lie after `_read_to`: when it gets there, they were taken long ago.
+        self._ahead: set[int] = set()
+        self._changed = asyncio.Event()
+        self._flushing = False
+        spool.committed = self._append
+        spool.parted = self._append_parts
+        spool.settled = self._changed.set
+
+    def __repr__(self) -> str:
+        return (
+            f"<Backlog {len(self._ring)} in the ring, {self.on_disk} on disk only, {len(self._leased)} leased, "
+            f"{self.events} events>"
+        )
+
+    @property
+    def events(self) -> int:
+        """Events that wait, those in flight included."""
+        return self._spool.accounts.total("waiting")
+
+    @property
+    def on_disk(self) -> int:
+        """Segments that are on disk only: an upper bound, ids of split segments leave gaps."""
+        return max(0, self._spool.segments - len(self._ring) - len(self._leased))
+
+    @property
+    def ring(self) -> Ring:
+        """What of it is in memory, for the metrics."""
+        return Ring(len(self._ring), self._ring_size, len(self._leased))
+
+    def oldest_at(self) -> float | None:
+        """When the oldest waiting event was accepted, wall clock; None if nothing waits or it isn't known yet."""
+        heads = [segment.created_at for segment in self._leased.values()]
+        if self._ring:
+            heads.append(self._ring[0].created_at)
+        return min(heads, default=None)
+
+    def _append(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            everything_before = self._read_to == segment.id - 1
+            if everything_before and self._ring_size + segment.size <= self._ring_capacity:
+                self._push(segment)
+            else:
+                break
+        self._changed.set()
+
+    def _append_parts(self, segments: Sequence[Segment]) -> None:
+        """Each part travels alone: joined again, parts would be what was just refused, for ever."""
+        for segment in segments:
+            self._leased[segment.id] = segment
+            self._again.append(Parcel([segment]))
+            if self._read_to == segment.id - 1:
+                self._read_to = segment.id
+            else:
+                self._ahead.add(segment.id)
+        self._changed.set()
+
+    def _push(self, segment: Segment) -> None:
+        self._ring.append(segment)
+        self._read_to = segment.id
+        self._ring_size += segment.size
+        self._ring_events += len(segment.codes)
+        self._ring_raw_bytes += segment.raw_bytes
+
+    def _pop(self) -> Segment:
+        segment = self._ring.popleft()
+        self._ring_size -= segment.size
+        self._ring_events -= len(segment.codes)
+        self._ring_raw_bytes -= segment.raw_bytes
+        self._leased[segment.id] = segment
+        return segment
+
+    @property
+    def _behind(self) -> bool:
+        """Whether there are segments after the ring."""
+        return self._read_to < self._spool.last_id
+
+    async def _refill(self) -> None:
+        """Reads what comes after the ring, until it is full or everything is in it."""
+        room = max(self._ring_capacity - self._ring_size, 1)
+        segments, read_to = await self._spool.read_after(self._read_to, room, but=self._ahead)
+        for segment in segments:
+            self._push(segment)
+        self._read_to = read_to
+        self._ahead = {id_ for id_ in self._ahead if id_ > read_to}
+
+    async def take(self, max_events: int, max_bytes: int, flush_interval_s: float) -> Parcel:
+        """Leases the oldest segments that fill one request, or what there is once it has waited for `flush_interval_s`.
+
+        Waits until there is something, and as long as too much that was settled isn't committed. A segment larger than the
+        limits comes alone; events are never reordered within it.
+        """
+        while True:
+            self._changed.clear()
+            if self._again:
+                return self._again.popleft()
+            if self._spool.unsettled_bytes > _MAX_UNSETTLED_BYTES:
+                await self._wait(None)
+                continue
+            if self._behind and (self._ring_events < max_events and self._ring_raw_bytes < max_bytes):
+                await self._refill()
+            if self._ring:
+                age_s = self._clock() - self._ring[0].created_at
+                # A clock that was set back must not make anybody wait until it is there again.
+                wait_s = flush_interval_s - age_s if age_s >= 0 else 0.0
+                full = self._ring_events >= max_events or self._ring_raw_bytes >= max_bytes
+                if full or wait_s <= 0 or self._flushing:
+                    return self._lease(max_events, max_bytes)
+                await self._wait(wait_s)
+            elif not self._behind:
+                await self._wait(None)
+
+    def _lease(self, max_events: int, max_bytes: int) -> Parcel:
+        parcel = [self._pop()]
+        events, raw_bytes = len(parcel[0].codes), parcel[0].raw_bytes
+        while self._ring:
+            head = self._ring[0]
+            events += len(head.codes)
+            raw_bytes += head.raw_bytes
+            if events > max_events or raw_bytes > max_bytes:
+                break
+            parcel.append(self._pop())
+        return Parcel(parcel)
+
+    async def _wait(self, seconds: float | None) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    def settle(self, settlement: Settlement) -> None:
+        """Gives leases back for good: each segment is delivered, dead-lettered, expired or replaced by its parts."""
+        for segment in settlement.segments:
+            self._leased.pop(segment.id, None)
+        self._spool.settle(settlement)
+
+    def again(self, parcel: Parcel) -> None:
+        """Puts a parcel that was taken back in the first place: `take` gives it, as it is, at once."""
+        self._again.append(parcel)
+        self._changed.set()
+
+    def flush(self) -> None:
+        """From now on nothing waits to be joined with more: the daemon is about to stop."""
+        self._flushing = True
+        self._changed.set()

@@ -1,0 +1,302 @@
+"""Dead letters: to be looked at, tried again, taken elsewhere, or thrown away. They lie in the spool's file.
+
+Whatever goes through the table does so in windows of so many rows, one hop to the connection's thread each, so that
+the writer, and with it the doors, never wait for a long look at a large table.
+"""
+
+import asyncio
+import base64
+import contextlib
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from bridged.backlog.spool import DeadLetterRow, Spool, Stage
+from bridged.backlog.tables import transaction
+from bridged.errors import SpoolError, SpoolFull
+
+MAX_LISTED: Final = 1000
+_WINDOW_ROWS: Final = 10_000
+_PURGE_ROWS: Final = 1000  # a commit of its own, which the doors' commits wait for
+_SLICE_ROWS: Final = 500
+_SLICE_BYTES: Final = 8 * 2**20
+_SUMMARY_COLUMNS: Final = "id, first_at, last_at, attempts, stage, event_type, reason, length(event)"
+_ROW_COLUMNS: Final = "id, first_at, last_at, attempts, stage, code, event_type, reason, event"
+
+_LINE_BREAKS: Final = bytes.maketrans(b"\r\n", b"  ")
+
+Replay = Callable[[DeadLetterRow], "asyncio.Future[None] | str"]
+
+
+class Filter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which dead letters. Empty: all of them."""
+
+    event_type: str = ""
+    reason: str = ""  # a part of it, in any case
+    stage: Stage | None = None
+    since: float | None = None  # wall clock seconds: refused, last, at or after
+    until: float | None = None  # ... before
+
+    def sql(self) -> tuple[str, list[Any]]:
+        """As a condition, and its parameters."""
+        terms: list[tuple[str, Any]] = []
+        if self.event_type:
+            terms.append(("event_type = ?", self.event_type))
+        if self.reason:
+            terms.append(("instr(lower(reason), lower(?)) > 0", self.reason))
+        if self.stage is not None:
+            terms.append(("stage = ?", self.stage))
+        if self.since is not None:
+            terms.append(("last_at >= ?", self.since))
+        if self.until is not None:
+            terms.append(("last_at < ?", self.until))
+        return " AND ".join(term for term, _ in terms) or "1", [value for _, value in terms]
+
+
+class Summary(Struct):
+    """A dead letter without its event."""
+
+    id: int
+    first_at: float  # wall clock seconds
+    last_at: float
+    attempts: int
+    stage: Stage
+    event_type: str
+    reason: str
+    bytes: int  # of the event
+
+
+class Group(Struct, frozen=True):
+    """How many dead letters are alike."""
+
+    stage: Stage
+    event_type: str
+    reason: str
+    count: int
+
+
+class Replayed(Struct):
+    """What a replay came to."""
+
+    replayed: int = 0  # on their way: no dead letters any more
+    refused: int = 0  # would be refused again, and stay
+    reasons: dict[str, int] = {}  # of the refused
+
+
+class _Span(NamedTuple):
+    """Part of the table: ids in (low, high], so many rows and bytes of events at most."""
+
+    low: int
+    high: int
+    rows: int
+    bytes: int | None = None
+
+
+class DeadLetters:
+    """The verbs. `replay_one` is Intake.replay. One replay or purge at a time: `busy` says whether one is under way."""
+
+    def __init__(self, spool: Spool, replay_one: Replay, clock: Callable[[], float] = time.time) -> None:
+        self.busy = False
+        self._spool = spool
+        self._replay_one = replay_one
+        self._clock = clock
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    async def list_after(self, wanted: Filter, after: int = 0, limit: int = 100) -> list[Summary]:
+        """The oldest that match and come after an id."""
+        limit = min(limit, MAX_LISTED)
+        found: list[Summary] = []
+        async for low, high in self._windows(after):
+            rows = await self._read(_select, _SUMMARY_COLUMNS, wanted, _Span(low, high, limit - len(found)))
+            found += [Summary(*row) for row in rows]
+            if len(found) >= limit:
+                break
+        return found
+
+    async def get(self, id_: int) -> DeadLetterRow | None:
+        """One dead letter, with its event."""
+        rows = await self._read(_select, _ROW_COLUMNS, Filter(), _Span(id_ - 1, id_, 1))
+        return DeadLetterRow(*rows[0]) if rows else None
+
+    async def groups(self) -> list[Group]:
+        """All of them, counted by what is alike; the most frequent first."""
+        counts: Counter[tuple[Stage, str, str]] = Counter()
+        async for low, high in self._windows(0):
+            for *key, n in await self._read(_grouped, low, high):
+                counts[tuple(key)] += n
+        return [Group(*key, count) for key, count in counts.most_common()]
+
+    async def slices(self, wanted: "Filter | Sequence[int]") -> AsyncIterator[list[DeadLetterRow]]:
+        """Those that match now, with their events, a few at a time; ids that don't exist are passed over."""
+        if isinstance(wanted, Filter):
+            async for low, high in self._windows(0):
+                while rows := await self._read(
+                    _select, _ROW_COLUMNS, wanted, _Span(low, high, _SLICE_ROWS, _SLICE_BYTES)
+                ):
+                    yield [DeadLetterRow(*row) for row in rows]
+                    low = rows[-1][0]  # noqa: PLW2901  # on from there
+        else:
+            for at in range(0, len(wanted), _SLICE_ROWS):
+                ids = sorted(set(wanted[at : at + _SLICE_ROWS]))
+                low = 0
+                while rows := await self._read(_select_ids, ids, low, _SLICE_BYTES):
+                    yield [DeadLetterRow(*row) for row in rows]
+                    low = rows[-1][0]
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    async def purge(self, wanted: "Filter | Sequence[int]") -> int:
+        """Deletes those that match; gives their number. The books keep them as dead-lettered."""
+        with self._alone():
+            purged = 0
+            if isinstance(wanted, Filter):
+                async for low, high in self._windows(0, _PURGE_ROWS):
+                    condition, values = wanted.sql()
+                    condition = f"id > ? AND id <= ? AND {condition}"
+                    purged += await self._spool.purge(condition, [low, high, *values])
+            else:
+                for at in range(0, len(wanted), _PURGE_ROWS):
+                    ids = msgspec.json.encode(wanted[at : at + _PURGE_ROWS]).decode()
+                    purged += await self._spool.purge("id IN (SELECT value FROM json_each(?))", [ids])
+            return purged
+
+    async def replay(self, wanted: "Filter | Sequence[int]") -> Replayed:
+        """Tries those that match again, from the beginning of the path, as fast as the spool takes them.
+
+        A replayed one leaves the table in the commit that makes it an event that waits. Raises SpoolError when the
+        spool can't take more: what was replayed until then is.
+        """
+        with self._alone():
+            outcome, reasons = Replayed(), Counter[str]()
+            async for rows in self.slices(wanted):
+                if self._spool.near_cap:
+                    raise SpoolFull("the spool is near its cap", "see why Mixpanel takes nothing, then try again")
+                refused: list[tuple[int, str]] = []
+                futures = []
+                for row in rows:
+                    result = _unusable(row) or self._replay_one(row)
+                    if isinstance(result, str):
+                        refused.append((row.id, result))
+                    else:
+                        futures.append(result)
+                # A future that failed must not leave the others unawaited.
+                results = await asyncio.gather(*futures, return_exceptions=True)
+                outcome.replayed += sum(result is None for result in results)
+                await self._touch(refused)
+                outcome.refused += len(refused)
+                reasons.update(reason for _, reason in refused)
+                for failure in results:
+                    if failure is not None:
+                        raise failure
+            outcome.reasons = dict(reasons.most_common(100))
+            return outcome
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self.busy:
+            raise SpoolError("another replay or purge of dead letters is under way", "wait for its end, and try again")
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+
+    async def _touch(self, refused: list[tuple[int, str]]) -> None:
+        """Notes that a replay didn't help."""
+        if refused:
+            now = self._clock()
+            await self._read(_update, [(now, reason[:1000], id_) for id_, reason in refused])
+
+    # -- the connection's thread --------------------------------------------------------------------------------------
+
+    async def _windows(self, after: int, rows: int | None = None) -> AsyncIterator[tuple[int, int]]:
+        """The table as ranges (after, up to] of ids, each with so many rows at most."""
+        while (high := await self._read(_window, after, rows or _WINDOW_ROWS)) is not None:
+            yield after, high
+            after = high
+
+    async def _read(self, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return await self._spool.run(function, *args)
+        except sqlite3.Error as error:
+            raise SpoolError(f"can't work on the dead letters: {error}") from error
+
+
+def _window(db: sqlite3.Connection, after: int, rows: int) -> int | None:
+    query = "SELECT max(id) FROM (SELECT id FROM dead_letters WHERE id > ? ORDER BY id LIMIT ?)"
+    high: int | None = db.execute(query, (after, rows)).fetchone()[0]
+    return high
+
+
+def _select(db: sqlite3.Connection, columns: str, wanted: Filter, span: _Span) -> list[Any]:
+    condition, values = wanted.sql()
+    query = f"SELECT {columns} FROM dead_letters WHERE id > ? AND id <= ? AND {condition} ORDER BY id LIMIT ?"
+    return _until(db.execute(query, (span.low, span.high, *values, span.rows)), span.bytes)
+
+
+def _select_ids(db: sqlite3.Connection, ids: list[int], low: int, max_bytes: int) -> list[Any]:
+    query = (
+        f"SELECT {_ROW_COLUMNS} FROM dead_letters WHERE id > ? AND id IN (SELECT value FROM json_each(?)) ORDER BY id"
+    )
+    return _until(db.execute(query, (low, msgspec.json.encode(ids).decode())), max_bytes)
+
+
+def _until(cursor: sqlite3.Cursor, max_bytes: int | None) -> list[Any]:
+    """Rows, up to so many bytes of events (their last column), but one at least."""
+    rows, size = [], 0
+    with contextlib.closing(cursor):
+        for row in cursor:
+            rows.append(row)
+            if max_bytes is not None:
+                size += len(row[-1])
+                if size >= max_bytes:
+                    break
+    return rows
+
+
+def _grouped(db: sqlite3.Connection, low: int, high: int) -> list[Any]:
+    query = "SELECT stage, event_type, reason, count(*) FROM dead_letters WHERE id > ? AND id <= ? GROUP BY 1, 2, 3"
+    return db.execute(query, (low, high)).fetchall()
+
+
+def _update(db: sqlite3.Connection, values: list[tuple[float, str, int]]) -> None:
+    with transaction(db):
+        db.executemany("UPDATE dead_letters SET last_at = ?, attempts = attempts + 1, reason = ? WHERE id = ?", values)
+
+
+# -- forms -------------------------------------------------------------------------------------------------------------
+
+
+def _unusable(row: DeadLetterRow) -> str:
+    """Why a dead letter can't even be tried; empty when it can. What Mixpanel refused must be a whole event."""
+    if row.stage == "mixpanel":
+        event = _json(row.event)
+        if not isinstance(event, dict) or b"\n" in row.event:
+            return row.reason if "damaged" in row.reason else "it holds no whole event"
+    return ""
+
+
+def _json(data: bytes) -> Any:
+    """What JSON says, or None."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def exported(row: DeadLetterRow) -> dict[str, Any]:
+    """A dead letter for the world outside: `event` is the event if it is JSON, else `event_base64` its bytes."""
+    form: dict[str, Any] = {
+        name: getattr(row, name) for name in ("id", "first_at", "last_at", "attempts", "stage", "event_type", "reason")
+    }
+    if isinstance(_json(row.event), dict | list):
+        # Its own spelling is kept: decoding and encoding again would change numbers. Only white space may be a line
+        # break in JSON, and a line of NDJSON has none.
+        return form | {"event": msgspec.Raw(row.event.translate(_LINE_BREAKS))}
+    return form | {"event_base64": base64.b64encode(row.event).decode()}

@@ -1,0 +1,97 @@
+"""The segment: unit of durability and of delivery. Pure.
+
+A segment is up to 2,000 Mixpanel events, encoded as NDJSON and compressed once, when it is committed: a *block* of raw
+deflate that ends on a byte boundary. Blocks joined behind a gzip header and before an empty final block are one
+ordinary gzip member (RFC 1951 and 1952), so a request is made of any number of segments without compressing anything
+again: what was committed is what is sent. Measured: joining by gunzip and gzip would cost 1.7 us an event, half of
+all that the path costs; this costs nothing that can be measured.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from isal import isal_zlib
+from msgspec import Struct
+
+_GZIP_HEADER: Final = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
+_FINAL_BLOCK: Final = b"\x03\x00"
+
+
+class Batch(Struct, gc=False):
+    """Mapped events on their way into a segment: NDJSON and, an event a byte, the codes of their types."""
+
+    ndjson: bytes
+    codes: bytes
+
+
+class Segment(Struct, gc=False):
+    """A row of the spool."""
+
+    id: int
+    created_at: float  # wall clock, seconds
+    raw_bytes: int  # of the NDJSON
+    raw_crc32: int  # of the NDJSON
+    codes: bytes  # an event a byte
+    block: bytes  # raw deflate, ends on a byte boundary, without a final block
+
+    @property
+    def events(self) -> int:
+        """How many events it holds."""
+        return len(self.codes)
+
+    @property
+    def size(self) -> int:
+        """What it costs, in memory and on disk, in bytes."""
+        return len(self.block) + len(self.codes) + 64
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of everything in the row that delivery relies on."""
+        # As wide as SQLite's integers: a damaged one must be seen, not fail to be packed.
+        head = struct.pack("<qqqq", self.id, self.raw_bytes, self.raw_crc32, len(self.codes))
+        return isal_zlib.crc32(self.block, isal_zlib.crc32(self.codes, isal_zlib.crc32(head)))
+
+
+def pack(id_: int, created_at: float, ndjson: bytes, codes: bytes) -> Segment:
+    """Compresses events into a segment."""
+    deflate = isal_zlib.compressobj(1, isal_zlib.DEFLATED, -15)
+    block = deflate.compress(ndjson) + deflate.flush(isal_zlib.Z_FULL_FLUSH)
+    return Segment(id_, created_at, len(ndjson), isal_zlib.crc32(ndjson), codes, block)
+
+
+def request_body(segments: Sequence[Segment]) -> bytes:
+    """The gzip NDJSON body of some segments, as /import takes it."""
+    crc, size = 0, 0
+    for segment in segments:
+        crc = isal_zlib.crc32_combine(crc, segment.raw_crc32, segment.raw_bytes)
+        size += segment.raw_bytes
+    trailer = struct.pack("<II", crc, size & 0xFFFFFFFF)
+    return b"".join([_GZIP_HEADER, *[segment.block for segment in segments], _FINAL_BLOCK, trailer])
+
+
+def lines(segments: Sequence[Segment]) -> list[bytes]:
+    """The events of some segments, one NDJSON line each, without the newlines. Raises isal_zlib.error if damaged."""
+    raw = b"".join(isal_zlib.decompress(segment.block + _FINAL_BLOCK, -15) for segment in segments)
+    return raw.split(b"\n")[:-1]
+
+
+def cut(batches: Sequence[Batch], max_events: int, max_bytes: int) -> list[tuple[bytes, bytes]]:
+    """Joins batches, in order, into as few (ndjson, codes) as the limits allow. No batch may exceed them alone."""
+    cuts: list[tuple[bytes, bytes]] = []
+    open_: list[Batch] = []
+    events = size = 0
+    for batch in batches:
+        if open_ and (events + len(batch.codes) > max_events or size + len(batch.ndjson) > max_bytes):
+            cuts.append(_joined(open_))
+            open_, events, size = [], 0, 0
+        open_.append(batch)
+        events += len(batch.codes)
+        size += len(batch.ndjson)
+    if open_:
+        cuts.append(_joined(open_))
+    return cuts
+
+
+def _joined(batches: Sequence[Batch]) -> tuple[bytes, bytes]:
+    return b"".join([b.ndjson for b in batches]), b"".join([b.codes for b in batches])

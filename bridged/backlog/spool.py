@@ -1,0 +1,591 @@
+"""The spool: everything that waits, in one SQLite file. One task writes, one thread executes, every commit is fsynced.
+
+    append() and settle() put work on a list; the writer takes all of it at once, one transaction, one fsync; then the futures
+    of append() are done, and the doors may ack. While it commits, the next list grows: that is the group commit.
+
+Why it is as it is:
+- One connection does all writes and every checkpoint: SQLite before 3.51.3 can corrupt a WAL that two connections reset at once.
+- Few, large statements: each one gives the interpreter lock away and has to win it back from a busy loop.
+- The books are one row, written by the commit whose events they count, so that they are true after any crash.
+- A failed fsync is never retried on the same connection: what is in the page cache after it can't be trusted. The spool
+  fails, the process ends, and start-up, which is recovery, reads what is really on disk.
+- The writer ends by a message, never by cancellation: a cancelled await doesn't stop a statement.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+
+import aiosqlite
+import structlog
+from msgspec import Struct
+
+from bridged.backlog import tables
+from bridged.backlog.accounts import Accounts
+from bridged.backlog.segment import Batch, Segment, cut, pack
+from bridged.backlog.tables import DEAD_LETTER_BYTES, NONE, SCHEMA, SCHEMA_VERSION, SEGMENT_COLUMNS, Letters
+from bridged.errors import SpoolError, SpoolFull
+
+log = structlog.get_logger()
+
+_PAGE_BYTES = 32768
+_IDLE_S = 1.0
+# What is waiting for the writer, beyond which the doors pause: two or three commits' worth.
+_MAX_PENDING_BYTES = 24 * 2**20
+# Free space kept in the file, for the next burst; and what is given back at a time, while nothing else is to be done.
+_KEPT_FREE_PAGES = 16 * 2**20 // _PAGE_BYTES
+_SHRINK_PAGES = 16 * 2**20 // _PAGE_BYTES
+# The file is measured again when so much came or went: rows don't fill their pages, some only half.
+_MEASURE_BYTES = 2**20
+# Dead letters may take a quarter of the file: however large they are, they must not close the doors.
+_LETTERS_SHARE = 4
+
+Stage = Literal["door", "mixpanel"]
+T = TypeVar("T")
+
+
+class DeadLetter(Struct, gc=False):
+    """An event that can't be delivered, kept with the reason until somebody replays or purges it."""
+
+    code: int  # the type it is accounted under
+    event_type: str
+    stage: Stage  # who refused it: our door (event is Currents') or Mixpanel (event is the mapped one)
+    reason: str
+    event: bytes
+
+    @property
+    def size(self) -> int:
+        """What it costs on disk, in bytes."""
+        return len(self.event) + DEAD_LETTER_BYTES
+
+
+class DeadLetterRow(Struct):
+    """A dead letter as it is kept. Times are wall clock seconds."""
+
+    id: int
+    first_at: float
+    last_at: float
+    attempts: int
+    stage: Stage
+    code: int
+    event_type: str
+    reason: str
+    event: bytes
+
+
+class Intaken(Struct, gc=False):
+    """What one read or request brings: mapped events, dead letters and skipped ones, committed together."""
+
+    batches: list[Batch] = []
+    dead_letters: list[DeadLetter] = []
+    skipped: bytes = b""  # an event a byte: the codes
+    # Dead letters that this replays: they leave their table in the same commit, and are no new events.
+    replayed: list[DeadLetterRow] = []
+
+    @property
+    def size(self) -> int:
+        """What it will take on disk at most, in bytes."""
+        return sum(len(b.ndjson) for b in self.batches) + sum(d.size for d in self.dead_letters)
+
+
+class Settlement(Struct, gc=False):
+    """What became of segments that were sent: their rows go, in one commit with what takes their place."""
+
+    segments: Sequence[Segment]
+    delivered: bytes = b""  # an event a byte: the codes
+    expired: bytes = b""
+    dead_letters: Sequence[DeadLetter] = ()
+    parts: Sequence[Batch] = ()  # of a segment that was too large
+
+    size: int = 0  # what it keeps in memory until it is committed, in bytes
+
+    def __post_init__(self) -> None:
+        self.size = sum([segment.size for segment in self.segments])
+        if self.dead_letters or self.parts:
+            self.size += sum(letter.size for letter in self.dead_letters) + sum(len(part.ndjson) for part in self.parts)
+
+
+class _Work(Struct):
+    """The list that the writer takes as a whole."""
+
+    intaken: list[Intaken] = []
+    futures: list["asyncio.Future[None]"] = []
+    settlements: list[Settlement] = []
+
+
+class SpoolOptions(Struct, frozen=True, kw_only=True):
+    """How large, and how cut."""
+
+    path: str
+    max_bytes: int = 10 * 2**30
+    max_dead_letters: int = 1_000_000
+    max_segment_events: int = 2000
+    max_segment_bytes: int = 2_000_000
+    # FULL is the promise. NORMAL and OFF exist as controls: to show what they lose, and what FULL costs.
+    synchronous: Literal["FULL", "NORMAL", "OFF"] = "FULL"
+
+
+class Spool:
+    """The SQLite file and its writer. Everything but `append`, `settle` and `cut_at` is for the backlog and the admin side."""
+
+    def __init__(
+        self,
+        options: SpoolOptions,
+        names: Mapping[int, str],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.accounts = Accounts()  # true as of the last commit
+        # Set by the backlog: new segments, and the parts of ones that were too large. Ids rise from each call to the next.
+        self.committed: Callable[[list[Segment]], None] = lambda _segments: None
+        self.parted: Callable[[list[Segment]], None] = lambda _segments: None
+        self.settled: Callable[[], None] = lambda: None  # settlements were committed
+        self.commits = 0
+        self.commit_seconds = 0.0
+        self.damaged = 0  # rows that were set aside because their checksum was wrong
+        self.dropped_dead_letters = 0
+        self.last_id = 0  # of the newest segment
+        self.segments = 0  # rows
+        self.used_bytes = 0  # of the pages in use: measured, and estimated between two measurements
+        self.pending_bytes = 0  # appended, not committed
+        self.unsettled_bytes = 0  # settled, not committed: on a full disk that may take long
+        self.room = asyncio.Event()  # set: the doors may read on
+        self.room.set()
+        self._options = options
+        self._names = names
+        self._clock = clock
+        self._max_segment_bytes = options.max_segment_bytes
+        self._work = _Work()
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._moved_bytes = 0  # what came and went since the file was measured
+        # The connection's thread alone changes it, with each commit: the next one must know what the last one left.
+        self._letters = NONE
+        self._letters_cap = Letters(options.max_dead_letters, options.max_bytes // _LETTERS_SHARE)
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        """Opens the file, recovers what it holds, starts the writer. Raises SpoolError."""
+        path = Path(self._options.path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SpoolError(f"can't open the spool {path}: {error}", "is the folder there, and writable?") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise SpoolError(
+                f"the spool {path} is in use by another bridged", "one daemon a spool: set spool.path"
+            ) from None
+        try:
+            await self._open(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        if self._letters.exceed(self._letters_cap):
+            self.settle(Settlement(()))  # the cap is smaller than it was: the first commit drops what is too much
+        self._writer = asyncio.create_task(self._write(), name="spool writer")
+        return self
+
+    async def _open(self, path: Path) -> None:
+        try:
+            # What is in it is nobody else's business; and a path that can't be had is found out before SQLite is asked.
+            # Not before the lock is ours: closing a file drops SQLite's own locks on it, of the whole process.
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            self._db = await aiosqlite.connect(path, isolation_level=None, cached_statements=64)
+        except (OSError, sqlite3.Error) as error:
+            raise SpoolError(f"can't open the spool {path}: {error}", "is it a file, and writable?") from error
+        try:
+            await self.run(self._prepare)
+        except BaseException as error:
+            await self._db.close()
+            if isinstance(error, sqlite3.Error):
+                raise SpoolError(f"can't open the spool {path}: {error}") from error
+            raise
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs `function(connection, *args)` on the connection's thread: one hop for a transaction, not one a statement."""
+        # Private, but the way of every public call of aiosqlite since its first release; the version is bounded.
+        result: T = await self._db._execute(function, self._db._conn, *args)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        return result
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        """Makes or checks the file and reads what it holds. Runs in the connection's thread, before anything else."""
+        options = self._options
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise SpoolError(
+                f"the spool {options.path} was written by a newer bridged (version {version}, this one knows {SCHEMA_VERSION})",
+                "it was left untouched: run the newer version, or set spool.path",
+            )
+        if version == 0:
+            db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA synchronous = {options.synchronous}")
+        db.execute(f"PRAGMA journal_size_limit = {16 * 2**20}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {4 * 2**20 // _PAGE_BYTES}")
+        db.execute("PRAGMA temp_store = MEMORY")
+        db.execute("PRAGMA cache_size = -4096")
+        page = db.execute("PRAGMA page_size").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {options.max_bytes // page}")
+        if version == 0:
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        tables.adopt_types(db, self._names)
+        codes = {name: code for code, name in self._names.items()}
+        self.accounts.load(db.execute("SELECT body FROM books").fetchone()[0], codes)
+        self.segments, self.last_id = db.execute("SELECT count(*), coalesce(max(id), 0) FROM segments").fetchone()
+        for (row_codes,) in db.execute("SELECT codes FROM segments"):
+            self.accounts.add("waiting", row_codes)
+        self._letters = tables.letters_that(db)
+        self.used_bytes = tables.measured(db)
+        if problems := self.accounts.problems(self._names):
+            log.error("books_unbalanced", problems=problems[:10], spool=options.path)
+        self._look_for_room()
+
+    async def __aexit__(self, *_exc: object) -> None:
+        """Commits what is left, closes the file. Whoever cancels this waits for it: the writer is never cancelled."""
+        self._closing = True
+        self._wake.set()
+        closing = asyncio.create_task(self._close(), name="spool closing")
+        cancelled = None
+        while not closing.done():
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    async def _close(self) -> None:
+        with contextlib.suppress(BaseException):
+            await asyncio.shield(self._writer)
+        if not self.failed:  # else the connection can't be trusted
+            with contextlib.suppress(sqlite3.Error):
+                await self.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        await self._db.close()
+        os.close(self._lock)
+
+    async def ended(self) -> None:
+        """Returns when the writer has ended as it was told. Raises SpoolError when it died: then the process must end."""
+        await asyncio.shield(self._writer)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the writer has died: nothing can be taken any more, and the process is about to end."""
+        return self._failure is not None
+
+    @property
+    def dead_letters(self) -> int:
+        """How many are kept."""
+        return self._letters.rows
+
+    # -- the two verbs of the path ------------------------------------------------------------------------------------
+
+    @property
+    def near_cap(self) -> bool:
+        """Whether new events are refused, so that there is always room to settle the old ones."""
+        reserve = min(64 * 2**20, max(4 * 2**20, self._options.max_bytes // 10))
+        return self.used_bytes + self.pending_bytes >= self._options.max_bytes - reserve
+
+    def append(self, intaken: Intaken) -> "asyncio.Future[None]":
+        """Hands events to the writer. The future is done when they are on disk, and fails if they can't be brought there.
+
+        Raises SpoolFull at once when the spool is near its cap. No batch may be larger than a segment.
+        """
+        if self.near_cap and not intaken.replayed:
+            self.room.clear()
+            raise SpoolFull("the spool is near its cap", "raise spool.max_bytes, or see why Mixpanel takes nothing")
+        if self._failure is not None or self._closing:
+            raise SpoolError("the spool is closed")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._work.intaken.append(intaken)
+        self._work.futures.append(future)
+        self.pending_bytes += intaken.size
+        if self.pending_bytes > _MAX_PENDING_BYTES:
+            self.room.clear()
+        self._wake.set()
+        return future
+
+    def settle(self, settlement: Settlement) -> None:
+        """Records what became of segments, with the next commit. Until then a crash means that they are sent again."""
+        self._work.settlements.append(settlement)
+        self.unsettled_bytes += settlement.size
+        self._wake.set()
+
+    def cut_at(self, max_bytes: int) -> None:
+        """From now on segments hold at most so many uncompressed bytes: Mixpanel said that it takes no more."""
+        self._max_segment_bytes = min(self._options.max_segment_bytes, max_bytes)
+
+    @property
+    def max_segment_bytes(self) -> int:
+        """Uncompressed bytes of a segment at most."""
+        return self._max_segment_bytes
+
+    # -- the writer ---------------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        work = _Work()
+        try:
+            while not (self._closing and not self._work.intaken and not self._work.settlements):
+                self._wake.clear()
+                if self._work.intaken or self._work.settlements:
+                    work, self._work = self._work, _Work()
+                    await self._commit(work)
+                elif not await self._woken_within(_IDLE_S):
+                    await self._shrink()
+        except BaseException as error:
+            self._failure = error
+            # Nobody else will: neither for what it was committing, nor for what came meanwhile.
+            _fail([*work.futures, *self._work.futures], SpoolError(f"the spool's writer has failed: {error}"))
+            raise
+
+    async def _woken_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        return self._wake.is_set()
+
+    async def _commit(self, work: _Work) -> None:
+        change = Accounts()
+        batches = [batch for intaken in work.intaken for batch in intaken.batches]
+        size = sum(intaken.size for intaken in work.intaken)
+        try:
+            committed = await self.run(self._transact, work, batches, change)
+        except sqlite3.Error as error:
+            self.pending_bytes -= size
+            full = tables.is_full(error)
+            failure = (SpoolFull if full else SpoolError)(f"can't write the spool {self._options.path}: {error}")
+            _fail(work.futures, failure)
+            if not full:
+                raise failure from error
+            log.error("spool_full", error=str(error), spool=self._options.path)
+            self._look_for_room()
+            if work.intaken and work.settlements:
+                # What was delivered must be recorded before anything else: alone it needs hardly any room.
+                await self._commit(_Work([], [], work.settlements))
+            elif not self._closing:  # at the end nobody makes room any more: they are sent again by the next start
+                self._work.settlements[:0] = work.settlements
+                await asyncio.sleep(1)
+            return
+        segments = committed.segments
+        self.accounts.apply(change)
+        self.pending_bytes -= size
+        self.last_id += len(segments)
+        self.segments += len(segments) - committed.settled
+        if committed.settled_twice:
+            log.error("books_unbalanced", settled_twice=committed.settled_twice, spool=self._options.path)
+        if committed.used_bytes is None:
+            self.used_bytes += committed.grown_bytes
+            self._moved_bytes += committed.moved_bytes
+        else:
+            self.used_bytes = committed.used_bytes
+            self._moved_bytes = 0
+        self.dropped_dead_letters += committed.dropped_dead_letters
+        self.commits += 1
+        self.commit_seconds += committed.seconds
+        self._look_for_room()
+        parts = sum(len(settlement.parts) for settlement in work.settlements)
+        if len(segments) > parts:
+            self.committed(segments[: len(segments) - parts])
+        if parts:
+            self.parted(segments[len(segments) - parts :])
+        if work.settlements:
+            self.unsettled_bytes -= sum([settlement.size for settlement in work.settlements])
+            self.settled()
+        for future in work.futures:
+            if not future.done():
+                future.set_result(None)
+
+    def _look_for_room(self) -> None:
+        if not self.near_cap and self.pending_bytes <= _MAX_PENDING_BYTES // 2:
+            self.room.set()
+        elif self.near_cap:
+            self.room.clear()
+
+    def _transact(self, db: sqlite3.Connection, work: _Work, batches: list[Batch], change: Accounts) -> "_Committed":
+        """One transaction, in the connection's thread. Changes nothing but the file, `change` and, at its end, `_letters`."""
+        started = time.perf_counter()
+        now = self._clock()
+        cuts = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
+        # Parts aren't joined again, or a segment that was too large would come back as it was.
+        parts = [(part, settled.segments[0]) for settled in work.settlements for part in settled.parts]
+        first, behind = self.last_id + 1, self.last_id + 1 + len(cuts)
+        segments = [pack(first + n, now, ndjson, codes) for n, (ndjson, codes) in enumerate(cuts)]
+        # A part is as old as what it is part of: splitting must not put off its expiry.
+        segments += [pack(behind + n, of.created_at, part.ndjson, part.codes) for n, (part, of) in enumerate(parts)]
+        letters = [letter for intaken in work.intaken for letter in intaken.dead_letters]
+        letters += [letter for settlement in work.settlements for letter in settlement.dead_letters]
+        gone = [segment for settlement in work.settlements for segment in settlement.segments]
+        replayed = {row.id: row for intaken in work.intaken for row in intaken.replayed}
+        _account(change, work)
+        letter_bytes = sum(letter.size for letter in letters)
+        came_bytes = sum(segment.size for segment in segments) + letter_bytes
+        went = dropped = NONE
+        settled = 0
+
+        with tables.transaction(db):
+            if gone:
+                settled = tables.delete_segments(db, gone)
+            if replayed:
+                there, went = tables.delete_replayed(db, list(replayed))
+                # These were accepted long ago, and may have another code today. One that the cap dropped meanwhile stays
+                # dead-lettered in the books: it comes as a new event.
+                again = bytes([replayed[id_].code for id_ in there])
+                change.remove("accepted", again)
+                change.remove("dead_lettered", again)
+            for s in segments:
+                row = (s.id, s.created_at, s.raw_bytes, s.raw_crc32, s.codes, s.block, s.checksum)
+                db.execute(f"INSERT INTO segments ({SEGMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            if letters:
+                db.executemany(
+                    "INSERT INTO dead_letters (first_at, last_at, attempts, stage, code, event_type, reason, event)"
+                    " VALUES (?, ?, 1, ?, ?, ?, ?, ?)",
+                    [(now, now, d.stage, d.code, d.event_type, d.reason[:1000], d.event) for d in letters],
+                )
+            kept = Letters(self._letters.rows + len(letters), self._letters.bytes + letter_bytes).less(went)
+            if kept.exceed(self._letters_cap):
+                dropped = tables.delete_oldest(db, kept.less(self._letters_cap))
+            db.execute("UPDATE books SET body = ?", (self.accounts.dump(self._names, change),))
+            went_bytes = sum(segment.size for segment in gone) + went.bytes + dropped.bytes
+            moved_bytes = came_bytes + went_bytes
+            used_bytes = tables.measured(db) if self._moved_bytes + moved_bytes > _MEASURE_BYTES else None
+        self._letters = kept.less(dropped)
+        seconds = time.perf_counter() - started
+        return _Committed(
+            segments,
+            settled,
+            len(gone) - settled,
+            came_bytes - went_bytes,
+            moved_bytes,
+            used_bytes,
+            dropped.rows,
+            seconds,
+        )
+
+    async def _shrink(self) -> None:
+        """Gives a little of the free space back to the file system; for when there is nothing else to do."""
+
+        def shrink(db: sqlite3.Connection) -> None:
+            if db.execute("PRAGMA freelist_count").fetchone()[0] > _KEPT_FREE_PAGES:
+                # As a script: `execute` takes one step of a statement without columns, which is one page.
+                db.executescript(f"PRAGMA incremental_vacuum({_SHRINK_PAGES})")
+                # The file itself is cut by a checkpoint only.
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+        try:
+            await self.run(shrink)
+        except sqlite3.Error as error:
+            # A disk that is full can't even be told of free space; that is no reason to end.
+            if not tables.is_full(error):
+                raise SpoolError(f"can't write the spool {self._options.path}: {error}") from error
+
+    # -- for the rooms beside it --------------------------------------------------------------------------------------
+
+    async def read_after(self, id_: int, max_bytes: int, but: Container[int] = ()) -> tuple[list[Segment], int]:
+        """The oldest intact segments after `id_`, up to so many bytes, and the id up to which everything was read.
+
+        Those in `but` are passed over, damaged or not: who has them in memory settles them.
+        """
+
+        def read(db: sqlite3.Connection) -> list[tuple[Segment, int]]:
+            rows: list[tuple[Segment, int]] = []
+            size = 0
+            query = f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE id > ? ORDER BY id"
+            with contextlib.closing(db.execute(query, (id_,))) as cursor:
+                for *columns, checksum in cursor:
+                    segment = Segment(*columns)
+                    rows.append((segment, checksum))
+                    size += segment.size
+                    if size >= max_bytes:
+                        break
+            return rows
+
+        segments = []
+        last_id = self.last_id
+        try:
+            rows = await self.run(read)
+        except sqlite3.Error as error:
+            raise SpoolError(f"can't read the spool {self._options.path}: {error}") from error
+        for segment, checksum in rows:
+            if segment.id in but:
+                continue
+            if segment.checksum == checksum:
+                segments.append(segment)
+            else:
+                self._set_aside(segment)
+        return segments, rows[-1][0].id if rows else last_id
+
+    def _set_aside(self, segment: Segment) -> None:
+        """A row that the disk gave back changed: its events are lost, and are counted as dead letters that say so."""
+        self.damaged += 1
+        log.error("segment_damaged", segment=segment.id, events=segment.events, spool=self._options.path)
+        reason = f"segment {segment.id} was damaged on disk"
+        names = self._names
+        letters = [DeadLetter(code, names.get(code, ""), "mixpanel", reason, b"") for code in segment.codes]
+        if letters:
+            letters[0].event = segment.block
+        self.settle(Settlement([segment], dead_letters=letters))
+
+    async def purge(self, condition: str, values: Sequence[Any]) -> int:
+        """Deletes the dead letters that meet a condition; gives their number. The books keep them as dead-lettered."""
+
+        def delete(db: sqlite3.Connection) -> tuple[int, int]:
+            with tables.transaction(db):
+                gone = tables.delete_letters(db, condition, values)
+            self._letters = self._letters.less(gone)
+            return gone.rows, tables.measured(db)
+
+        try:
+            purged, self.used_bytes = await self.run(delete)
+        except sqlite3.Error as error:
+            raise SpoolError(f"can't work on the dead letters: {error}") from error
+        self._moved_bytes = 0
+        self._look_for_room()
+        return purged
+
+
+class _Committed(NamedTuple):
+    segments: list[Segment]
+    settled: int  # rows
+    settled_twice: int  # segments that had no row any more
+    grown_bytes: int
+    moved_bytes: int
+    used_bytes: int | None  # None: not measured
+    dropped_dead_letters: int
+    seconds: float
+
+
+def _fail(futures: Sequence["asyncio.Future[None]"], failure: SpoolError) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(failure)
+            future.exception()  # a door that is gone must not make the loop complain
+
+
+def _account(change: Accounts, work: _Work) -> None:
+    """What a commit changes in the books, but for what is replayed."""
+    taken = b"".join([batch.codes for intaken in work.intaken for batch in intaken.batches])
+    refused = bytes([letter.code for intaken in work.intaken for letter in intaken.dead_letters])
+    skipped = b"".join([intaken.skipped for intaken in work.intaken])
+    change.add("accepted", taken + refused + skipped)
+    change.add("waiting", taken)
+    change.add("dead_lettered", refused)
+    change.add("skipped", skipped)
+    for settlement in work.settlements:
+        for segment in settlement.segments:
+            change.remove("waiting", segment.codes)
+        for part in settlement.parts:
+            change.add("waiting", part.codes)
+        change.add("delivered", settlement.delivered)
+        change.add("expired", settlement.expired)
+        change.add("dead_lettered", bytes(letter.code for letter in settlement.dead_letters))

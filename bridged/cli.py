@@ -1,0 +1,110 @@
+"""The command line: argv in, an exit code out. A command's module is imported when it is the one that is wanted."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from bridged import __version__
+from bridged.errors import BridgedError
+
+# name -> the module with its add_arguments and main (none: it is here), one line for people
+_COMMANDS = {
+    "run": ("", "run the daemon"),
+    "check": ("bridged.commands.check", "check the configuration, and with --online the credential"),
+    "config": ("bridged.commands.config", "print the configuration in force, or the defaults"),
+    "status": ("bridged.commands.status", "what the running daemon does"),
+    "dead-letters": (
+        "bridged.commands.dead_letters",
+        "events that can't be delivered: list, show, replay, export, purge",
+    ),
+    "replay": ("bridged.commands.replay", "hand expired events back that [retention] has archived"),
+    "send-test-events": (
+        "bridged.commands.send_test_events",
+        "one example event per selected type, to the running daemon",
+    ),
+    "demo": ("bridged.commands.demo", "a day of events through a daemon and an emulated Mixpanel, on this machine"),
+    "emulator": ("bridged.emulator.command", "run the emulated Mixpanel"),
+}
+_WITHOUT_CONFIG = ("demo", "emulator")
+
+_EPILOG = """\
+examples:
+  bridged demo                                see it work, without an account anywhere
+  bridged config --default > config.toml      begin a configuration
+  bridged check --config config.toml --online
+  bridged run --config config.toml
+
+The configuration is --config FILE, else $BRIDGED_CONFIG, else ./config.toml, else /etc/bridged/config.toml.
+exit codes: 0 done, 1 failed, 2 usage, 69 Mixpanel or the daemon can't be reached, 74 file or disk, 78 configuration
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; gives its exit code: 0, 1 failure, 2 usage, 69 upstream, 74 I/O, 78 configuration."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    # argparse allows a command's options to be spelled only after it, so the first word names it.
+    wanted = next((word for word in given if not word.startswith("-")), "")
+    arguments = _parser(wanted).parse_args(given)
+    try:
+        code = int(arguments.main(arguments) or 0)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has enough. What is left in the buffer must not complain at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BridgedError as error:
+        print(f"bridged: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser(wanted: str) -> argparse.ArgumentParser:
+    """The parser of everything; only the wanted command knows its options."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="bridged",
+        description="Delivers Braze Currents events to Mixpanel, durably: acked means on disk.",
+        epilog=_EPILOG,
+        formatter_class=style,
+    )
+    parser.add_argument("--version", action="version", version=f"bridged {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in _COMMANDS.items():
+        command = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=style
+        )
+        main_: Callable[[argparse.Namespace], int] = _run
+        if name not in _WITHOUT_CONFIG:
+            command.add_argument("--config", metavar="FILE", help="the configuration (see `bridged --help`)")
+        if module and name == wanted:
+            loaded = import_module(module)
+            loaded.add_arguments(command)
+            command.epilog = getattr(loaded, "EPILOG", None)
+            main_ = loaded.main
+        command.set_defaults(main=main_)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import asyncio  # noqa: PLC0415  # as everywhere here: other commands start faster without it
+    import gc  # noqa: PLC0415
+
+    import uvloop  # noqa: PLC0415
+
+    from bridged import app, config, logs  # noqa: PLC0415
+
+    def read() -> config.Config:
+        return config.load(config.find_config(arguments.config))
+
+    settings = read()
+    logs.setup(settings.log.level, settings.log.format)
+    # What start-up made lives as long as the process: not worth a look at every collection.
+    gc.collect()
+    gc.freeze()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(app.run(settings, read))
+    return 0

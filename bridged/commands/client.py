@@ -1,0 +1,118 @@
+"""What commands use to talk to the running daemon: plain blocking HTTP, never through a proxy."""
+
+import http.client
+from collections.abc import Iterator
+from typing import Any, Final, TypeVar
+from urllib.parse import urlencode
+
+import msgspec
+
+from bridged.config import Config, split_address
+from bridged.errors import BridgedError, ConfigError, UpstreamError
+
+T = TypeVar("T")
+
+_TIMEOUT_S: Final = 30.0
+_EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class Answer(msgspec.Struct):
+    """Status and body."""
+
+    status: int
+    body: bytes
+
+
+class Daemon:
+    """One listener of the running daemon: its admin API or its HTTP door."""
+
+    def __init__(self, address: str, token: str, name: str) -> None:
+        host, self._port = split_address(address)
+        self._host = _EVERYWHERE.get(host, host)
+        self._token = token
+        self._name = name
+
+    @classmethod
+    def admin(cls, config: Config) -> "Daemon":
+        """The admin API. Raises ConfigError when the configuration closes it."""
+        if not config.admin.listen:
+            raise ConfigError("admin.listen is empty: the daemon has no admin API to ask", "set [admin] listen")
+        return cls(config.admin.listen, config.admin.token, "[admin] listen")
+
+    def call(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = _TIMEOUT_S) -> Answer:
+        """One request. Raises UpstreamError when nobody answers."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        try:
+            response = self._send(connection, method, path, body)
+            return Answer(response.status, response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise self._silent(error) from error
+        finally:
+            connection.close()
+
+    def ask(self, path: str, type_: type[T], **query: object) -> T:
+        """What the API answers to a GET, decoded. Raises BridgedError with the API's own words."""
+        given = {key: value for key, value in query.items() if value not in (None, "")}
+        return self._decoded(self.call("GET", f"{path}?{urlencode(given)}" if given else path), type_)
+
+    def order(self, path: str, body: object, type_: type[T]) -> T:
+        """What the API answers to a POST, decoded; it may take as long as it takes."""
+        return self._decoded(self.call("POST", path, body, timeout_s=None), type_)
+
+    def stream(self, path: str, **query: object) -> Iterator[bytes]:
+        """A long answer, piece by piece. Raises UpstreamError when it breaks off."""
+        given = {key: value for key, value in query.items() if value not in (None, "")}
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_S)
+        try:
+            response = self._send(connection, "GET", f"{path}?{urlencode(given)}" if given else path, None)
+            if response.status != 200:
+                raise self._refused(Answer(response.status, response.read()))
+            while piece := response.read(1 << 16):
+                yield piece
+        except (OSError, http.client.HTTPException) as error:
+            raise self._silent(error) from error
+        finally:
+            connection.close()
+
+    def _send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: object
+    ) -> http.client.HTTPResponse:
+        headers = {"Accept": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        data = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = msgspec.json.encode(body)
+        connection.request(method, path, data, headers)
+        return connection.getresponse()
+
+    def _decoded(self, answer: Answer, type_: type[T]) -> T:
+        if answer.status != 200:
+            raise self._refused(answer)
+        try:
+            return msgspec.json.decode(answer.body, type=type_)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            where = f"what answers at {self._host}:{self._port} is not bridged {self._name}: {error}"
+            raise UpstreamError(where, "is another program, or another version of bridged, running there?") from error
+
+    def _refused(self, answer: Answer) -> BridgedError:
+        """The API's refusal as an error of ours."""
+        try:
+            said = msgspec.json.decode(answer.body, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            said = {}
+        message = str(said.get("error") or f"HTTP {answer.status}")
+        if answer.status == 401:
+            return UpstreamError(
+                f"the daemon refuses us: {message}", "is this the configuration that the daemon was started with?"
+            )
+        if answer.status >= 500:
+            return UpstreamError(f"the daemon says: {message}", str(said.get("hint", "")))
+        return BridgedError(message, str(said.get("hint", "")))
+
+    def _silent(self, error: Exception) -> UpstreamError:
+        return UpstreamError(
+            f"no daemon answers at {self._host}:{self._port} ({self._name}): {error}",
+            "is it running? start it with `bridged run`, and give both the same --config",
+        )

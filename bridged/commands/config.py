@@ -1,0 +1,28 @@
+"""`bridged config`: the configuration in force with its secrets masked, or every key at its default."""
+
+import argparse
+import json
+
+from bridged import config
+
+EPILOG = """\
+examples:
+  bridged config                           the file, the environment and the defaults put together
+  bridged config --default > config.toml   begin a configuration
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("--default", action="store_true", help="every key at its default, as a commented config.toml")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints."""
+    if arguments.default:
+        print(config.default_toml(), end="")
+    else:
+        path = config.find_config(arguments.config)
+        settings = config.load(path)
+        print(json.dumps({"file": str(path) if path else None, **config.masked(settings)}, indent=2))
+    return 0

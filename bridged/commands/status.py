@@ -1,0 +1,122 @@
+"""`bridged status`: what the running daemon does, for a person or as JSON."""
+
+import argparse
+from collections.abc import Iterator
+
+import msgspec
+
+from bridged import config
+from bridged.admin.status import Status
+from bridged.commands.client import Daemon
+from bridged.commands.printing import duration, printable, size, table
+
+_TYPES_SHOWN = 20
+
+EPILOG = """\
+examples:
+  bridged status                 what a person wants to know
+  bridged status --json | jq .   everything: the answer of GET /api/status
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("--json", action="store_true", help="print the answer of /api/status as it is")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Asks, prints. 69 when no daemon answers."""
+    daemon = Daemon.admin(config.load(config.find_config(arguments.config)))
+    if arguments.json:
+        print(bytes(daemon.ask("/api/status", msgspec.Raw)).decode())
+    else:
+        print("\n".join(lines(daemon.ask("/api/status", Status))))
+    return 0
+
+
+def lines(status: Status) -> Iterator[str]:
+    """The status as text."""
+    yield printable(status.sentence)
+    yield f"bridged {status.version}, up {duration(status.uptime_s)}, {'ready' if status.health.ready else 'NOT READY'}"
+    if status.last_problem and status.state != "halted":
+        yield f"last problem: {printable(status.last_problem)}"
+    yield from (f"warning: {printable(warning)}" for warning in status.warnings)
+    yield from ("", "events", table([*status.events.items()], right=[1]))
+    if status.oldest_age_s is not None:
+        yield f"  the oldest has waited {duration(status.oldest_age_s)}"
+    yield from ("", *_spool(status))
+    yield from ("", *_pace(status))
+    yield from ("", *_doors(status))
+    if status.dead_letters.kept:
+        yield from ("", *_dead_letters(status))
+    if status.by_type:
+        kinds = list(status.events)
+        rows = [["event type", *kinds]]
+        by_count = sorted(status.by_type.items(), key=lambda item: -item[1]["accepted"])
+        more = len(by_count) - _TYPES_SHOWN
+        del by_count[_TYPES_SHOWN:]
+        yield from (
+            "",
+            table(rows + [[name, *(counts[k] for k in kinds)] for name, counts in by_count], right=range(1, 7)),
+        )
+        if more > 0:
+            yield f"  and {more} more types: see --json"
+    if status.unknown_fields:
+        yield from ("", "fields that Braze sends and this version doesn't forward (seen in samples)")
+        yield table([[f.event_type, f.field, f.seen] for f in status.unknown_fields[:20]], right=[2])
+
+
+def _spool(status: Status) -> Iterator[str]:
+    spool = status.spool
+    share = spool.bytes / spool.max_bytes if spool.max_bytes else 0.0
+    commit_ms = 1000 * spool.commit_seconds / spool.commits if spool.commits else 0.0
+    yield "spool"
+    rows: list[list[object]] = [
+        ["file", spool.path],
+        ["used", f"{size(spool.bytes)} of {size(spool.max_bytes)} ({share:.1%})"],
+        ["segments", f"{spool.segments:,}"],
+        ["commits", f"{spool.commits:,}, {commit_ms:.1f} ms each"],
+    ]
+    if spool.segments_damaged:
+        rows.append(["damaged", f"{spool.segments_damaged:,} segments"])
+    yield table(rows)
+
+
+def _pace(status: Status) -> Iterator[str]:
+    pace = status.pace
+    yield "delivery"
+    latency = "none yet" if pace.latency_s is None else f"{1000 * pace.latency_s:.0f} ms"
+    rate = "no limit" if pace.events_per_second_limit is None else f"{pace.events_per_second_limit:,.0f} events/s"
+    verdicts = ", ".join(f"{count:,} {name}" for name, count in status.verdicts.items()) or "none yet"
+    rows = [
+        ["rate", f"{pace.delivered_per_second:,.0f} events/s over the last minute, at most {rate}"],
+        ["requests", f"{pace.in_flight} in flight, at most {pace.concurrency_limit}"],
+        ["latency", latency],
+        ["limited by", pace.limited_by],
+        ["answers", verdicts],
+    ]
+    yield table(rows)
+
+
+def _doors(status: Status) -> Iterator[str]:
+    yield "doors"
+    rows = []
+    if status.http is not None:
+        answers = ", ".join(f"{count:,} x {code}" for code, count in sorted(status.http.answers.items()))
+        rows.append(
+            ["http", status.http.listen, f"{status.http.requests:,} requests{': ' if answers else ''}{answers}"]
+        )
+    if status.stream is not None:
+        made = status.stream.accepted_connections
+        rows.append(
+            ["stream", " ".join(status.stream.listen), f"{status.stream.connections:,} connections of {made:,}"]
+        )
+    yield table(rows) or "  none is open"
+
+
+def _dead_letters(status: Status) -> Iterator[str]:
+    letters = status.dead_letters
+    dropped = f", {letters.dropped:,} dropped" if letters.dropped else ""
+    yield f"dead letters: {letters.kept:,} kept{dropped}"
+    yield table([[g.count, g.stage, g.event_type, g.reason[:100]] for g in letters.reasons[:10]], right=[0])
+    yield "  see: bridged dead-letters list"

@@ -1,0 +1,1 @@
+"""What Braze sends. Pure."""

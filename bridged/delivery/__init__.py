@@ -1,0 +1,1 @@
+"""What leaves: the senders and their pace."""

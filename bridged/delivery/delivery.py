@@ -1,0 +1,338 @@
+"""What leaves: takes parcels from the backlog, sends them, judges the answers, keeps the pace, settles.
+
+One dispatcher owns the pace and the order; each parcel in flight is a task of its own. For a verdict there is one way on:
+
+    Delivered   settle
+    Reject      settle; the refused ones become dead letters with Mixpanel's words
+    Split       its halves replace the parcel's segments in the spool; a single event becomes a dead letter
+    Retry       the same bytes again, when the pace says so
+    Halt        everything is kept, and one parcel a minute asks whether the credential works again
+"""
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from bridged.backlog import segment as segments
+from bridged.backlog.archive import Archive
+from bridged.backlog.backlog import Backlog, Parcel
+from bridged.backlog.segment import Batch, Segment
+from bridged.backlog.spool import DeadLetter, Settlement, Spool
+from bridged.delivery.pacing import Attempt, Pace
+from bridged.delivery.transport import Transport
+from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, Verdict
+
+log = structlog.get_logger()
+
+# While halted: so often somebody looks whether what waits has become too old.
+_HALTED_LOOK_S = 1.0
+_ARCHIVE_RETRY_S = 60.0
+_SMALLEST_CAP_BYTES = 16 * 1024
+_SMALLEST_GUESS_BYTES = 256 * 1024
+# What was learned from a 413 is forgotten after so long: a proxy that was mended must not cost anything for ever.
+_LEARNED_S = 600.0
+# A success so recent shows that it is the event, and not the road, that is refused.
+_UNDERSTOOD_S = 5.0
+# A poison event among 2,000 is alone after some 22 requests, half of which are understood in between.
+_SPLITS_TO_HALT = 40
+
+
+class DeliveryOptions(Struct, frozen=True, kw_only=True):
+    """How parcels are cut, when they are tried, and how long they are kept while nothing can be delivered."""
+
+    max_batch_events: int = 2000
+    max_batch_bytes: int = 2_000_000
+    flush_interval_s: float = 1.0
+    probe_interval_s: float = 60.0
+    max_age_s: float = 48 * 3600.0
+    on_expiry: Literal["archive", "drop", "keep"] = "archive"
+
+
+class _InsertId(Struct):
+    insert_id: str = msgspec.field(default="", name="$insert_id")
+
+
+class _Mapped(Struct):
+    properties: _InsertId
+
+
+class Delivery:
+    """The dispatcher and its senders. Owns the pace, the parcels to try again, and the halt."""
+
+    def __init__(
+        self,
+        backlog: Backlog,
+        spool: Spool,
+        transport: Transport,
+        pace: Pace,
+        options: DeliveryOptions,
+        archive: Archive,
+        names: Callable[[int], str],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.halted: Halt | None = None
+        self.halted_at: float | None = None  # wall clock
+        self.verdicts: Counter[str] = Counter()
+        self.delivered_at: float | None = None  # wall clock, of the last success
+        self.judged_at: float | None = None  # loop time, of the last verdict of any kind
+        self.last_problem = ""
+        self.uncounted = 0  # events of successful requests that Mixpanel's count left out
+        self._backlog = backlog
+        self._spool = spool
+        self._transport = transport
+        self._pace = pace
+        self._options = options
+        self._archive = archive
+        self._names = names
+        self._clock = clock
+        self._max_batch_bytes = options.max_batch_bytes
+        self._learned_until = math.inf  # loop time at which a learned cap is forgotten
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._answered = asyncio.Event()
+        self._probe_at = 0.0  # loop time
+        self._splits = 0  # since the last request that was understood
+        self._understood_at: float | None = None  # loop time of the last success, in whole or in part
+        self._aside: list[Parcel] = []  # single events that were refused while everything was
+        self._archive_at = 0.0  # loop time before which no file is tried: the last one couldn't be written
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for their answer."""
+        return len(self._in_flight)
+
+    @property
+    def pace(self) -> Any:
+        """What the pace does now, for the metrics and the status."""
+        return self._pace.snapshot(asyncio.get_running_loop().time())
+
+    async def run(self) -> None:
+        """Delivers until it is cancelled. A sender that dies of a bug takes the daemon down: start-up is recovery."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as senders:
+            while True:
+                parcel = await self._take()
+                if loop.time() > self._learned_until:
+                    self._forget()
+                if parcel.raw_bytes > self._max_batch_bytes and parcel.events > 1:
+                    # Mixpanel said meanwhile that it takes less.
+                    self._split(parcel, f"larger than {self._max_batch_bytes} bytes")
+                    continue
+                await self._may_go(parcel)
+                if too_old := self._too_old(parcel):
+                    await self._expire(parcel, too_old)
+                    continue
+                if self.halted is not None and len(parcel.segments) > 1:
+                    # A probe is small: what it tells is worth one segment.
+                    self._backlog.again(Parcel(parcel.segments[1:]))
+                    parcel = Parcel(parcel.segments[:1])
+                attempt = self._pace.sent(loop.time(), parcel.events, parcel.raw_bytes)
+                task = senders.create_task(self._deliver(parcel, attempt), name="sender")
+                self._in_flight.add(task)
+                task.add_done_callback(self._landed)
+
+    def _landed(self, task: "asyncio.Task[None]") -> None:
+        self._in_flight.discard(task)
+        self._answered.set()  # not sooner: who is woken asks what is in flight
+
+    async def _take(self) -> Parcel:
+        options = self._options
+        return await self._backlog.take(options.max_batch_events, self._max_batch_bytes, options.flush_interval_s)
+
+    async def _may_go(self, parcel: Parcel) -> None:
+        """Returns when the pace lets a parcel go; while halted, when it is time for a probe or the parcel is too old."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._answered.clear()
+            if self.halted is not None:
+                if self._too_old(parcel):
+                    return
+                wait_s = _HALTED_LOOK_S if self._in_flight else min(self._probe_at - loop.time(), _HALTED_LOOK_S)
+            else:
+                wait_s = self._pace.wait_s(loop.time(), parcel.events, parcel.raw_bytes)
+            if wait_s <= 0:
+                # A probe, while halted: whatever comes of it, the next is due no sooner.
+                self._probe_at = loop.time() + self._options.probe_interval_s
+                return
+            try:
+                async with asyncio.timeout(None if math.isinf(wait_s) else wait_s):
+                    await self._answered.wait()
+            except TimeoutError:
+                pass
+
+    async def _deliver(self, parcel: Parcel, attempt: Attempt) -> None:
+        verdict: Verdict = Retry("network", "the request was cancelled")
+        try:
+            verdict = await self._transport.send(parcel.body(), parcel.events, lambda: _insert_ids(parcel))
+        finally:
+            self._pace.judged(asyncio.get_running_loop().time(), attempt, verdict)
+        self.judged_at = asyncio.get_running_loop().time()
+        self.verdicts[type(verdict).__name__.lower()] += 1
+        match verdict:
+            case Delivered(short):
+                self.uncounted += short
+                self._resume()
+                self._backlog.settle(Settlement(parcel.segments, delivered=parcel.codes))
+            case Reject(failures):
+                self._resume()
+                self._reject(parcel, failures)
+            case Split(too_large=True):
+                if parcel.events > 1:
+                    self._learn(verdict.max_bytes, parcel.raw_bytes)
+                self._split(parcel, verdict.reason)
+            case Split(reason):
+                self._splits += 1
+                if self._splits == _SPLITS_TO_HALT:
+                    # No single poison event does this: something refuses everything, and dead letters would be all of it.
+                    self._halt(Halt(0, f"every request is refused, whatever is in it: {reason}"))
+                self._split(parcel, reason)
+            case Retry():
+                self._note(f"{verdict.kind}: {verdict.reason}")
+                self._probe_at = asyncio.get_running_loop().time() + self._options.probe_interval_s
+                self._backlog.again(parcel)
+            case Halt():
+                self._halt(verdict)
+                self._backlog.again(parcel)
+
+    def _too_old(self, parcel: Parcel) -> list[Segment]:
+        """What of a parcel is older than it may get while nothing can be delivered."""
+        if self.halted is None or self._options.on_expiry == "keep":
+            return []
+        if asyncio.get_running_loop().time() < self._archive_at:
+            return []
+        oldest = self._clock() - self._options.max_age_s
+        return [segment for segment in parcel.segments if segment.created_at < oldest]
+
+    async def _expire(self, parcel: Parcel, too_old: list[Segment]) -> None:
+        """Archived or dropped, as configured; off the loop, since it is fsynced. What is younger waits on."""
+        file = ""
+        if self._options.on_expiry == "archive":
+            try:
+                file = await asyncio.to_thread(self._archive.write, too_old)
+            except OSError as error:
+                # Kept, then, and used for probes: a folder that can't be written is no reason to drop anything.
+                log.error("archive_failed", error=str(error), hint="see retention.archive_path")
+                self._archive_at = asyncio.get_running_loop().time() + min(
+                    self._options.probe_interval_s, _ARCHIVE_RETRY_S
+                )
+                self._backlog.again(parcel)
+                return
+        codes = b"".join([segment.codes for segment in too_old])
+        log.error("events_expired", events=len(codes), max_age_s=self._options.max_age_s, archived_as=file)
+        self._backlog.settle(Settlement(too_old, expired=codes))
+        if younger := [segment for segment in parcel.segments if segment not in too_old]:
+            self._backlog.again(Parcel(younger))
+
+    # -- one method a verdict -----------------------------------------------------------------------------------------
+
+    def _reject(self, parcel: Parcel, failures: dict[int, Failure]) -> None:
+        events, codes = segments.lines(parcel.segments), parcel.codes
+        letters = [
+            DeadLetter(codes[at], self._names(codes[at]), "mixpanel", _reason(failure), events[at])
+            for at, failure in sorted(failures.items())
+        ]
+        delivered = bytes(code for at, code in enumerate(codes) if at not in failures)
+        log.warning("events_rejected", events=len(letters), reason=letters[0].reason if letters else "")
+        self._backlog.settle(Settlement(parcel.segments, delivered=delivered, dead_letters=letters))
+
+    def _split(self, parcel: Parcel, reason: str) -> None:
+        events, codes = segments.lines(parcel.segments), parcel.codes
+        if len(events) == 1 and not self._takes_others():
+            # A refusal says nothing about the event while everything is refused: it is tried again after a success.
+            self._aside.append(parcel)
+            return
+        if len(events) == 1:
+            letter = DeadLetter(codes[0], self._names(codes[0]), "mixpanel", reason, events[0])
+            log.warning("event_rejected", reason=reason)
+            self._backlog.settle(Settlement(parcel.segments, dead_letters=[letter]))
+            return
+        log.info("parcel_split", events=len(events), raw_bytes=parcel.raw_bytes, reason=reason)
+        half = len(events) // 2
+        parts = [Batch(b"\n".join([*events[at:to], b""]), codes[at:to]) for at, to in ((0, half), (half, len(events)))]
+        self._backlog.settle(Settlement(parcel.segments, parts=parts))
+
+    def _takes_others(self) -> bool:
+        """Whether Mixpanel understands requests these days, so that one it refuses is refused for what is in it."""
+        if self.halted is not None or self._understood_at is None:
+            return False
+        return asyncio.get_running_loop().time() - self._understood_at < _UNDERSTOOD_S
+
+    def _learn(self, max_bytes: int | None, refused_bytes: int) -> None:
+        """Makes requests smaller from now on: as the answer says, or half of what was refused if it says nothing useful."""
+        if max_bytes is None or max_bytes >= refused_bytes:
+            max_bytes = max(refused_bytes // 2, _SMALLEST_GUESS_BYTES)
+        # One odd answer must not mean tiny requests for ever; below this a split finds the limit each time.
+        max_bytes = max(max_bytes, _SMALLEST_CAP_BYTES)
+        if max_bytes < self._max_batch_bytes:
+            log.warning("batch_cap_learned", max_bytes=max_bytes)
+            self._max_batch_bytes = max_bytes
+            self._learned_until = asyncio.get_running_loop().time() + _LEARNED_S
+            self._spool.cut_at(max_bytes)
+
+    def _forget(self) -> None:
+        """Tries again what was too large a while ago."""
+        log.info("batch_cap_forgotten", max_bytes=self._options.max_batch_bytes)
+        self._max_batch_bytes = self._options.max_batch_bytes
+        self._learned_until = math.inf
+        self._spool.cut_at(self._max_batch_bytes)
+
+    def _halt(self, verdict: Halt) -> None:
+        self._probe_at = asyncio.get_running_loop().time() + self._options.probe_interval_s
+        if self.halted is None:
+            log.error("delivery_halted", status=verdict.status, reason=verdict.reason, waiting=self._backlog.events)
+            self.halted_at = self._clock()
+        self.halted = verdict
+        self._note(verdict.reason)
+
+    def _resume(self) -> None:
+        self.delivered_at = self._clock()
+        self._understood_at = asyncio.get_running_loop().time()
+        self.last_problem = ""
+        self._splits = 0
+        while self._aside:
+            self._backlog.again(self._aside.pop())
+        if self.halted is not None:
+            log.info(
+                "delivery_resumed", halted_s=round(self._clock() - (self.halted_at or 0)), waiting=self._backlog.events
+            )
+            self.halted = self.halted_at = None
+            self._answered.set()
+
+    def _note(self, problem: str) -> None:
+        if problem != self.last_problem:
+            log.warning("delivery_impeded", reason=problem)
+        self.last_problem = problem
+
+    def credentials_changed(self) -> None:
+        """Asks at once whether the credential works now."""
+        self._probe_at = 0.0
+        self._answered.set()
+
+    async def drain(self, grace_s: float) -> None:
+        """Gives requests in flight, and what is waiting, so much time; the rest stays in the spool."""
+        self._backlog.flush()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + grace_s
+        while loop.time() < until and self.halted is None and (self._in_flight or self._backlog.events):
+            await asyncio.sleep(0.01)
+
+
+def _reason(failure: Failure) -> str:
+    return f"{failure.field}: {failure.message}" if failure.field else failure.message
+
+
+def _insert_ids(parcel: Parcel) -> list[str]:
+    """The ids of its events, "" for one that has none."""
+    decode, ids = msgspec.json.Decoder(_Mapped).decode, []
+    for line in segments.lines(parcel.segments):
+        try:
+            ids.append(decode(line).properties.insert_id)
+        except msgspec.DecodeError:
+            ids.append("")
+    return ids

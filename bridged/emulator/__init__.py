@@ -1,0 +1,1 @@
+"""A Mixpanel on loopback for the demo, the tests and the bench."""

@@ -1,0 +1,105 @@
+"""`bridged emulator`: the emulator as a process of its own."""
+
+import argparse
+import asyncio
+import gc
+import signal
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from bridged.emulator.faults import Fault, parse_faults
+from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
+from bridged.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    default = EmulatorConfig()
+    add = parser.add_argument
+    add(
+        "--listen",
+        metavar="HOST:PORT",
+        default=f"{default.host}:{default.port}",
+        help="default %(default)s; port 0: any",
+    )
+    add("--faults", metavar="FILE", type=Path, help="a script of faults, JSON or TOML")
+    add("--token", default="", help="the project's token; without any credential every well-formed one is accepted")
+    add("--api-secret", default="", help="the project's API secret")
+    add(
+        "--service-account",
+        metavar="USER:SECRET",
+        default="",
+        help="a service account; requests must name a project_id",
+    )
+    add("--project-id", default="", help="the only project_id that is accepted")
+    add("--max-events-per-minute", type=_positive, default=default.max_events_per_minute, help="default %(default)s")
+    add("--max-bytes-per-minute", type=_positive, default=default.max_bytes_per_minute, help="default %(default)s")
+    add("--max-body-bytes", type=_positive, default=default.max_body_bytes, help="default %(default)s")
+    add("--no-keep", action="store_true", help="count and deduplicate events, but don't keep them")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run until SIGTERM or SIGINT."""
+    host, port = _address(args.listen)
+    account, colon, secret = args.service_account.partition(":")
+    if args.service_account and not (account and colon and secret):
+        raise ConfigError("--service-account must be USER:SECRET")
+    config = EmulatorConfig(
+        host=host,
+        port=port,
+        token=args.token,
+        api_secret=args.api_secret,
+        service_account=account,
+        service_secret=secret,
+        project_id=args.project_id,
+        max_events_per_minute=args.max_events_per_minute,
+        max_bytes_per_minute=args.max_bytes_per_minute,
+        max_body_bytes=args.max_body_bytes,
+        faults=read_faults(args.faults) if args.faults else [],
+        keep_events=not args.no_keep,
+    )
+    # Events make no cycles and stay for good: looking for garbage among millions of them finds nothing.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 1000)
+    uvloop.run(_run(config))
+    return 0
+
+
+def read_faults(path: Path) -> list[Fault]:
+    """Read a script of faults from a file."""
+    try:
+        text = path.read_bytes()
+        data: Any = tomllib.loads(text.decode()) if path.suffix == ".toml" else msgspec.json.decode(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (ValueError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: {error}", "a file that is not called *.toml is read as JSON") from error
+    return parse_faults(data, f"{path}: faults")
+
+
+async def _run(config: EmulatorConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with MixpanelEmulator(config) as mixpanel:
+        print(f"bridged emulator listens on {mixpanel.url}", flush=True)
+        await stop.wait()
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--listen must be HOST:PORT, not {text!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

@@ -1,0 +1,54 @@
+"""How much a project may send in a minute. Pure: `now` is an argument."""
+
+from collections import deque
+
+import msgspec
+
+# Requests this close together are booked as one, so that a flood of small ones stays cheap to remember.
+SLOT_S = 0.05
+
+
+class _Slot(msgspec.Struct):
+    opened_at: float
+    last_at: float  # the slot leaves the window a minute after its last request, never sooner
+    events: int
+    size: int
+
+
+class Window:
+    """Events and uncompressed bytes of a rolling minute, as one number each."""
+
+    def __init__(self, max_events: int, max_bytes: int, seconds: float = 60.0) -> None:
+        self.max_events = max_events
+        self.max_bytes = max_bytes
+        self.seconds = seconds
+        self.events = 0
+        self.size = 0
+        self._slots: deque[_Slot] = deque()  # oldest first; its sums are `events` and `size`
+
+    def admit(self, now: float, events: int, size: int) -> bool:
+        """Book a request if it still fits in the minute that ends now; one that does not fit costs nothing."""
+        self._forget(now)
+        if self.events + events > self.max_events or self.size + size > self.max_bytes:
+            return False
+        self.events += events
+        self.size += size
+        if self._slots and now - self._slots[-1].opened_at < SLOT_S:
+            slot = self._slots[-1]
+            slot.last_at = now
+            slot.events += events
+            slot.size += size
+        else:
+            self._slots.append(_Slot(now, now, events, size))
+        return True
+
+    def clear(self) -> None:
+        """Forget the past minute."""
+        self._slots.clear()
+        self.events = self.size = 0
+
+    def _forget(self, now: float) -> None:
+        while self._slots and self._slots[0].last_at <= now - self.seconds:
+            slot = self._slots.popleft()
+            self.events -= slot.events
+            self.size -= slot.size

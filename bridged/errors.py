@@ -1,0 +1,84 @@
+"""Every error that a person may see, with a hint and an exit code or HTTP status.
+
+    BridgedError
+    +-- ConfigError          exit 78   the configuration can't be used
+    +-- SpoolError           exit 74   the spool can't be opened, written or trusted
+    |   +-- SpoolFull        503       no room for one more event; the sender keeps it and tries again
+    +-- ListenError          exit 74   a door's address can't be listened on
+    +-- UpstreamError        exit 69   Mixpanel or the daemon can't be reached, or refuses us
+    +-- DoorError                      one request at a door is refused; the class carries its HTTP status
+        +-- BadRequest       400
+        +-- Unauthorized     401
+        +-- TooLarge         413
+
+Anything else that escapes is a bug: the process ends and systemd restarts it.
+"""
+
+from typing import ClassVar
+
+
+class BridgedError(Exception):
+    """What happened; `hint` says what to do about it."""
+
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        return f"{message}\n  hint: {self.hint}" if self.hint else message
+
+
+class ConfigError(BridgedError):
+    """The configuration can't be used: names the file and the key."""
+
+    exit_code = 78
+
+
+class SpoolError(BridgedError):
+    """The spool can't be opened, written or trusted: names the file."""
+
+    exit_code = 74
+    http_status = 503
+
+
+class SpoolFull(SpoolError):
+    """The spool is near its cap: the sender keeps the events and tries again later."""
+
+
+class ListenError(BridgedError):
+    """An address can't be listened on: names the key and the address."""
+
+    exit_code = 74
+
+
+class UpstreamError(BridgedError):
+    """Mixpanel, or the daemon a command talks to, can't be reached or refuses us."""
+
+    exit_code = 69
+    http_status = 502
+
+
+class DoorError(BridgedError):
+    """One request is refused at a door; nobody else is touched."""
+
+    http_status = 400
+
+
+class BadRequest(DoorError):
+    """The body is not JSON of the promised shape."""
+
+
+class Unauthorized(DoorError):
+    """No token, or a wrong one."""
+
+    http_status = 401
+
+
+class TooLarge(DoorError):
+    """The body is larger than the door takes."""
+
+    http_status = 413

@@ -1,0 +1,188 @@
+"""The only way in: decode, map, encode, append. One call per read or request, everything in it synchronous up to the commit.
+
+The future that it gives is done when every event of the call is on disk: forwarded ones in a segment, refused ones as dead
+letters, skipped ones in the books. It is the one await between a socket and its ack.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from bridged.backlog.segment import Batch
+from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Spool
+from bridged.currents.schema import UNDECODABLE_CODE, UNDECODABLE_TYPE, Decoded, Refusal, Schema
+from bridged.errors import BadRequest, TooLarge
+from bridged.mixpanel.limits import MAX_EVENT_BYTES
+from bridged.mixpanel.mapping import EventMapping
+
+# Each type is looked at for fields that its row doesn't have once in so many seconds.
+_SAMPLE_S = 1.0
+_MAX_UNKNOWN_FIELDS = 1000
+# Braze's bodies are some 70 kB; from here on it is worth a look whether a body is made of events at all.
+_LARGE_BODY_BYTES = 256 * 1024
+# Lines decoded, mapped and encoded at a time: what they are made into stays in the processor's cache (8 % measured).
+_SLICE_LINES = 100
+
+
+class _ArchivedProperties(Struct):
+    insert_id: str = msgspec.field(name="$insert_id")
+    time: int
+
+
+class _Archived(Struct):
+    event: str
+    properties: _ArchivedProperties
+
+
+class Intake:
+    """Takes bytes from any door. Owns the counts of unknown fields and of reasons; everything else belongs to the spool."""
+
+    def __init__(
+        self, mapping: EventMapping, spool: Spool, max_batch_events: int = 2000, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.unknown_fields: Counter[tuple[int, str]] = Counter()  # (code, field): times seen in a sample
+        self.reasons: Counter[str] = Counter()  # why events were skipped
+        self._mapping = mapping
+        self._schema: Schema = mapping.schema
+        self._spool = spool
+        self._max_batch_events = max_batch_events
+        self._clock = clock
+        self._encode_lines = msgspec.json.Encoder().encode_lines
+        self._sampled: set[int] = set()
+        self._sampled_until = 0.0
+
+    def accept_lines(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
+        """NDJSON lines. Raises SpoolError when the spool can't take them."""
+        if len(lines) <= _SLICE_LINES:
+            return self._spool.append(self._intaken(self._schema.lines(lines)))
+        slices = (lines[at : at + _SLICE_LINES] for at in range(0, len(lines), _SLICE_LINES))
+        return self._spool.append(_joined([self._intaken(self._schema.lines(part)) for part in slices]))
+
+    def accept_body(self, data: bytes) -> "asyncio.Future[None]":
+        """A Custom HTTP body.
+
+        Raises BadRequest if it isn't JSON at all, TooLarge if it must be split, SpoolError when the spool can't take it.
+        """
+        if len(data) > _LARGE_BODY_BYTES and _too_many_pieces(data):
+            # Nobody's events look like this; telling each element apart would keep everybody else waiting.
+            raise TooLarge("the body has too many elements", "split it")
+        decoded = self._schema.body(data)
+        if decoded is None:
+            raise BadRequest("the body is not JSON", 'Braze posts {"events": [...]}')
+        return self._spool.append(self._intaken(decoded))
+
+    def accept_oversized(self, head: bytes, limit: int) -> "asyncio.Future[None]":
+        """A line that was longer than the door takes, of which only the beginning is left."""
+        reason = f"the line is longer than {limit} bytes; only its beginning was kept"
+        refusal = Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, reason, head)
+        return self._spool.append(self._intaken(Decoded([], list, [refusal], [])))
+
+    def replay(self, row: DeadLetterRow) -> "asyncio.Future[None] | str":
+        """Tries a dead letter again. A string is the reason why it would become one again; nothing was changed then."""
+        if row.stage == "mixpanel":
+            if len(row.event) >= MAX_EVENT_BYTES:
+                return _too_large(row.event)
+            batch = Batch(row.event + b"\n", bytes([row.code]))
+            return self._spool.append(Intaken([batch], replayed=[row]))
+        mapped = self._intaken(self._schema.lines([row.event]))
+        if mapped.dead_letters or not (mapped.batches or mapped.skipped):
+            return mapped.dead_letters[0].reason if mapped.dead_letters else "it holds no event"
+        mapped.replayed = [row]
+        return self._spool.append(mapped)
+
+    def accept_archived(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
+        """Events that expired and were archived: mapped already, so they go on as they are. They count as accepted anew.
+
+        Raises SpoolError when the spool can't take them. A line that isn't a mapped event becomes a dead letter.
+        """
+        batches, letters = [], []
+        for line in filter(None, map(bytes.strip, lines)):
+            try:
+                name = msgspec.json.decode(line, type=_Archived).event
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                reason = f"not an archived event: {error}"
+                letters.append(DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, line))
+            else:
+                batches.append(Batch(line.replace(b"\n", b" ") + b"\n", bytes([self._mapping.code_of(name)])))
+        return self._spool.append(Intaken(batches, letters))
+
+    def _intaken(self, decoded: Decoded) -> Intaken:
+        now_s = self._clock()
+        mapped = self._mapping.map(decoded, now_s)
+        self._sample(decoded, mapped.codes, now_s)
+        letters: list[DeadLetter] = []
+        batches = list(self._encoded(mapped.forms, mapped.codes, letters))
+        if not letters and not mapped.refusals and not mapped.skips:
+            return Intaken(batches)
+        self.reasons.update(skip.reason for skip in mapped.skips)
+        letters += [DeadLetter(r.code, r.event_type, "door", r.reason, bytes(r.original)) for r in mapped.refusals]
+        return Intaken(batches, letters, bytes(skip.code for skip in mapped.skips))
+
+    def _encoded(self, forms: Sequence[Struct], codes: bytes, letters: list[DeadLetter]) -> Iterator[Batch]:
+        """The NDJSON of mapped events, in batches that fit a segment; events too large for Mixpanel become dead letters."""
+        if not forms:
+            return
+        if len(forms) > self._max_batch_events:
+            for at in range(0, len(forms), self._max_batch_events):
+                to = at + self._max_batch_events
+                yield from self._encoded(forms[at:to], codes[at:to], letters)
+            return
+        ndjson = self._encode_lines(forms)
+        whole = len(ndjson) <= self._spool.max_segment_bytes
+        if whole and (len(ndjson) < MAX_EVENT_BYTES or max(map(len, ndjson.split(b"\n"))) < MAX_EVENT_BYTES):
+            yield Batch(ndjson, codes)
+        elif len(forms) > 1:
+            half = len(forms) // 2
+            yield from self._encoded(forms[:half], codes[:half], letters)
+            yield from self._encoded(forms[half:], codes[half:], letters)
+        elif len(ndjson) <= MAX_EVENT_BYTES:  # with its newline
+            # Larger than what Mixpanel last said it takes, but alone: it decides.
+            yield Batch(ndjson, codes)
+        else:
+            # What is kept is the mapped event, so it is a letter of Mixpanel's stage: a replay doesn't map it again.
+            event = ndjson.removesuffix(b"\n")
+            event_type = self._mapping.type_name(codes[0])
+            letters.append(DeadLetter(codes[0], event_type, "mixpanel", _too_large(event), event))
+
+    def _sample(self, decoded: Decoded, codes: bytes, now_s: float) -> None:
+        """Looks for fields that Braze added: one event of each type a second."""
+        if not self._sampled_until - _SAMPLE_S <= now_s < self._sampled_until:
+            self._sampled.clear()
+            self._sampled_until = now_s + _SAMPLE_S
+        fresh = set(codes) - self._sampled
+        if not fresh:
+            return
+        self._sampled |= fresh
+        originals = decoded.originals()
+        for event, original in zip(decoded.events, originals, strict=False):
+            if event.code in fresh:
+                fresh.remove(event.code)
+                for name in self._schema.unknown_fields(event.code, original):
+                    if len(self.unknown_fields) < _MAX_UNKNOWN_FIELDS or (event.code, name) in self.unknown_fields:
+                        self.unknown_fields[event.code, name[:100]] += 1
+            if not fresh:
+                return
+
+
+def _joined(parts: Sequence[Intaken]) -> Intaken:
+    """One call's parts as one, so that they are committed together."""
+    return Intaken(
+        [batch for part in parts for batch in part.batches],
+        [letter for part in parts for letter in part.dead_letters],
+        b"".join([part.skipped for part in parts]),
+    )
+
+
+def _too_large(event: bytes) -> str:
+    return f"{len(event)} bytes as a Mixpanel event; Mixpanel takes less than {MAX_EVENT_BYTES}"
+
+
+def _too_many_pieces(data: bytes) -> bool:
+    """Whether a body has more elements, brackets or strings than events of such a size could have."""
+    # Events of Currents have a comma in some 30 bytes, a quote in 8, a bracket in 200; nested ones a few more.
+    most = {b",": len(data) // 8, b'"': len(data) // 3, b"[": len(data) // 24, b"{": len(data) // 24}
+    return any(data.count(piece) > limit for piece, limit in most.items())

@@ -1,0 +1,48 @@
+"""Logging: structlog for ours, the same form for the libraries'. To standard error, where systemd reads it."""
+
+import logging
+import sys
+from typing import Any, Literal
+
+import structlog
+from aiohttp.http_exceptions import HttpProcessingError
+
+
+def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
+    """Sets up logging for the process."""
+    console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    renderer: list[Any] = (
+        [structlog.dev.ConsoleRenderer()]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, *renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [_Structlog()]
+    root.setLevel(logging.WARNING)
+
+
+class _Structlog(logging.Handler):
+    """Libraries' log records, in our form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger()
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            # A malformed request. Its message and its traceback quote header bytes, and so may hold a credential.
+            log.warning("bad_request", error=type(error).__name__)
+            return
+        # structlog knows the five standard levels only.
+        level = max(logging.DEBUG, min(logging.CRITICAL, record.levelno // 10 * 10))
+        log.log(level, record.getMessage(), logger=record.name, exc_info=record.exc_info)

@@ -1,0 +1,1 @@
+"""What Mixpanel takes, and what its answers mean. Pure."""

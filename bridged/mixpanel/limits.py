@@ -1,0 +1,85 @@
+"""What Mixpanel's /import refuses, known beforehand so that it never costs a batch. Pure.
+
+Facts: Mixpanel's import-events reference (limits, required properties, refused ids). Where sources disagree the safe reading
+is taken: what Mixpanel would surely refuse is refused here; what it may refuse is sent, and its answer decides.
+"""
+
+import re
+from typing import Any, Final
+
+MAX_PROPERTIES: Final = 254
+MAX_ELEMENTS: Final = 254
+MAX_KEYS: Final = 254
+# Documented as 3, but said not to be enforced below 10 by one of Mixpanel's own: deeper is sure to fail.
+MAX_DEPTH: Final = 10
+MAX_EVENT_BYTES: Final = 1_000_000
+EARLIEST_TIME_S: Final = 365 * 86400  # 1971-01-01
+MAX_AHEAD_S: Final = 3600
+
+REFUSED_IDS: Final = frozenset(
+    {
+        "00000000-0000-0000-0000-000000000000",
+        "anon",
+        "anonymous",
+        "nil",
+        "none",
+        "null",
+        "n/a",
+        "na",
+        "undefined",
+        "unknown",
+        "<nil>",
+        "0",
+        "-1",
+        "true",
+        "false",
+        "[]",
+        "{}",
+    }
+)
+INSERT_ID: Final = re.compile(r"[A-Za-z0-9-]{1,36}")
+
+# Names with a meaning of their own, which an event of an unknown type must not set by accident.
+RESERVED_PROPERTIES: Final = frozenset(
+    {
+        "token",
+        "ip",
+        "$ip",
+        "time",
+        "$time",
+        "distinct_id",
+        "$distinct_id",
+        "$device_id",
+        "$user_id",
+        "$insert_id",
+        "$event_name",
+        "$identified_id",
+        "$anon_id",
+        "alias",
+        "$distinct_ids",
+        "$partner_id",
+        "$source",
+        "bucket",
+        "$bucket",
+        "$ignore",
+    }
+)
+
+
+_NESTED: Final = frozenset({dict, list})
+
+
+def nested_problem(value: Any, depth: int = 1) -> str | None:
+    """Why Mixpanel would refuse a list or an object as a property value, else None."""
+    if depth > MAX_DEPTH:
+        return f"nested deeper than {MAX_DEPTH}"
+    if value.__class__ is dict:
+        if len(value) > MAX_KEYS:
+            return f"an object with {len(value)} keys; Mixpanel takes {MAX_KEYS}"
+        value = value.values()
+    elif len(value) > MAX_ELEMENTS:
+        return f"a list of {len(value)} elements; Mixpanel takes {MAX_ELEMENTS}"
+    for child in value:
+        if child.__class__ in _NESTED and (problem := nested_problem(child, depth + 1)):
+            return problem
+    return None

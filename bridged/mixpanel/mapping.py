@@ -1,0 +1,413 @@
+"""From Currents events to Mixpanel events. Pure: `now_s` is an argument.
+
+The properties of an event are decoded into a Struct that also has room for what Mixpanel wants (`distinct_id`, `$insert_id`
+...). Mapping sets those in place, and the same Struct is encoded: nothing is copied, and no Python loop visits the properties.
+
+An event that is plain, as nearly all are, costs a few comparisons; only an odd one is looked at closely.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import msgspec
+from msgspec import Raw, Struct, field
+
+from bridged.currents.schema import (
+    UNKNOWN_CODE,
+    UNKNOWN_TYPE,
+    Decoded,
+    Event,
+    Refusal,
+    Schema,
+    event_struct,
+    properties_struct,
+)
+from bridged.currents.table import (
+    CURRENT_PROPERTY_NAMES,
+    CUSTOM_EVENT_PREFIX,
+    CUSTOM_PROPERTY_PREFIX,
+    PURCHASE_PROPERTY_PREFIX,
+    SEED_PROPERTY_NAMES,
+    EventType,
+)
+from bridged.mixpanel.limits import (
+    EARLIEST_TIME_S,
+    INSERT_ID,
+    MAX_AHEAD_S,
+    MAX_PROPERTIES,
+    REFUSED_IDS,
+    RESERVED_PROPERTIES,
+    nested_problem,
+)
+
+_NESTED: Final = frozenset({dict, list})
+_INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
+_NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
+_ODD_DISTINCT_IDS: Final = REFUSED_IDS | {None, ""}
+# The fields that every Mixpanel event has besides the row's own (contract: the import-events reference).
+_ENVELOPE: Final[list[tuple[Any, ...]]] = [
+    ("distinct_id", Any, None),
+    ("insert_id", Any, field(default=None, name="$insert_id")),
+    ("time", Any, None),
+    ("token", Any, None),
+    ("partner_id", Any, field(default=None, name="$partner_id")),
+    ("ip", Any, None),
+    ("device_id", Any, None),
+]
+
+
+_Form: TypeAlias = Callable[[Any], Struct]
+
+
+class MappingSettings(Struct, frozen=True, kw_only=True):
+    """What the configuration says about mapping."""
+
+    token: str = ""
+    partner_id: str = "braze"
+    naming: Literal["seed", "current"] = "seed"
+    message_engagement: bool = True
+    customer_behavior: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    unknown: Literal["dead_letter", "forward", "skip"] = "dead_letter"
+    anonymous: Literal["skip", "device", "dead_letter"] = "skip"
+    names: Mapping[str, str] = {}
+
+
+class Skip(NamedTuple):
+    """An event that isn't forwarded by choice: counted, not kept."""
+
+    code: int
+    reason: str
+
+
+class Mapped(NamedTuple):
+    """A batch ready to be encoded: `forms[i]` is the Mixpanel event of type `codes[i]`."""
+
+    forms: list[Struct]
+    codes: bytes
+    skips: list[Skip]
+    refusals: list[Refusal]
+
+
+class Refused(Exception):
+    """Raised by a form for an event that Mixpanel would not take; the message is the reason."""
+
+
+class _NamedForm(Struct, gc=False):
+    """A Mixpanel event whose name comes with the event."""
+
+    event: str
+    properties: Any
+
+
+def selected(row: EventType, settings: MappingSettings) -> bool:
+    """Whether events of a type are forwarded: exclude wins over include, include over the group."""
+    if row.event_type in settings.exclude:
+        return False
+    return row.event_type in settings.include or getattr(settings, row.group)
+
+
+def mixpanel_name(row: EventType, settings: MappingSettings) -> str:
+    """The event name of a type; for custom events, what comes before the name."""
+    name = row.name if settings.naming == "current" else row.seed_name or row.name
+    return settings.names.get(row.event_type, CUSTOM_EVENT_PREFIX if row.custom == "event" else name)
+
+
+class EventMapping:
+    """Every event type as configured. Holds no state between calls."""
+
+    def __init__(self, rows: Sequence[EventType], settings: MappingSettings) -> None:
+        structs, forms = zip(*(_struct(row, code, settings) for code, row in enumerate(rows)), strict=True)
+        self.schema = Schema(rows, structs)
+        # By code: what makes decoded properties into what is encoded for Mixpanel.
+        self._forms: tuple[_Form, ...] = forms
+        self._settings = settings
+        self._rows = rows
+        self._deselected = frozenset(code for code, row in enumerate(rows) if not selected(row, settings))
+        self._by_name = {
+            name: code
+            for code, row in enumerate(rows)
+            for name in (row.name, row.seed_name or row.name, mixpanel_name(row, settings))
+        }
+        self._prefixes = {
+            prefix: code
+            for code, row in enumerate(rows)
+            if row.custom == "event"
+            for prefix in (CUSTOM_EVENT_PREFIX, mixpanel_name(row, settings))
+        }
+        # Rows whose fields Braze hasn't documented yet: all that comes is forwarded.
+        undocumented = {code for code, row in enumerate(rows) if not (row.properties or row.custom)}
+        self._special = self._deselected | undocumented
+
+    def type_name(self, code: int) -> str:
+        """The event type that a code stands for."""
+        return self._rows[code].event_type if code < len(self._rows) else UNKNOWN_TYPE
+
+    def code_of(self, name: str) -> int:
+        """The code of the type that an event of this Mixpanel name was made from, in whichever spelling."""
+        code = self._by_name.get(name)
+        if code is None:
+            # A custom event: its type's name is only how it begins.
+            begins = (code for prefix, code in self._prefixes.items() if name.startswith(prefix))
+            code = next(begins, UNKNOWN_CODE)
+        return code
+
+    def map(self, decoded: Decoded, now_s: float) -> Mapped:
+        """The Mixpanel forms of what was decoded. Changes the decoded events in place; never raises for any event."""
+        forms: list[Struct] = []
+        codes: list[int] = []
+        skips: list[Skip] = []
+        refusals = list(decoded.refusals)
+        originals: Sequence[bytes] = ()
+        token, partner_id = self._settings.token or None, self._settings.partner_id or None
+        make, special = self._forms, self._special
+        latest_s = int(now_s)  # compared with integers, which costs half of what a float does
+        plain_ids = _are_plain([event.id for event in decoded.events])
+        for index, event in enumerate(decoded.events):
+            user, code = event.user, event.code
+            if (
+                user.external_user_id in _ODD_DISTINCT_IDS
+                or not EARLIEST_TIME_S <= event.time <= latest_s
+                or code in special
+                or not (plain_ids or _is_plain(event.id))
+            ):
+                originals = originals or decoded.originals()
+                event_type, original = self._rows[code].event_type, originals[index].strip()
+                outcome = (
+                    self._whole(event_type, event, original, now_s)
+                    if code in special
+                    else self._conform(event, code, event_type, original, now_s)
+                )
+                if outcome is not None:
+                    _file(outcome, code, forms, codes, skips, refusals)
+                    continue
+            properties = event.properties
+            properties.distinct_id = user.external_user_id
+            properties.insert_id = event.id
+            properties.time = event.time
+            properties.token = token
+            properties.partner_id = partner_id
+            properties.ip = 0
+            properties.device_id = user.device_id
+            try:
+                forms.append(make[code](properties))
+                codes.append(code)
+            except Refused as reason:
+                originals = originals or decoded.originals()
+                refusals.append(Refusal(code, self._rows[code].event_type, str(reason), originals[index].strip()))
+        for event_type, unknown, original in decoded.unknown:
+            outcome = self._whole(event_type, unknown, original, now_s)
+            _file(outcome, UNKNOWN_CODE, forms, codes, skips, refusals)
+        return Mapped(forms, bytes(codes), skips, refusals)
+
+    def _conform(
+        self, event: Event, code: int, event_type: str, original: bytes, now_s: float
+    ) -> Skip | Refusal | None:
+        """Makes identity, time and id conform, in place. None: the event may be forwarded."""
+        user = event.user
+        if not user.external_user_id:
+            if self._settings.anonymous == "dead_letter":
+                return Refusal(code, event_type, "no user.external_user_id", original)
+            if self._settings.anonymous == "skip" or not user.device_id:
+                return Skip(code, "no external_user_id")
+            user.external_user_id = f"$device:{user.device_id}"
+        elif user.external_user_id in REFUSED_IDS:
+            reason = f"user.external_user_id {user.external_user_id!r} is a placeholder that Mixpanel refuses"
+            return Refusal(code, event_type, reason, original)
+        if event.time > now_s:
+            if event.time > now_s + MAX_AHEAD_S:
+                unit = "; it looks like milliseconds, Currents sends seconds" if event.time > 10**11 else ""
+                return Refusal(code, event_type, f"time {event.time} is more than 1 h ahead{unit}", original)
+            # Mixpanel would overwrite it, differently at each try: clamped once, before it is committed.
+            event.time = int(now_s)
+        elif event.time < EARLIEST_TIME_S:
+            return Refusal(code, event_type, f"time {event.time} is before 1971", original)
+        if not _is_plain(event.id):
+            # The same event always gets the same id, or Mixpanel could not recognise its repetition.
+            event.id = hashlib.sha256(event.id.encode() or original).hexdigest()[:36]
+        return None
+
+    def _whole(self, event_type: str, event: Event, original: bytes, now_s: float) -> Struct | Skip | Refusal:
+        """An event of a type that the table doesn't have, or has no fields for: it goes with all its properties, or not."""
+        settings, code = self._settings, event.code
+        if code in self._deselected:
+            return Skip(code, "not selected")
+        if code != UNKNOWN_CODE:
+            name = mixpanel_name(self._rows[code], settings)
+        else:
+            if event_type in settings.exclude:
+                return Skip(code, "not selected")
+            if event_type not in settings.include and settings.unknown != "forward":
+                if settings.unknown == "skip":
+                    return Skip(code, "unknown event type")
+                return Refusal(code, event_type[:200], "unknown event type", original)
+            name = settings.names.get(event_type) or derived_name(event_type)
+        event_type = event_type[:200]
+        outcome = self._conform(event, code, event_type, original, now_s)
+        if outcome is not None:
+            return outcome
+        properties = open_properties(event.properties or {})
+        properties |= {"distinct_id": event.user.external_user_id, "$insert_id": event.id, "time": event.time, "ip": 0}
+        optional = {"token": settings.token, "$partner_id": settings.partner_id, "device_id": event.user.device_id}
+        properties |= {key: value for key, value in optional.items() if value}
+        if problem := _properties_problem(properties):
+            return Refusal(code, event_type, problem, original)
+        return _NamedForm(name, properties)
+
+
+def _file(
+    outcome: Struct | Skip | Refusal,
+    code: int,
+    forms: list[Struct],
+    codes: list[int],
+    skips: list[Skip],
+    refusals: list[Refusal],
+) -> None:
+    """Puts what became of an odd event where it belongs."""
+    if isinstance(outcome, Skip):
+        skips.append(outcome)
+    elif isinstance(outcome, Refusal):
+        refusals.append(outcome)
+    else:
+        forms.append(outcome)
+        codes.append(code)
+
+
+def _are_plain(ids: list[str]) -> bool:
+    """Whether all ids are surely good as `$insert_id`, as Braze's UUIDs are: three operations in C for a whole batch."""
+    joined = "".join(ids)
+    return (
+        set(map(len, ids)) == {36}
+        # Of what Mixpanel refuses as an id only this one is as long as a UUID.
+        and _NIL_UUID not in joined
+        and not joined.encode("utf-8", "surrogatepass").translate(None, _INSERT_ID_BYTES)
+    )
+
+
+def _is_plain(insert_id: str) -> bool:
+    return INSERT_ID.fullmatch(insert_id) is not None and insert_id not in REFUSED_IDS
+
+
+def derived_name(event_type: str) -> str:
+    """A Mixpanel name for a type that the table doesn't have: `users.messages.fax.SendLate` -> `Fax Send Late`."""
+    words = [part for part in re.split(r"[.\s_]+", event_type) if part not in ("users", "messages", "behaviors", "")]
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", " ".join(words)) or event_type
+    return " ".join(word[:1].upper() + word[1:] for word in spaced.split(" "))
+
+
+def open_properties(properties: dict[str, Any]) -> dict[str, Any]:
+    """The properties of an event whose fields aren't documented: all of them, but none that Mixpanel would act upon."""
+    return {
+        f"braze_{name}" if name in RESERVED_PROPERTIES else name: value
+        for name, value in properties.items()
+        if value is not None
+    }
+
+
+def _properties_problem(properties: Mapping[str, Any]) -> str | None:
+    if len(properties) > MAX_PROPERTIES:
+        return f"{len(properties)} properties; Mixpanel takes {MAX_PROPERTIES}"
+    for name, value in properties.items():
+        if value.__class__ in (dict, list) and (problem := nested_problem(value)):
+            return f"property {name!r} is {problem}"
+    return None
+
+
+def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[Event], _Form]:
+    """A row's Event, as configured, and its form."""
+    if not (row.properties or row.custom):
+        return event_struct(row, code, dict[str, Any] | None, None), partial(_NamedForm, "")
+    current = settings.naming == "current" or row.seed_name is None
+    spelling = CURRENT_PROPERTY_NAMES if current else SEED_PROPERTY_NAMES
+    own = [*_ENVELOPE]
+    renames = []
+    for name in row.properties:
+        if name in spelling:
+            own.append((f"renamed_{name}", Any, field(default=None, name=spelling[name])))
+            renames.append((name, f"renamed_{name}"))
+    prefix = ""
+    if row.custom == "event":
+        own += [
+            ("name", str | None, None),
+            ("custom", dict[str, Any] | None, field(default=None, name="custom_properties")),
+        ]
+        prefix = CUSTOM_PROPERTY_PREFIX
+    elif row.custom == "purchase":
+        own.append(("custom", dict[str, Any] | None, field(default=None, name="purchase_properties")))
+        prefix = PURCHASE_PROPERTY_PREFIX
+    properties = properties_struct(row, own)
+    form: _Form
+    if prefix:
+        form = _custom_form(row, mixpanel_name(row, settings), prefix)
+    else:
+        form = msgspec.defstruct(
+            "Form", [("properties", Any)], tag_field="event", tag=mixpanel_name(row, settings), gc=False
+        )
+    default = field(default_factory=properties)
+    return event_struct(row, code, properties, default), _renaming(renames, form) if renames else form
+
+
+def _renaming(renames: list[tuple[str, str]], form: _Form) -> _Form:
+    def renamed(properties: Any) -> Struct:
+        for old, new in renames:
+            setattr(properties, new, getattr(properties, old))
+            setattr(properties, old, None)
+        return form(properties)
+
+    return renamed
+
+
+def _custom_form(row: EventType, name: str, prefix: str) -> _Form:
+    """The form of a type that carries properties of the customer's own: they get a prefix, their values stay."""
+    encode = msgspec.json.Encoder().encode
+    # So many fit in any case; with more, Braze's own have to be counted.
+    surely = MAX_PROPERTIES - len(_ENVELOPE) - len(row.properties)
+    prefixes = _Prefixes(prefix)
+    is_event = row.custom == "event"
+
+    def form(properties: Any) -> Struct:
+        event_name = name
+        if is_event:
+            own_name = properties.name
+            if not own_name or own_name.isspace():
+                raise Refused("properties.name, the custom event's name, is missing or blank")
+            event_name = name + own_name
+            properties.name = None
+        custom = properties.custom
+        if not custom:
+            properties.custom = None
+            return _NamedForm(event_name, properties)
+        properties.custom = None
+        prefixed = {}
+        for key, value in custom.items():
+            if value.__class__ in _NESTED and (problem := nested_problem(value)):
+                raise Refused(f"property {key!r} is {problem}")
+            if value is not None:
+                prefixed[prefixes[key]] = value
+        if not prefixed:
+            return _NamedForm(event_name, properties)
+        if len(prefixed) > surely:
+            count = len(prefixed) + len(msgspec.json.decode(encode(properties)))
+            if count > MAX_PROPERTIES:
+                raise Refused(f"{count} properties; Mixpanel takes {MAX_PROPERTIES}")
+        # Two encoded objects made one: a Struct can't hold keys that aren't known beforehand.
+        return _NamedForm(event_name, Raw(encode(properties)[:-1] + b"," + encode(prefixed)[1:]))
+
+    return form
+
+
+class _Prefixes(dict[str, str]):
+    """A property's name with its prefix; remembers the names of the customer's properties, which are few."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __missing__(self, name: str) -> str:
+        prefixed = self._prefix + name
+        if len(self) < 4096 and len(name) < 256:
+            self[name] = prefixed
+        return prefixed

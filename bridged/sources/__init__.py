@@ -1,0 +1,1 @@
+"""The doors: framing, authentication and back-pressure, nothing else."""
