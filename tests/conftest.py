@@ -1,0 +1,172 @@
+"""Fixtures: a real emulator, a real daemon in this process, real sockets and a real file. No mocks."""
+
+import asyncio
+import contextlib
+import inspect
+import os
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import aiohttp
+import aioresponses
+import msgspec
+import pytest
+import uvloop
+
+from bridged.app import App
+from bridged.backlog.spool import Spool, SpoolOptions
+from bridged.config import Config, load
+from bridged.currents.examples import example_event
+from bridged.currents.schema import iter_types
+from bridged.currents.table import EVENT_TYPES
+from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
+from bridged.mixpanel.mapping import EventMapping, MappingSettings
+
+# Patience for slow machines: every wait of a test is so many times longer.
+SLOW = float(os.environ.get("BRIDGED_TEST_SLOW", "1"))
+NAMES = dict(iter_types(EVENT_TYPES))
+ROWS = {row.event_type: row for row in EVENT_TYPES}
+
+
+def free_port() -> int:
+    """A port that nobody listens at, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(("127.0.0.1", port))
+            return port
+
+
+def currents(event_type: str = "users.messages.email.Open", seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A Currents event; `changes` replace its top-level members."""
+    return example_event(ROWS[event_type], random.Random(seed), int(time.time()) - 60) | changes
+
+
+def ndjson(events: list[Any]) -> bytes:
+    """Events as the stream door takes them."""
+    return b"".join(msgspec.json.encode(event) + b"\n" for event in events)
+
+
+async def until(condition: Callable[[], Any], what: str = "the condition", seconds: float = 10) -> None:
+    """Waits for a condition; fails with its name."""
+    deadline = time.monotonic() + seconds * SLOW
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        await asyncio.sleep(0.01)
+
+
+def balanced(app: App) -> None:
+    """The conservation law, against the rows that are really there."""
+    accounts = app.spool.accounts
+    assert accounts.imbalance() == 0
+    for name, counts in accounts.by_type(NAMES).items():
+        ends = sum(counts[kind] for kind in ("delivered", "dead_lettered", "expired", "skipped", "waiting"))
+        assert counts["accepted"] == ends, f"{name}: {counts}"
+        assert min(counts.values()) >= 0, f"{name}: {counts}"
+
+
+def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Any]:
+    """Every test runs on the loop that the daemon runs on: its transports differ from asyncio's own."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+def mapping() -> EventMapping:
+    """The mapping with a token and all else at its default."""
+    return EventMapping(EVENT_TYPES, MappingSettings(token="example-token"))
+
+
+@pytest.fixture
+async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
+    """An empty spool in a real file."""
+    async with Spool(SpoolOptions(path=str(tmp_path / "spool.db")), NAMES) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def emulator() -> AsyncIterator[MixpanelEmulator]:
+    """A Mixpanel on loopback, in this process."""
+    async with MixpanelEmulator(EmulatorConfig(port=0)) as running:
+        yield running
+
+
+@pytest.fixture
+def config(tmp_path: Path, emulator: MixpanelEmulator) -> Callable[..., Config]:
+    """A configuration on free ports; `overrides` are environment-style: mixpanel__naming="current"."""
+
+    def make(**overrides: str) -> Config:
+        environ = {
+            "mixpanel__url": emulator.url,
+            "mixpanel__token": "example-token",
+            "spool__path": str(tmp_path / "spool.db"),
+            "sources__http__listen": f"127.0.0.1:{free_port()}",
+            "sources__stream__listen": f'["tcp:127.0.0.1:{free_port()}", "unix:{tmp_path}/s.sock"]',
+            "admin__listen": f"127.0.0.1:{free_port()}",
+            "delivery__flush_interval": "50ms",
+            "delivery__probe_interval": "100ms",
+            "delivery__grace": "2s",
+            "retention__archive_path": str(tmp_path / "archive"),
+        } | overrides
+        return load(None, {f"BRIDGED__{key.upper()}": value for key, value in environ.items()})
+
+    return make
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    """For requests to the doors."""
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+Daemon = Callable[..., Awaitable[App]]
+
+
+@pytest.fixture
+async def daemon(config: Callable[..., Config]) -> AsyncIterator[Daemon]:
+    """Starts daemons in this process, and ends them with the test.
+
+    `app = await daemon(mixpanel__naming="current")`
+    """
+    running: list[App] = []
+
+    async def start(**overrides: str) -> App:
+        app = App(config(**overrides))
+        await app.__aenter__()
+        running.append(app)
+        return app
+
+    yield start
+    for app in reversed(running):
+        await app.__aexit__(None, None, None)
+
+
+@pytest.fixture
+def answers() -> Iterator[aioresponses.aioresponses]:
+    """The client's own answers, made up. For the exception table of the transport only: no socket is ever opened."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "stream_writer" in inspect.signature(aiohttp.ClientResponse.__init__).parameters:
+            # aioresponses 0.7.9 doesn't know what aiohttp 3.14 demands (aioresponses#289).
+            class Response(aiohttp.ClientResponse):
+                def __init__(self, *args: Any, **kwargs: Any) -> None:
+                    kwargs.setdefault("stream_writer", Mock(output_size=0))
+                    super().__init__(*args, **kwargs)
+
+            patch.setattr(aioresponses.core, "ClientResponse", Response)
+        with aioresponses.aioresponses() as made_up:
+            yield made_up
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the configuration of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith("BRIDGED__") or name in ("BRIDGED_CONFIG", "CREDENTIALS_DIRECTORY"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,299 @@
+"""The admin listener: health, readiness, metrics, status, and who may ask."""
+
+import asyncio
+import re
+
+import pytest
+from conftest import balanced, currents, until
+from prometheus_client.parser import text_string_to_metric_families
+
+from bridged.admin.health import Facts, judge
+from bridged.currents.table import EVENT_TYPES
+from bridged.errors import ListenError
+
+GOOD = Facts(
+    doors_open=True,
+    writer_failed=False,
+    near_cap=False,
+    halted=False,
+    backing_off=False,
+    waiting=0,
+    uptime_s=10_000,
+    oldest_age_s=None,
+    judged_age_s=None,
+    timeout_s=60,
+)
+
+
+def facts(**changes):
+    """The facts of a healthy daemon, but for the changes."""
+    return Facts(**{name: getattr(GOOD, name) for name in GOOD.__struct_fields__} | changes)
+
+
+def base(app):
+    """Where the admin listener is."""
+    return f"http://{app.config.admin.listen}"
+
+
+async def post(client, app, events):
+    """Brings events to the HTTP door."""
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": events}) as answer:
+        assert answer.status == 200
+
+
+async def ask(client, app, path, **kwargs):
+    """The status and the JSON of an answer."""
+    async with client.get(base(app) + path, **kwargs) as answer:
+        return answer.status, await answer.json()
+
+
+async def metrics(client, app):
+    """Every sample, by its name with labels."""
+    async with client.get(base(app) + "/metrics") as answer:
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        text = await answer.text()
+    families = [family.name for family in text_string_to_metric_families(text)]  # raises if the format is wrong
+    assert len(families) == len(set(families))
+    samples = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in samples}
+
+
+# -- the decision -----------------------------------------------------------------------------------------------------
+
+
+def test_idle_is_ready():
+    """A daemon with nothing to do for hours is ready: idleness is no stall."""
+    assert judge(GOOD).ready
+    assert not judge(GOOD).reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"doors_open": False}, "doors are not open"),
+        ({"writer_failed": True}, "writer has failed"),
+        ({"near_cap": True}, "near its cap"),
+        ({"waiting": 5, "oldest_age_s": 500, "judged_age_s": 400}, "not been heard of for 400 s"),
+        ({"waiting": 5, "oldest_age_s": 500, "judged_age_s": None}, "not been heard of for 500 s"),
+    ],
+)
+def test_not_ready(changes, reason):
+    """Readiness ends when new events would be refused, and when events wait without any answer."""
+    health = judge(facts(**changes))
+
+    assert not health.ready
+    assert reason in health.reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"halted": True, "waiting": 5, "oldest_age_s": 9000, "judged_age_s": 9000},
+        {"backing_off": True, "waiting": 5, "oldest_age_s": 9000, "judged_age_s": 9000},
+        {"waiting": 5, "oldest_age_s": 9000, "judged_age_s": 179},
+        {"waiting": 5, "oldest_age_s": 179, "judged_age_s": 9000},
+        {"waiting": 5, "oldest_age_s": 9000, "judged_age_s": None, "uptime_s": 20},
+    ],
+)
+def test_orderly_waiting_is_ready(changes):
+    """A halt, a backoff, a recent answer, a young event and a recent start are no stall: the doors must stay in service."""
+    assert judge(facts(**changes)).ready
+
+
+# -- the listener -----------------------------------------------------------------------------------------------------
+
+
+async def test_health_and_readiness(daemon, client):
+    """A running daemon answers 200 to both, readiness with its details."""
+    app = await daemon()
+
+    assert (await ask(client, app, "/healthz"))[0] == 200
+    status, body = await ask(client, app, "/readyz")
+    assert status == 200
+    assert body == {
+        "ready": True,
+        "reason": "",
+        "waiting": 0,
+        "halted": False,
+        "backing_off": False,
+        "stalled_s": 0.0,
+    }
+
+
+async def test_halted_stays_ready_and_says_so(daemon, client, emulator):
+    """With a refused credential the intake stays in service: /readyz is 200, and everything says that delivery is halted."""
+    emulator.credentials(token="another-token")
+    app = await daemon(delivery__probe_interval="1h")
+    await post(client, app, [currents(id=str(n)) for n in range(3)])
+    await until(lambda: app.delivery.halted, "the halt")
+
+    code, ready = await ask(client, app, "/readyz")
+    status = (await ask(client, app, "/api/status"))[1]
+
+    assert (code, ready["halted"]) == (200, True)
+    assert status["state"] == "halted"
+    assert status["halted"]["status"] == 401
+    assert re.match(r"Halted since \d\d:\d\d, HTTP 401: .*3 events safe on disk", status["sentence"])
+    assert status["health"]["ready"]
+    samples = await metrics(client, app)
+    assert samples["bridged_delivery_halted"] == 1
+    assert samples['bridged_events_waiting{event_type="users.messages.email.Open"}'] == 3
+    assert samples["bridged_oldest_event_age_seconds"] > 0
+
+
+async def test_near_the_cap_is_not_ready(daemon, client, emulator):
+    """A daemon that refuses new events says 503, with the reason."""
+    emulator.credentials(token="another-token")
+    app = await daemon(spool__max_bytes="16MiB")
+    app.spool.used_bytes += 16 * 2**20
+
+    status, body = await ask(client, app, "/readyz")
+    assert status == 503
+    assert "near its cap" in body["reason"]
+    assert (await ask(client, app, "/api/status"))[1]["state"] == "refusing"
+    assert (await metrics(client, app))["bridged_spool_near_cap"] == 1
+
+
+async def test_metrics_are_the_books(daemon, client):
+    """Every event of every type is in /metrics under what became of it, and the equation holds there too."""
+    app = await daemon()
+    events = [currents(row.event_type, seed) for seed, row in enumerate(EVENT_TYPES)]
+    await post(client, app, events)
+    await post(client, app, [currents(user={}), currents() | {"event_type": "users.messages.fax.Send"}])
+    await until(lambda: app.spool.accounts.total("delivered") == len(EVENT_TYPES), "delivery")
+
+    samples = await metrics(client, app)
+    for row in EVENT_TYPES:
+        assert samples[f'bridged_events_delivered_total{{event_type="{row.event_type}"}}'] == 1
+    assert samples['bridged_events_dead_lettered{event_type="(unknown)"}'] == 1
+    assert samples['bridged_events_skipped_total{event_type="users.messages.email.Open"}'] == 1
+    total = {
+        kind: sum(value for name, value in samples.items() if name.startswith(f"bridged_events_{kind}"))
+        for kind in ("accepted", "delivered", "dead_lettered", "expired", "skipped", "waiting")
+    }
+    assert total.pop("accepted") == sum(total.values()) == len(EVENT_TYPES) + 2
+    assert samples["bridged_books_imbalance"] == 0
+    assert samples["bridged_dead_letters"] == 1
+    assert samples['bridged_requests_total{status="200"}'] == 2
+    assert samples['bridged_verdicts_total{verdict="delivered"}'] >= 1
+    assert samples["process_resident_memory_bytes"] > 0
+    assert any(name.startswith("bridged_build_info{") for name in samples)
+    balanced(app)
+
+
+async def test_unknown_fields_are_told(daemon, client):
+    """A field that Braze adds is counted and shown, since it isn't forwarded."""
+    app = await daemon()
+    event = currents()
+    event["properties"]["brand_new_field"] = 1
+    await post(client, app, [event])
+
+    samples = await metrics(client, app)
+    name = 'bridged_unknown_fields_total{event_type="users.messages.email.Open",field="brand_new_field"}'
+    assert samples[name] == 1
+    status = (await ask(client, app, "/api/status"))[1]
+    assert status["unknown_fields"] == [
+        {"event_type": "users.messages.email.Open", "field": "brand_new_field", "seen": 1}
+    ]
+    assert any("doesn't know" in warning for warning in status["warnings"])
+
+
+async def test_status_of_a_day(daemon, client):
+    """The status counts, names the dead letters' reasons, and says what the daemon does in words."""
+    app = await daemon(mixpanel__api_secret="a-secret")
+    idle = (await ask(client, app, "/api/status"))[1]
+    await post(client, app, [currents(id="a"), currents(id="b", time="soon"), currents(id="c", user={})])
+    await until(lambda: app.spool.accounts.total("delivered") == 1, "delivery")
+
+    status = (await ask(client, app, "/api/status"))[1]
+    assert idle["sentence"] == "Idle: nothing waiting"
+    assert status["state"] == "delivering"
+    assert status["events"] == {
+        "accepted": 3,
+        "delivered": 1,
+        "dead_lettered": 1,
+        "expired": 0,
+        "skipped": 1,
+        "waiting": 0,
+    }
+    assert status["by_type"] == {"users.messages.email.Open": status["events"]}
+    (reason,) = status["dead_letters"]["reasons"]
+    assert (reason["stage"], reason["count"]) == ("door", 1)
+    assert status["skipped"] == {"no external_user_id": 1}
+    assert status["imbalance"] == 0
+    assert any("2027-03-03" in warning for warning in status["warnings"])
+
+
+async def test_a_problem_is_told_and_forgotten(daemon, client, emulator):
+    """A failed request is told; it is tried again although nothing new comes, and then nothing is wrong any more."""
+    emulator.script([{"status": 503, "times": 1}, {"delay_s": 0.5, "times": 1}])
+    app = await daemon()
+    await post(client, app, [currents(id="a")])
+    await until(lambda: app.delivery.last_problem, "the failure")
+    await until(lambda: app.spool.accounts.total("delivered") == 1, "delivery")
+
+    assert (await ask(client, app, "/api/status"))[1]["last_problem"] == ""
+    assert [event["properties"]["$insert_id"] for event in emulator.events()] == ["a"]
+
+
+async def test_token_guards_everything_but_healthz(daemon, client):
+    """With [admin] token set, nothing but liveness is told without it; the comparison survives any bytes."""
+    app = await daemon(admin__token="let-me-in")
+
+    for path in ("/readyz", "/metrics", "/api/status", "/api/config", "/api/dead-letters", "/nowhere"):
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xe9\u20ac"}):
+            async with client.get(base(app) + path, headers=header) as answer:
+                assert answer.status == 401, path
+                assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        async with client.get(base(app) + path, headers={"Authorization": "Bearer let-me-in"}) as answer:
+            assert answer.status == (404 if path == "/nowhere" else 200), path
+    assert (await ask(client, app, "/healthz"))[0] == 200
+
+
+async def test_secrets_stay_inside(daemon, client):
+    """The configuration that the API shows has no secret in it."""
+    app = await daemon(mixpanel__api_secret="very-secret", sources__http__bearer_token="bearer-secret")
+
+    async with client.get(base(app) + "/api/config") as answer:
+        text = await answer.text()
+    assert "********" in text
+    for secret in ("very-secret", "bearer-secret", "example-token"):
+        assert secret not in text
+
+
+async def test_orders_are_posts_of_json(daemon, client):
+    """What changes something can't be caused by a link or a form: only by a POST with a JSON content type."""
+    app = await daemon()
+    url = base(app) + "/api/dead-letters/purge"
+
+    async with client.get(url) as answer:
+        assert answer.status == 405
+    async with client.post(url, data=b'{"all":true}', headers={"Content-Type": "text/plain"}) as answer:
+        assert answer.status == 415
+    async with client.post(url, json={"all": True}) as answer:
+        assert answer.status == 200
+
+
+async def test_admin_answers_while_the_doors_are_busy(daemon, client):
+    """A scrape in the middle of traffic sees books that balance: they are read as of a commit."""
+    app = await daemon()
+
+    async def traffic():
+        for n in range(20):
+            await post(client, app, [currents(id=f"{n}-{m}") for m in range(50)])
+
+    task = asyncio.create_task(traffic())
+    while not task.done():
+        assert (await metrics(client, app))["bridged_books_imbalance"] == 0
+    await task
+
+
+async def test_a_taken_port_is_told(daemon, client):
+    """A second daemon at the same admin address says which key is wrong, and the first goes on."""
+    app = await daemon()
+    with pytest.raises(ListenError, match=r"admin\.listen"):
+        await daemon(spool__path="other.db", admin__listen=app.config.admin.listen)
+
+    assert (await ask(client, app, "/healthz"))[0] == 200

@@ -1,0 +1,97 @@
+"""Expiry while halted: archived, dropped or kept, and the way back."""
+
+import gzip
+import json
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+from conftest import Daemon, balanced, currents, ndjson, until
+
+from bridged.backlog.archive import Archive
+from bridged.backlog.segment import pack
+from bridged.emulator.mixpanel import MixpanelEmulator
+
+EVENTS = [currents(seed=seed) for seed in range(30)]
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Archive files are complete gzip NDJSON, and nothing partial is left beside them."""
+    segments = [pack(7, 1_790_000_000.0, b'{"a":1}\n', b"\x01"), pack(8, 1_790_000_001.0, b'{"b":2}\n', b"\x02")]
+
+    name = Archive(str(tmp_path / "archive")).write(segments)
+
+    assert gzip.decompress(Path(name).read_bytes()) == b'{"a":1}\n{"b":2}\n'
+    assert [path.name for path in (tmp_path / "archive").iterdir()] == ["20260921T141320Z-0000000007-2.ndjson.gz"]
+
+
+async def _halted(daemon: Daemon, emulator: MixpanelEmulator, **overrides: str):
+    """A daemon whose credential is refused, with 30 events waiting."""
+    emulator.credentials(token="another")
+    app = await daemon(**overrides)
+    await app.intake.accept_lines(ndjson(EVENTS).splitlines())
+    await until(lambda: app.delivery.halted, "the halt")
+    return app
+
+
+async def test_expired_events_are_archived_and_replayed(
+    daemon: Daemon, emulator: MixpanelEmulator, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Events too old for a refused credential leave as files, and a replay brings every one of them to Mixpanel."""
+    app = await _halted(daemon, emulator, retention__max_age="100ms")
+    await until(lambda: app.spool.accounts.total("expired") == 30, "the expiry")
+    balanced(app)
+    assert app.backlog.events == 0
+
+    emulator.credentials(token="example-token")
+    archived = [
+        json.loads(line)
+        for path in sorted((tmp_path / "archive").iterdir())
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+    url = f"http://{app.config.admin.listen}/api/replay"
+    async with client.post(url, json={"events": archived}) as response:
+        assert (response.status, await response.json()) == (200, {"accepted": 30})
+
+    await until(lambda: len(emulator.events()) == 30, "the delivery")
+    await until(lambda: app.spool.accounts.total("delivered") == 30, "the books")
+    balanced(app)
+    assert {event["properties"]["$insert_id"] for event in emulator.events()} == {event["id"] for event in EVENTS}
+    # Accounted under the type that it was, not as unknown.
+    assert app.spool.accounts.counts["delivered"].keys() == app.spool.accounts.counts["expired"].keys()
+
+
+async def test_dropped_events_are_gone_and_counted(daemon: Daemon, emulator: MixpanelEmulator, tmp_path: Path) -> None:
+    """`drop` is what the hosted connector does: nothing is kept, but the books say how much."""
+    app = await _halted(daemon, emulator, retention__max_age="100ms", retention__on_expiry="drop")
+    await until(lambda: app.spool.accounts.total("expired") == 30, "the expiry")
+
+    balanced(app)
+    assert not (tmp_path / "archive").exists()
+
+
+@pytest.mark.parametrize("retention", [{"retention__on_expiry": "keep", "retention__max_age": "1ms"}, {}])
+async def test_kept_events_wait_for_the_credential(
+    daemon: Daemon, emulator: MixpanelEmulator, retention: dict[str, str]
+) -> None:
+    """`keep` never expires, and no policy expires what is younger than max_age; all of it is delivered in the end."""
+    app = await _halted(daemon, emulator, **retention)
+    probes = app.delivery.verdicts["halt"]
+    await until(lambda: app.delivery.verdicts["halt"] >= probes + 3, "three probes")
+    assert app.spool.accounts.total("expired") == 0
+
+    emulator.credentials(token="example-token")
+
+    await until(lambda: len(emulator.events()) == 30, "the delivery")
+    await until(lambda: app.spool.accounts.total("delivered") == 30, "the books")
+    assert app.delivery.halted is None
+
+
+async def test_a_line_that_is_no_mapped_event_becomes_a_dead_letter(daemon: Daemon) -> None:
+    """A file that isn't an archive costs nobody anything, and nothing of it is lost."""
+    app = await daemon()
+    await app.intake.accept_archived([b'{"hello":1}', b"", b"nonsense", msgspec.json.encode(EVENTS[0])])
+
+    assert app.spool.accounts.total("dead_lettered") == 3
+    balanced(app)

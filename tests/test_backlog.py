@@ -1,0 +1,282 @@
+"""The backlog: what is taken, when, and in which order; the ring and the disk behind it are one queue."""
+
+import asyncio
+
+import pytest
+from conftest import NAMES, until
+
+from bridged.backlog.backlog import Backlog
+from bridged.backlog.segment import Batch, lines
+from bridged.backlog.spool import DeadLetter, Intaken, Settlement, Spool, SpoolOptions
+
+CODE = 3
+
+
+class Clock:
+    """Wall clock that a test sets."""
+
+    def __init__(self):
+        self.now = 1_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    """For the spool and the backlog of a test."""
+    return Clock()
+
+
+@pytest.fixture
+async def spool(tmp_path, clock):
+    """One that tells the test's time."""
+    async with Spool(SpoolOptions(path=str(tmp_path / "spool.db")), NAMES, clock) as opened:
+        yield opened
+
+
+def batch(*names, size=0):
+    """Mapped events, one a name, each at least `size` bytes."""
+    return Batch(b"".join(name.encode().ljust(size, b".") + b"\n" for name in names), bytes([CODE]) * len(names))
+
+
+def names(parcel):
+    """What a parcel holds."""
+    return [line.rstrip(b".").decode() for line in lines(parcel.segments)]
+
+
+async def put(spool, *batches):
+    """One commit a batch: a segment each."""
+    for each in batches:
+        await spool.append(Intaken([each]))
+
+
+async def take(backlog, max_events=100, max_bytes=10**6, flush_interval_s=0.0):
+    """The next parcel; fails if it doesn't come."""
+    return await asyncio.wait_for(backlog.take(max_events, max_bytes, flush_interval_s), 10)
+
+
+def deliver(backlog, parcel):
+    """What a success does."""
+    backlog.settle(Settlement(parcel.segments, delivered=parcel.codes))
+
+
+async def is_waiting(task):
+    """Whether a task is still waiting after it had every opportunity."""
+    await asyncio.sleep(0.05)
+    return not task.done()
+
+
+async def test_small_segments_are_joined_in_order(spool, clock):
+    """What waits travels in one request, oldest first, and is leased: it isn't given twice."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a", "b"), batch("c"), batch("d"))
+    parcel = await take(backlog)
+    assert names(parcel) == ["a", "b", "c", "d"]
+    assert (parcel.events, parcel.raw_bytes, parcel.codes) == (4, 8, bytes([CODE]) * 4)
+    assert backlog.ring.leased == 3
+
+    again = asyncio.ensure_future(take(backlog))
+    assert await is_waiting(again)
+    await put(spool, batch("e"))
+    assert names(await again) == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_events": 3}, [["a", "b", "c"], ["d", "e"]]),
+        ({"max_events": 2}, [["a", "b"], ["c"], ["d", "e"]]),
+        ({"max_events": 1}, [["a", "b"], ["c"], ["d", "e"]]),  # a segment that is too large comes alone
+        ({"max_bytes": 61}, [["a", "b", "c"], ["d", "e"]]),
+        ({"max_bytes": 60}, [["a", "b"], ["c"], ["d", "e"]]),
+        ({"max_bytes": 1}, [["a", "b"], ["c"], ["d", "e"]]),
+    ],
+)
+async def test_a_parcel_stays_within_the_limits(spool, clock, limits, expected):
+    """Segments are joined up to so many events and bytes, and never cut."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a", "b", size=20), batch("c", size=18), batch("d", "e", size=20))
+
+    assert [names(await take(backlog, **limits)) for _ in expected] == expected
+
+
+async def test_it_waits_for_the_flush_interval(spool, clock):
+    """A batch that isn't full waits for more, from the moment its oldest event was accepted."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a"))
+    taking = asyncio.ensure_future(take(backlog, max_events=3, flush_interval_s=5))
+    assert await is_waiting(taking)
+    clock.now += 4.9
+    await put(spool, batch("b"))
+    assert await is_waiting(taking)
+    clock.now += 0.2
+    await put(spool, batch("c", "d"))
+
+    assert names(await taking) == ["a", "b"]  # c and d would be one too many
+
+
+async def test_a_full_batch_does_not_wait(spool, clock):
+    """Events or bytes enough for a request go at once."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a"), batch("b"))
+    assert names(await take(backlog, max_events=2, flush_interval_s=3600)) == ["a", "b"]
+    await put(spool, batch("c", size=50))
+    assert names(await take(backlog, max_bytes=50, flush_interval_s=3600)) == ["c"]
+
+
+async def test_a_clock_that_is_set_back_makes_nobody_wait(spool, clock):
+    """Segments from the future are due at once, not when the clock gets there."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a"))
+    clock.now -= 3600
+
+    assert names(await take(backlog, flush_interval_s=30)) == ["a"]
+
+
+async def test_flush_ends_the_waiting(spool, clock):
+    """At the end nothing waits for company."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a"))
+    taking = asyncio.ensure_future(take(backlog, flush_interval_s=3600))
+    assert await is_waiting(taking)
+    backlog.flush()
+
+    assert names(await taking) == ["a"]
+
+
+async def test_a_parcel_to_send_again_comes_first(spool, clock):
+    """It is the same parcel, it needs no new event to be noticed, and it needn't be full."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a"))
+    first = await take(backlog)
+    taking = asyncio.ensure_future(take(backlog, flush_interval_s=3600))
+    await put(spool, batch("b"))
+    assert await is_waiting(taking)
+    backlog.again(first)
+
+    assert await taking is first
+
+
+@pytest.mark.parametrize("ring_bytes", [0, 1, 200, 10**6])
+async def test_the_order_is_kept_whatever_fits_into_memory(spool, clock, ring_bytes):
+    """Ring and disk are one queue: nothing is given twice, passed over or out of order."""
+    backlog = Backlog(spool, ring_bytes, clock)
+    expected = [f"e{n}" for n in range(60)]
+    taken = []
+    for at in range(0, 60, 6):
+        await put(spool, *[batch(name, size=30) for name in expected[at : at + 6]])
+        for _ in range(2):
+            parcel = await take(backlog, max_events=2)
+            taken += names(parcel)
+            deliver(backlog, parcel)
+    while len(taken) < 60:
+        taken += names(await take(backlog, max_events=2))
+    assert taken == expected
+
+
+async def test_the_ring_is_bounded(spool, clock):
+    """An outage grows the file, not the memory."""
+    backlog = Backlog(spool, 5_000, clock)
+    for n in range(30):
+        await put(spool, batch(*[f"{n}-{m}" for m in range(100)]))
+        assert backlog.ring.bytes <= 5_000
+    assert backlog.on_disk > 10
+    await take(backlog, max_events=100)
+    segment = 1_000
+
+    assert backlog.ring.bytes <= 5_000 + segment
+
+
+async def test_a_restart_gives_everything_that_wasnt_settled(tmp_path, clock):
+    """Leases are memory: after a crash what was in flight waits again, and only what was settled is gone."""
+    options = SpoolOptions(path=str(tmp_path / "spool.db"))
+    async with Spool(options, NAMES, clock) as spool:
+        backlog = Backlog(spool, 10**6, clock)
+        await put(spool, batch("a"), batch("b"), batch("c"), batch("d"))
+        deliver(backlog, await take(backlog, max_events=1))
+        assert names(await take(backlog, max_events=1)) == ["b"]
+        parcel = await take(backlog, max_events=1)
+        backlog.settle(Settlement(parcel.segments, parts=[batch("c1"), batch("c2")]))
+        assert backlog.events == 4
+
+    async with Spool(options, NAMES, clock) as spool:
+        backlog = Backlog(spool, 10**6, clock)
+        assert backlog.oldest_at() is None
+        parcel = await take(backlog)
+        assert names(parcel) == ["b", "d", "c1", "c2"]  # a restart forgets that parts were split
+        assert backlog.oldest_at() == clock.now
+        assert repr(backlog).startswith("<Backlog 0 in the ring, 0 on disk only, 4 leased")
+
+
+@pytest.mark.parametrize("ring_bytes", [1, 10**6])
+async def test_parts_are_not_joined_again(spool, clock, ring_bytes):
+    """Parts of what was refused come before everything and each alone, also while the backlog is on disk."""
+    backlog = Backlog(spool, ring_bytes, clock)
+    await put(spool, batch("a", "b"), *[batch(f"e{n}") for n in range(5)])
+    parcel = await take(backlog, max_events=2)
+    assert names(parcel) == ["a", "b"]
+    backlog.settle(Settlement(parcel.segments, parts=[batch("a"), batch("b")]))
+    await put(spool, batch("last"))
+    assert names(await take(backlog)) == ["a"]
+    deliver(backlog, await take(backlog))
+    await put(spool)
+    rest = []
+    while len(rest) < 6:
+        rest += names(await take(backlog))
+
+    assert rest == ["e0", "e1", "e2", "e3", "e4", "last"]
+
+
+async def test_parts_that_were_damaged_on_disk_are_settled_once(spool, clock):
+    """A part that is out is in memory, and intact: reading past its row neither gives it again nor sets it aside."""
+    backlog = Backlog(spool, 1, clock)
+    await put(spool, batch("a", "b"), batch("c"), batch("d"))
+    parcel = await take(backlog, max_events=2)
+    backlog.settle(Settlement(parcel.segments, parts=[batch("a"), batch("b")]))
+    await until(lambda: spool.commits == 4)
+    parts = [await take(backlog), await take(backlog)]
+    await spool.run(lambda db: db.execute("UPDATE segments SET block = X'00' WHERE id > 3"))
+    await put(spool, batch("e"))
+    rest = [names(await take(backlog, max_events=1)) for _ in range(3)]
+
+    assert [names(part) for part in parts] == [["a"], ["b"]]
+    assert rest == [["c"], ["d"], ["e"]]
+    for part in parts:
+        deliver(backlog, part)
+    await until(lambda: backlog.events == 3)
+    assert spool.damaged == spool.dead_letters == 0
+    assert spool.accounts.problems(NAMES) == []
+
+
+async def test_nothing_new_is_leased_while_settling_is_behind(spool, clock, monkeypatch):
+    """With a full disk settlements stay in memory: what is out may come again, but no more is taken until they are committed."""
+    monkeypatch.setattr("bridged.backlog.backlog._MAX_UNSETTLED_BYTES", 1000)
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a"), batch("b"), batch("c"))
+    first, second = [await take(backlog, max_events=1) for _ in range(2)]
+    pages = await spool.run(lambda db: db.execute("PRAGMA max_page_count").fetchone()[0])
+    await spool.run(lambda db: db.execute("PRAGMA max_page_count = 1").fetchall())
+    backlog.settle(Settlement(first.segments, dead_letters=[DeadLetter(CODE, "", "mixpanel", "no", b"x" * 2**22)]))
+    taking = asyncio.ensure_future(take(backlog))
+    assert await is_waiting(taking)
+    backlog.again(second)
+    assert await taking is second
+    taking = asyncio.ensure_future(take(backlog))
+    assert await is_waiting(taking)
+    await spool.run(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchall())
+
+    assert names(await taking) == ["c"]
+    assert spool.unsettled_bytes == 0
+
+
+async def test_settled_parcels_are_forgotten(spool, clock):
+    """What is settled leaves memory, disk and count."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a"), batch("b"))
+    deliver(backlog, await take(backlog))
+    await until(lambda: backlog.events == 0)
+
+    assert backlog.ring == (0, 0, 0)
+    assert backlog.on_disk == 0
+    assert backlog.oldest_at() is None

@@ -1,0 +1,136 @@
+"""The benchmarks run, and the headline one loses nothing. What they measure is for a quiet machine to say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import data, floor, path
+from bench.sink import Report as Arrived
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def bench(*arguments, cwd, **options):
+    """Starts a benchmark in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finished(*arguments, cwd):
+    """Its exit code and what it printed."""
+    with bench(*arguments, cwd=cwd) as process:
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            raise
+    return process.returncode, out, err
+
+
+def test_path_delivers_every_event_and_prints_a_table(tmp_path):
+    """Loader, daemon and sink as processes: nothing is lost or doubled, and nothing is left behind."""
+    code, out, err = finished(
+        *("path", "--events", "2000", "--runs", "1", "--cells", "stream,http-100", "--json", "figures.json"),
+        cwd=tmp_path,
+    )
+    assert code == 0, out + err
+    assert "verified, nothing lost and nothing doubled: stream, http-100" in out
+    assert "floor:" in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for cell in ("stream", "http-100"):
+        (run,) = figures["cells"][cell]
+        assert run["failure"] == ""
+        assert run["events"] == 2000
+        assert 0 < run["idle_mb"] <= run["peak_mb"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_path_ends_its_processes_at_sigterm(tmp_path):
+    """A benchmark that is told to stop leaves no daemon and no folder."""
+    with bench("path", "--cells", "stream", "--seconds", "60", cwd=tmp_path, start_new_session=True) as process:
+        children = []
+        deadline = time.monotonic() + 20
+        while len(children) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(children) == 3
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["floor", "decode", "mapping"])
+def test_benchmarks_of_one_process_run(tmp_path, name):
+    """They print a table and write JSON."""
+    code, out, err = finished(name, "--runs", "1", "--events", "500", "--json", "figures.json", cwd=tmp_path)
+    assert code == 0, out + err
+    assert "us" in out
+    assert json.loads((tmp_path / "figures.json").read_text())["machine"]["cores"] >= 1
+
+
+def test_spool_shows_its_control(tmp_path):
+    """The grid has a bare write and fsync beside SQLite's modes."""
+    code, out, err = finished("spool", "--runs", "1", "--seconds", "0.02", cwd=tmp_path)
+    assert code == 0, out + err
+    assert "write + fsync" in out
+    assert "FULL" in out
+
+
+def test_without_a_name_the_benchmarks_are_listed(tmp_path):
+    """And an unknown one is a usage error."""
+    code, out, _ = finished(cwd=tmp_path)
+    assert code == 0
+    assert "path" in out
+    assert finished("speed", cwd=tmp_path)[0] == 2
+
+
+def test_a_run_that_lost_or_doubled_events_has_failed(tmp_path, capsys):
+    """Counting is enough while nothing is wrong; the ids tell when one loss hides one double."""
+    assert not path._failure(Arrived(events=10, distinct=10), 10, check=True)
+    assert path._failure(Arrived(events=9), 10, check=False) == "10 events sent and acked, 9 delivered"
+    assert path._failure(Arrived(events=10, distinct=9), 10, check=True)
+    assert path._failure(Arrived(events=10, bad=1), 10, check=False)
+
+    run = dict.fromkeys(path.Run.__struct_fields__, 0) | {"failure": "9 of 10"}
+    results = path.Results(
+        machine={"filesystem": "tmpfs"}
+        | dict.fromkeys(("cpu", "cores", "kernel", "load_average", "python", "sqlite"), 0),
+        settings={},
+        floors=[floor.measure(data.events(50))],
+        cells={"stream": [path.Run(**run)] * 2},
+    )
+    assert not path.show(results)
+    out = capsys.readouterr().out
+    assert "FAILED run 2 of stream: 9 of 10" in out
+    assert "CAUTION: the spool was on tmpfs" in out
+
+
+def test_every_round_of_a_feed_has_ids_of_its_own(tmp_path):
+    """Or the sink could not tell a doubled event from a repeated one."""
+    data.write(tmp_path / "events", 30)
+    feed = data.Feed(data.read(tmp_path / "events"), 7, data.ndjson)
+    ids = []
+    while len(ids) < 100:
+        chunk, events = feed.take(100 - len(ids))
+        lines = [json.loads(line) for line in chunk.splitlines()]
+        assert len(lines) == events
+        ids += [line["id"] for line in lines]
+    assert len(ids) == len(set(ids)) == 100
+    with pytest.raises(ValueError, match="ids would repeat"):
+        data.patched(b"", data.MAX_ROUNDS)

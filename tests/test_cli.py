@@ -1,0 +1,404 @@
+"""The commands: what they print, and their exit codes."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import currents, free_port, until
+
+from bridged import cli, config
+from bridged.commands import check
+from bridged.commands.printing import duration, printable, size, table
+from bridged.currents.table import EVENT_TYPES
+
+ROOT = Path(__file__).parent.parent
+
+
+def written(value):
+    """A value as an environment variable holds it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {json.dumps(text)}" for key, text in value.items()) + "}"
+    return str(value) if isinstance(value, str | config.Size | config.Seconds) else json.dumps(value)
+
+
+@pytest.fixture
+def no_terminal(monkeypatch):
+    """Standard input is empty."""
+    with Path(os.devnull).open(encoding="ascii") as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        yield
+
+
+@pytest.fixture
+def bridged(capsys, monkeypatch):
+    """Runs a command in a thread, against the configuration of a daemon: exit code, standard output, standard error."""
+
+    async def run(app, *argv):
+        for key in config.keys() if app is not None else ():
+            value = app.config
+            for name in key.path:
+                value = getattr(value, name)
+            monkeypatch.setenv("__".join(("BRIDGED", *key.path)).upper(), written(value))
+        capsys.readouterr()
+        try:
+            code = await asyncio.to_thread(cli.main, [str(word) for word in argv])
+        except SystemExit as usage:
+            code = usage.code
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+async def send(client, app, *events):
+    """Brings events to the HTTP door."""
+    headers = {"Authorization": f"Bearer {app.config.sources.http.bearer_token}"}
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": events}, headers=headers) as answer:
+        assert answer.status == 200
+
+
+def fax(id_):
+    """An event of a type that nobody knows."""
+    return currents(id=id_) | {"event_type": "users.messages.fax.Send"}
+
+
+def process(*argv, **environ):
+    """A command as a process of its own."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("BRIDGED")}
+    env = clean | {"PYTHONPATH": str(ROOT)} | environ
+    command = [sys.executable, "-m", "bridged", *argv]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+# -- the command line itself ------------------------------------------------------------------------------------------
+
+
+def test_help_is_light():
+    """`bridged --help` imports no server, no database and no loop: it is there at once."""
+    code = (
+        "import sys\nfrom bridged import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(bool({'aiohttp', 'aiosqlite', 'uvloop', 'asyncio'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode == 0
+    assert "bridged demo" in result.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["--help"], *([name, "--help"] for name in cli._COMMANDS)])
+async def test_every_command_has_help(bridged, command):
+    """Each command explains itself; no command at all is a usage error that names them."""
+    code, out, err = await bridged(None, *command)
+
+    assert code == (0 if command else 2)
+    assert "usage: bridged" in out + err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["no-such-command"],
+        ["status", "--no-such-option"],
+        ["dead-letters"],
+        ["dead-letters", "show", "x"],
+        ["dead-letters", "list", "--since", "soon"],
+        ["demo", "--events", "5"],
+    ],
+)
+async def test_usage_errors_are_2(bridged, argv):
+    """What the command line doesn't understand is exit code 2."""
+    assert (await bridged(None, *argv))[0] == 2
+
+
+def test_a_closed_pipe_is_no_error():
+    """`bridged config --default | head -1` ends quietly."""
+    command = f"{sys.executable} -m bridged config --default | head -1"
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    result = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=False)
+
+    assert result.stdout.startswith("# bridged's configuration")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["run", "check", "config", "status", "send-test-events"])
+def test_bad_configuration_is_78(tmp_path, command):
+    """A typo in the configuration is exit code 78 for every command, and the message names file, key and remedy."""
+    (tmp_path / "bad.toml").write_text('[mixpanel]\ntokn = "x"\n')
+    result = process(command, "--config", str(tmp_path / "bad.toml"))
+
+    assert result.returncode == 78
+    assert result.stderr == (
+        f"bridged: {tmp_path}/bad.toml: [mixpanel] has no key 'tokn'\n  hint: did you mean 'token'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [["status"], ["dead-letters", "list"], ["dead-letters", "export", "-"], ["send-test-events"]]
+)
+async def test_no_daemon_is_69(bridged, monkeypatch, argv):
+    """Without a daemon the commands that ask one say where they looked, and what to do."""
+    port = free_port()
+    monkeypatch.setenv("BRIDGED__MIXPANEL__TOKEN", "example-token")
+    monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", f"127.0.0.1:{port}")
+    monkeypatch.setenv("BRIDGED__SOURCES__HTTP__LISTEN", f"127.0.0.1:{port}")
+    code, _, err = await bridged(None, *argv)
+
+    assert code == 69
+    assert f"127.0.0.1:{port}" in err
+    assert "hint: is it running?" in err
+
+
+async def test_something_else_there_is_69(bridged, monkeypatch, emulator):
+    """Another program at the daemon's address is no daemon."""
+    monkeypatch.setenv("BRIDGED__MIXPANEL__TOKEN", "example-token")
+    monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", emulator.url.removeprefix("http://"))
+    code, _, err = await bridged(None, "status")
+
+    assert code != 0
+    assert "HTTP 404" in err or "no such endpoint" in err
+
+
+async def test_wrong_admin_token_is_69(bridged, daemon, monkeypatch):
+    """A command with another token than the daemon's is told so."""
+    app = await daemon(admin__token="right")
+    await bridged(app, "status")
+    monkeypatch.setenv("BRIDGED__ADMIN__TOKEN", "wrong")
+    code, _, err = await bridged(None, "status")
+
+    assert code == 69
+    assert "refuses us" in err
+
+
+# -- config and check -------------------------------------------------------------------------------------------------
+
+
+async def test_config_default(bridged):
+    """`config --default` is a configuration file; it needs none to be there."""
+    code, out, _ = await bridged(None, "config", "--default")
+
+    assert code == 0
+    assert out == config.default_toml()
+    assert tomllib.loads(out)["delivery"]["max_concurrency"] == 20
+
+
+async def test_config_in_force_hides_secrets(bridged, monkeypatch):
+    """`config` shows what file and environment amount to, and no secret."""
+    monkeypatch.setenv("BRIDGED__MIXPANEL__TOKEN", "hunter2hunter2hunter2")
+    monkeypatch.setenv("BRIDGED__DELIVERY__FLUSH_INTERVAL", "250ms")
+    code, out, _ = await bridged(None, "config")
+
+    assert code == 0
+    assert json.loads(out)["mixpanel"]["token"] == "********"
+    assert json.loads(out)["delivery"]["flush_interval"] == "250ms"
+    assert "hunter2" not in out
+
+
+async def test_check_sums_up(bridged, config):
+    """`check` says in a few lines what would run, and shows just enough of the credential to recognise it by."""
+    secret = "0123456789abcdef0123456789abcdef"
+    code, out, _ = await bridged(_Configured(config(mixpanel__token=secret, mixpanel__naming="current")), "check")
+
+    assert code == 0
+    assert f"{len(EVENT_TYPES)} of {len(EVENT_TYPES)} selected" in out
+    assert "project token ****cdef" in out
+    assert secret not in out
+
+
+class _Configured:
+    """Something with a configuration, as a daemon has one."""
+
+    def __init__(self, settings):
+        self.config = settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        ({"mixpanel__api_secret": "x"}, "API secrets on 2027-03-03"),
+        ({}, '"users.messages.sms.CarrierSend" = "SMS Send to Carrier"'),
+        ({"mixpanel__token": "", "mixpanel__api_secret": "x"}, "no `token` property"),
+        ({"mixpanel__partner_id": ""}, "monthly tracked users"),
+        ({"sources__http__listen": "", "sources__stream__listen": "[]"}, "both doors are closed"),
+        ({"events__message_engagement": "false", "events__customer_behavior": "false"}, "no event type is selected"),
+    ],
+)
+async def test_check_warns(bridged, config, overrides, warning):
+    """What will hurt later is said now, and is no error."""
+    code, out, _ = await bridged(_Configured(config(**overrides)), "check")
+
+    assert code == 0
+    assert warning in out
+
+
+async def test_renamed_as_exempt_is_no_warning(config):
+    """Once the name is Mixpanel's own spelling there is nothing to warn of."""
+    names = '{"users.messages.sms.CarrierSend" = "SMS Send to Carrier"}'
+
+    assert list(check._warnings(config(events__names=names))) == []
+
+
+@pytest.mark.parametrize("key", ["include", "exclude", "names"])
+async def test_unknown_type_names_are_errors(bridged, config, key):
+    """A misspelt event type in the configuration would silently do nothing: check names the key and what was meant."""
+    wrong = "users.messages.email.Opens"
+    value = f'{{"{wrong}" = "x"}}' if key == "names" else f'["{wrong}"]'
+    code, _, err = await bridged(_Configured(config(**{f"events__{key}": value})), "check")
+
+    assert code == 78
+    assert f"events.{key}: no event type '{wrong}'; did you mean 'users.messages.email.Open'?" in err
+
+
+async def test_check_online(bridged, config, emulator):
+    """A good credential is recognised without storing anything."""
+    emulator.credentials(token="example-token")
+    code, out, _ = await bridged(_Configured(config()), "check", "--online")
+
+    assert code == 0
+    assert "Mixpanel takes the project token" in out
+    assert emulator.events() == []
+
+
+@pytest.mark.parametrize("trouble", ["wrong credential", "outage", "nobody there"])
+async def test_check_online_fails_with_69(bridged, config, emulator, trouble):
+    """A refused credential, a failing Mixpanel and an unreachable one are exit code 69, each with its reason."""
+    overrides = {}
+    if trouble == "wrong credential":
+        emulator.credentials(token="another")
+    elif trouble == "outage":
+        emulator.script([{"status": 503}])
+    else:
+        overrides["mixpanel__url"] = f"http://127.0.0.1:{free_port()}"
+    code, _, err = await bridged(_Configured(config(**overrides)), "check", "--online")
+
+    assert code == 69
+    assert ("refuses us, HTTP 401" if trouble == "wrong credential" else "can't be asked") in err
+
+
+# -- status and test events -------------------------------------------------------------------------------------------
+
+
+async def test_test_events_and_status(bridged, daemon, emulator):
+    """One event of each selected type goes through the door; the status then tells it, for people and as JSON."""
+    app = await daemon(sources__http__bearer_token="bearer", admin__token="admin", events__customer_behavior="false")
+    selected = [row for row in EVENT_TYPES if row.group == "message_engagement"]
+    code, out, _ = await bridged(app, "send-test-events")
+    await until(lambda: len(emulator.events()) == len(selected), "delivery")
+
+    assert code == 0
+    assert out.startswith(f"{len(selected)} events accepted")
+    code, out, _ = await bridged(app, "status")
+    assert code == 0
+    assert out.startswith("Delivering: ")
+    assert f"delivered      {len(selected)}" in out.replace(",", "")
+    assert f"and {len(selected) - 20} more types" in out
+    code, out, _ = await bridged(app, "status", "--json")
+    assert json.loads(out)["events"]["delivered"] == len(selected)
+
+
+async def test_test_events_of_some_types(bridged, daemon, emulator):
+    """Only the named types are sent; a type that isn't selected is an error."""
+    app = await daemon(events__exclude='["users.behaviors.Purchase"]')
+    types = ["users.behaviors.CustomEvent", "users.messages.email.Open"]
+
+    assert (await bridged(app, "send-test-events", "--types", *types))[0] == 0
+    await until(lambda: len(emulator.events()) == 2, "delivery")
+    assert (await bridged(app, "send-test-events", "--types", "users.behaviors.Purchase"))[0] == 78
+    assert len((await bridged(app, "send-test-events", "--list"))[1].splitlines()) == len(EVENT_TYPES) - 1
+
+
+# -- dead letters -----------------------------------------------------------------------------------------------------
+
+
+async def test_dead_letters_from_list_to_purge(bridged, daemon, client, tmp_path):
+    """The whole life: listed, shown, exported, replayed in vain, purged."""
+    app = await daemon()
+    await send(client, app, fax("a"), fax("b"), currents(id="c", time="soon"))
+
+    code, out, _ = await bridged(app, "dead-letters", "list")
+    assert code == 0
+    assert out.count("unknown event type") == 3  # two rows and their group
+    assert "3 dead letters" in out
+    code, out, _ = await bridged(app, "dead-letters", "list", "--type", "users.messages.fax.Send", "--json")
+    ids = [json.loads(line)["id"] for line in out.splitlines()]
+    assert len(ids) == 2
+    code, out, _ = await bridged(app, "dead-letters", "list", "--limit", "1")
+    assert "there may be more: --after" in out
+    code, out, _ = await bridged(app, "dead-letters", "show", ids[0])
+    assert json.loads(out)["event"]["id"] == "a"
+    assert (await bridged(app, "dead-letters", "show", 99))[0] == 1
+
+    file = tmp_path / "letters.ndjson"
+    code, _, err = await bridged(app, "dead-letters", "export", file)
+    assert (code, "3 dead letters written" in err) == (0, True)
+    assert len(file.read_text().splitlines()) == 3
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert (await bridged(app, "dead-letters", "export", tmp_path / "no" / "folder"))[0] == 74
+
+    code, out, _ = await bridged(app, "dead-letters", "replay", "--reason", "unknown")
+    assert (code, out.splitlines()[0]) == (1, "0 replayed, 2 refused again")
+    code, out, _ = await bridged(app, "dead-letters", "purge", ids[0], "--yes")
+    assert (code, out) == (0, "1 purged\n")
+    code, out, _ = await bridged(app, "dead-letters", "purge", "--all", "--yes")
+    assert (code, out) == (0, "2 purged\n")
+    assert (await bridged(app, "dead-letters", "list"))[1] == "no dead letters\n"
+
+
+@pytest.mark.parametrize("argv", [["replay"], ["replay", 1, "--all"], ["purge", "--all"], ["purge", 1, "--type", "x"]])
+@pytest.mark.usefixtures("no_terminal")
+async def test_dead_letters_want_clear_words(bridged, daemon, client, argv):
+    """Which ones must be said in exactly one way, and a purge without a terminal wants --yes."""
+    app = await daemon()
+    await send(client, app, fax("a"))
+
+    assert (await bridged(app, "dead-letters", *argv))[0] == 2
+    assert app.spool.dead_letters == 1
+
+
+async def test_nothing_commands_the_terminal(bridged, daemon, client):
+    """What somebody sent is printed without its control characters."""
+    app = await daemon()
+    await send(
+        client, app, currents(id="\x1b[2J", event_type="users.behaviors.CustomEvent") | {"event_type": "\x1b[31mred"}
+    )
+
+    for argv in (["list"], ["show", 1]):
+        assert "\x1b" not in (await bridged(app, "dead-letters", *argv))[1]
+
+
+# -- printing ---------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_aligned():
+    """Numbers stand to the right, with separators; nothing trails."""
+    assert table([["a", 1], ["long", 1234]], right=[1]) == "  a         1\n  long  1,234"
+    assert table([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (10 * 2**30, "10.0 GiB")]
+)
+def test_sizes(number, text):
+    """Bytes in the unit that fits."""
+    assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.25, "1.2 s"), (90, "90 s"), (600, "10 min"), (7200, "2 h"), (2e5, "2 d")]
+)
+def test_durations(seconds, text):
+    """Times in the unit that fits."""
+    assert duration(seconds) == text
+
+
+def test_printable():
+    """Text stays, control characters don't."""
+    assert printable("é ok\x1b\n\u202e") == "é ok\ufffd\ufffd\ufffd"

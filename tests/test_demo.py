@@ -1,0 +1,201 @@
+"""The demo: its expectation is right by itself, its exit code is the truth, and it leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bridged.admin.status import Status
+from bridged.backlog.dead_letters import Group
+from bridged.commands import demo, demo_day
+from bridged.commands.demo_play import Progress
+from bridged.currents.table import EVENT_TYPES
+
+ROOT = Path(__file__).parent.parent
+NOW_S = 1_760_000_000
+
+
+@pytest.fixture(scope="module")
+def day():
+    """A small day."""
+    return demo_day.make(1500, NOW_S)
+
+
+def start(tmp_path, *argv):
+    """The demo as a process of its own; what an operator's environment holds must not matter to it."""
+    env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    env |= {"BRIDGED__MIXPANEL__TOKEN": "a-real-one", "HTTP_PROXY": "http://127.0.0.1:1"}
+    command = [sys.executable, "-m", "bridged", "demo", *argv]
+    return subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ours(tmp_path):
+    """Processes that were started with a file of this test."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(tmp_path).encode() in words:
+                found.append(words)
+    return found
+
+
+# -- the day ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_type_through_both_doors(day):
+    """Both doors get events of every type, and of every kind of trouble."""
+    http = Counter(event["event_type"] for body in day.bodies for event in json.loads(body)["events"])
+    stream = Counter(
+        json.loads(line)["event_type"]
+        for write in day.writes
+        for line in write.splitlines()
+        if line.endswith(b"}")  # but for the one that isn't JSON
+    )
+
+    for row in EVENT_TYPES:
+        assert http[row.event_type] > 0, row.event_type
+        assert stream[row.event_type] > 0, row.event_type
+    assert (http.total(), stream.total() + 1) == (day.http_events, day.stream_events)
+
+
+def test_expectation_adds_up(day):
+    """The expectation is itself balanced, and all troubles occur."""
+    expected = day.expected
+
+    assert expected.accepted == day.http_events + day.stream_events
+    assert expected.accepted == expected.delivered + expected.skipped + expected.dead_letters.total()
+    assert expected.delivered == len(expected.stored) + expected.repeats
+    assert len(expected.dead_letters) == 5
+    assert expected.skipped > 0
+    assert expected.repeats > 0
+
+
+def test_same_seed_same_day():
+    """A day can be played again."""
+    assert demo_day.make(1000, NOW_S, 3).bodies == demo_day.make(1000, NOW_S, 3).bodies
+    assert demo_day.make(1000, NOW_S, 3).bodies != demo_day.make(1000, NOW_S, 4).bodies
+
+
+# -- the reckoning ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact(day):
+    """An outcome that is exactly as expected."""
+    expected = day.expected
+    events = {
+        "accepted": expected.accepted,
+        "delivered": expected.delivered,
+        "dead_lettered": expected.dead_letters.total(),
+        "expired": 0,
+        "skipped": expected.skipped,
+        "waiting": 0,
+    }
+    nothing = dict.fromkeys(field.name for field in msgspec.structs.fields(Status))
+    status = Status(**nothing | {"events": events, "imbalance": 0})
+    progress = Progress(len(day.bodies), day.stream_events, ended=True)
+    groups = [Group("door", "x", f"{reason} ...", count) for reason, count in expected.dead_letters.items()]
+    return demo.Outcome(status, progress, 1.0, 1.0), groups, Counter(expected.stored)
+
+
+def test_exact_is_no_problem(day, exact):
+    """What is as expected passes."""
+    assert list(demo._problems(day, *exact)) == []
+
+
+@pytest.mark.parametrize("kind", ["accepted", "delivered", "dead_lettered", "expired", "skipped", "waiting"])
+def test_one_event_off_is_a_problem(day, exact, kind):
+    """One event too many in any column is found."""
+    exact[0].status.events[kind] += 1
+
+    assert any(problem.startswith(f"{kind}: ") for problem in demo._problems(day, *exact))
+
+
+def test_wrong_events_at_mixpanel_are_problems(day, exact):
+    """One event missing, one foreign, one twice: each is found although the counts agree."""
+    outcome, groups, stored = exact
+    gone = next(iter(stored))
+    del stored[gone]
+    stored[gone._replace(distinct_id="somebody-else")] = 1
+    stored[next(iter(stored))] += 1
+
+    problems = list(demo._problems(day, outcome, groups, stored))
+    assert problems == [
+        "1 events are missing at Mixpanel",
+        "1 events at Mixpanel were never played",
+        "1 events are at Mixpanel more than once",
+    ]
+
+
+def test_wrong_reasons_and_acks_are_problems(day, exact):
+    """A dead letter for another reason, an ack that didn't come and unbalanced books are found."""
+    outcome, groups, stored = exact
+    groups[0] = Group("door", "x", "another reason", groups[0].count)
+    outcome.progress.http_acked -= 1
+    outcome.progress.stream_acked -= 1
+    outcome.status.imbalance = 1
+
+    assert len(list(demo._problems(day, outcome, groups, stored))) == 5
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_demo_is_exact(tmp_path):
+    """A real run: exit code 0, the table, every process ended, every file removed."""
+    process = start(tmp_path, "--events", "30000")
+    output, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 0, output
+    assert "Mixpanel holds exactly the events that it should" in output
+    assert "unknown event type" in output
+    assert "retry (planned)" in output
+    assert ours(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_can_be_stopped(tmp_path, number):
+    """Ctrl-C in the middle, even twice, ends the children as well."""
+    process = start(tmp_path, "--events", "100000")
+    lines = iter(process.stdout.readline, "")
+    next(line for line in lines if "are running" in line)
+    process.send_signal(number)
+    time.sleep(0.1)
+    process.send_signal(number)
+    rest = "".join(lines)
+    process.wait(timeout=60)
+    process.stdout.close()
+
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert ours(tmp_path) == []
+
+
+def test_keep_leaves_it_running(tmp_path):
+    """With --keep the daemon and the emulator answer after the table, until Ctrl-C; the exit code is still the truth."""
+    process = start(tmp_path, "--events", "1000", "--keep")
+    lines = iter(process.stdout.readline, "")
+    metrics = next(line for line in lines if "/metrics" in line).split()[-1]
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(metrics, timeout=10) as answer:
+        assert b"bridged_events_delivered_total" in answer.read()
+    process.send_signal(signal.SIGINT)
+    rest = "".join(lines)
+    process.wait(timeout=60)
+    process.stdout.close()
+
+    assert process.returncode == 0, rest
+    assert ours(tmp_path) == []
+    assert (tmp_path / ".demo" / "daemon.log").exists()

@@ -1,0 +1,387 @@
+"""The daemon as a process: signals, kills, restarts, and what it says when it can't run."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import sys
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+from conftest import SLOW, currents, free_port, ndjson, until
+
+from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
+
+ROOT = Path(__file__).parent.parent
+ACKS = b'{"acks":true}\n'
+
+
+class Process:
+    """A daemon in a process of its own."""
+
+    def __init__(self, folder, url):
+        self.folder = folder
+        self.http, self.tcp = free_port(), free_port()
+        self.settings = {
+            "mixpanel__url": url,
+            "mixpanel__token": "example-token",
+            "spool__path": str(folder / "spool.db"),
+            "sources__http__listen": f"127.0.0.1:{self.http}",
+            "sources__stream__listen": f'["tcp:127.0.0.1:{self.tcp}", "unix:{folder}/s.sock"]',
+            "admin__listen": "",
+            "delivery__flush_interval": "20ms",
+            "delivery__probe_interval": "100ms",
+            "delivery__grace": "1s",
+            "log__format": "json",
+        }
+
+    async def start(self, *arguments, **changes):
+        """Starts it, without waiting for anything."""
+        variables = {f"BRIDGED__{key.upper()}": value for key, value in (self.settings | changes).items()}
+        self.log = (self.folder / "log").open("ab")
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "bridged", "run", *arguments),
+            cwd=self.folder,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables},
+            stdout=self.log,
+            stderr=self.log,
+        )
+        self.log.close()
+
+    async def ready(self):
+        """Waits until the doors are open."""
+        for _ in range(int(1000 * SLOW)):
+            assert self.process.returncode is None, self.said()
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self.http)
+                writer.close()
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"it isn't ready: {self.said()}")
+
+    async def up(self, **changes):
+        """Starts it and waits for its doors."""
+        await self.start(**changes)
+        await self.ready()
+
+    async def end(self, number=signal.SIGTERM, seconds=10):
+        """Sends a signal and gives the exit code."""
+        self.process.send_signal(number)
+        return await asyncio.wait_for(self.process.wait(), seconds * SLOW)
+
+    async def exits(self, seconds=20):
+        """The exit code of one that ends by itself."""
+        return await asyncio.wait_for(self.process.wait(), seconds * SLOW)
+
+    def said(self):
+        """Its log, of all starts."""
+        return (self.folder / "log").read_text()
+
+    async def post(self, events):
+        """Hands events in at the HTTP door."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"http://127.0.0.1:{self.http}/v1/currents", json={"events": events}) as response,
+        ):
+            return response.status
+
+    def waiting(self):
+        """How many events are in the spool's file."""
+        with contextlib.closing(sqlite3.connect(self.folder / "spool.db")) as db:
+            return db.execute("SELECT coalesce(sum(length(codes)), 0) FROM segments").fetchone()[0]
+
+
+@pytest.fixture
+async def process(tmp_path, emulator):
+    """One that is gone after the test, whatever happens."""
+    running = Process(tmp_path, emulator.url)
+    yield running
+    if hasattr(running, "process") and running.process.returncode is None:
+        running.process.kill()
+        await running.process.wait()
+
+
+def batch(count, first=0):
+    """Currents events, all different."""
+    return [currents(seed=seed) for seed in range(first, first + count)]
+
+
+def ids(events):
+    """What they are known by."""
+    return {event["id"] for event in events}
+
+
+def arrived(emulator):
+    """The ids of the events that Mixpanel has."""
+    return {event["properties"]["$insert_id"] for event in emulator.events()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_stopped_while_idle(process, number):
+    """An orderly end: exit code 0, nothing alarming in the log, no socket file left."""
+    await process.up()
+    assert await process.end(number) == 0
+
+    events = [msgspec.json.decode(line) for line in process.said().splitlines()]
+    assert [event["event"] for event in events] == ["ready", "stopping", "stopped"]
+    assert not (process.folder / "s.sock").exists()
+
+
+async def test_stopped_while_busy(process, emulator):
+    """A stop in the middle of the traffic: every event that was acked is delivered, now or by the next start."""
+    emulator.script([{"delay_s": 0.2}])
+    await process.up(delivery__max_batch_events="20", delivery__max_concurrency="2")
+    ledger = Ledger(process, 1)
+    clients = [asyncio.ensure_future(ledger.http()), asyncio.ensure_future(ledger.stream())]
+    await until(lambda: len(ledger.acked) > 500, "some traffic", 20)
+    assert await process.end() == 0
+    await asyncio.gather(*clients)
+
+    emulator.script([])
+    await process.up()
+    await until(lambda: ledger.acked <= arrived(emulator), "what was acked", 30)
+    await until(lambda: process.waiting() == 0, "an empty spool", 20)
+    assert await process.end() == 0
+
+
+async def test_stopped_while_mixpanel_hangs(process, emulator):
+    """The grace is kept to, the events stay in the spool, and the next start delivers them."""
+    emulator.script([{"action": "hang"}])
+    await process.up(delivery__grace="300ms", delivery__timeout="1h")
+    assert await process.post(batch(20)) == 200
+    await until(lambda: emulator.summary().requests > 0)
+    assert await process.end() == 0
+    assert process.waiting() == 20
+    assert arrived(emulator) == set()
+
+    emulator.script([])
+    await process.up()
+    await until(lambda: arrived(emulator) == ids(batch(20)), "the events")
+    assert await process.end() == 0
+
+
+async def test_stopped_while_halted(process, emulator):
+    """With a credential that is refused there is nothing to wait for: the grace isn't used up."""
+    emulator.script([{"status": 401}])
+    await process.up(delivery__grace="1h", delivery__probe_interval="1h")
+    assert await process.post(batch(5)) == 200
+    await until(lambda: "delivery_halted" in process.said())
+
+    assert await process.end() == 0
+    assert process.waiting() == 5
+
+
+async def test_stopped_with_a_client_that_stays(process, emulator):
+    """Idle connections and half-sent requests don't keep the daemon from ending."""
+    await process.up()
+    _, idle = await asyncio.open_connection("127.0.0.1", process.http)
+    _, half = await asyncio.open_connection("127.0.0.1", process.http)
+    half.write(b"POST /v1/currents HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    _, stream = await asyncio.open_connection("127.0.0.1", process.tcp)
+    stream.write(ACKS + ndjson(batch(1)) + b'{"half a line')
+    await until(lambda: arrived(emulator) == ids(batch(1)))
+
+    assert await process.end(seconds=15) == 0
+    for writer in (idle, half, stream):
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+class Ledger:
+    """Clients that send until the daemon goes away, and write down what was acked."""
+
+    def __init__(self, process, seed):
+        self.process = process
+        self.acked = set()
+        self._rng = random.Random(seed)
+        self._next = seed * 10**6
+
+    def events(self):
+        """The next few."""
+        count = self._rng.randrange(1, 60)
+        self._next += count
+        return [currents(seed=self._next - n) for n in range(count)]
+
+    async def http(self):
+        """One request after the other."""
+        async with aiohttp.ClientSession() as session:
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                while True:
+                    events = self.events()
+                    url = f"http://127.0.0.1:{self.process.http}/v1/currents"
+                    async with session.post(url, json={"events": events}) as response:
+                        await response.read()
+                        if response.status == 200:
+                            self.acked |= ids(events)
+
+    async def stream(self):
+        """Lines without waiting; the acks as they come."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.process.tcp)
+        sent = []
+
+        async def read():
+            told = 0
+            while line := await reader.readline():
+                if not line.endswith(b"\n") or b"acked" not in line:
+                    continue
+                number = msgspec.json.decode(line)["acked"]
+                assert told < number <= len(sent)
+                self.acked.update(sent[told:number])
+                told = number
+
+        reading = asyncio.ensure_future(read())
+        with contextlib.suppress(OSError):
+            writer.write(ACKS)
+            while not reading.done() and not writer.is_closing():
+                events = self.events()
+                sent += [event["id"] for event in events]
+                writer.write(ndjson(events))
+                await writer.drain()
+                await asyncio.sleep(0.001)
+        with contextlib.suppress(OSError):
+            await reading
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def test_killed_under_load(process, emulator):
+    """Five kills at odd moments, on one spool: every event that was ever acked arrives, and the books balance."""
+    emulator.script([{"delay_s": 0.1, "share": 0.5, "seed": 1}, {"action": "store_then_hang", "share": 0.1, "seed": 2}])
+    acked = set()
+    for seed in range(1, 6):
+        await process.up(delivery__max_batch_events="200", delivery__timeout="2s")
+        ledger = Ledger(process, seed)
+        clients = [
+            asyncio.ensure_future(client()) for client in (ledger.http, ledger.http, ledger.stream, ledger.stream)
+        ]
+        await until(lambda ledger=ledger: len(ledger.acked) > 100, "some traffic", 20)
+        await asyncio.sleep(random.Random(seed).uniform(0, 0.3))
+        assert await process.end(signal.SIGKILL) == -signal.SIGKILL
+        await asyncio.gather(*clients)
+        acked |= ledger.acked
+    emulator.script([])
+    await process.up()
+    await until(lambda: process.waiting() == 0, "an empty spool", 40)
+
+    assert await process.end() == 0
+    assert acked <= arrived(emulator)
+    assert "books_unbalanced" not in process.said()
+    assert "segment_damaged" not in process.said()
+    with contextlib.closing(sqlite3.connect(process.folder / "spool.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        books = msgspec.json.decode(db.execute("SELECT body FROM books").fetchone()[0])
+    [accepted, delivered, *others] = [sum(column) for column in zip(*books.values(), strict=True)]
+    assert accepted == delivered
+    assert others == [0, 0, 0]
+
+
+# -- what it says when it can't run ------------------------------------------------------------------------------------
+
+
+async def test_a_new_credential_is_taken_over_at_sighup(process, emulator):
+    """An operator repairs the credential without a restart; a configuration that can't be used changes nothing."""
+    emulator.credentials(token="right")
+    secret = process.folder / "token"
+    secret.write_text("wrong")
+    await process.up(mixpanel__token="", mixpanel__token_file=str(secret))
+    events = batch(5)
+    for event in events:
+        event["user"]["external_user_id"] = "ada"
+    assert await process.post(events) == 200
+    await until(lambda: "delivery_halted" in process.said())
+    secret.unlink()
+    process.process.send_signal(signal.SIGHUP)
+    await until(lambda: "reload_failed" in process.said())
+    secret.write_text("right")
+    process.process.send_signal(signal.SIGHUP)
+    await until(lambda: "delivery_resumed" in process.said())
+    await until(lambda: process.waiting() == 0)
+
+    assert await process.end() == 0
+
+
+async def test_two_daemons_on_one_spool(process, tmp_path, emulator):
+    """The second says so and ends; the first doesn't notice."""
+    await process.up()
+    second = Process(tmp_path, emulator.url)
+    await second.start(sources__stream__listen="[]")
+
+    assert await second.exits() == 74
+    assert "in use by another bridged" in second.said()
+    assert "Traceback" not in second.said()
+    assert await process.post(batch(1)) == 200
+    assert await process.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"mixpanel__region": "mars"}, "region"),
+        ({"mixpanel__tokn": "x"}, "TOKEN"),
+        ({"sources__http__listen": "nowhere"}, "host:port"),
+        ({"mixpanel__token": ""}, "credential"),
+    ],
+)
+async def test_a_configuration_that_is_wrong(process, changes, word):
+    """Exit code 78, and words that name the key."""
+    await process.start(**changes)
+
+    assert await process.exits() == 78
+    assert word in process.said()
+    assert "Traceback" not in process.said()
+
+
+async def test_a_configuration_that_is_not_there(process):
+    """A file that was asked for must be there."""
+    await process.start("--config", "nowhere.toml")
+
+    assert await process.exits() == 78
+    assert "nowhere.toml" in process.said()
+
+
+@pytest.mark.parametrize("door", ["http", "stream"])
+async def test_a_port_that_is_taken(process, door):
+    """Exit code 74, the key and the address; no traceback, and no socket file left behind."""
+    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = taken.sockets[0].getsockname()[1]
+    listen = {
+        "http": {"sources__http__listen": f"127.0.0.1:{port}"},
+        "stream": {"sources__stream__listen": f'["tcp:127.0.0.1:{port}"]'},
+    }[door]
+    await process.start(**listen)
+
+    assert await process.exits() == 74
+    assert f"sources.{door}.listen" in process.said()
+    assert f"127.0.0.1:{port}" in process.said()
+    assert "Traceback" not in process.said()
+    taken.close()
+
+
+async def test_a_spool_that_cannot_be_written(process, emulator):
+    """The request is not acked, and the process ends with 74 and the reason: whoever restarts it sees it."""
+    await process.up()
+    with contextlib.closing(sqlite3.connect(process.folder / "spool.db")) as db:
+        db.execute("CREATE TRIGGER no BEFORE INSERT ON segments BEGIN SELECT RAISE(ABORT, 'disk I/O error'); END")
+    with contextlib.suppress(aiohttp.ClientError):
+        assert await process.post(batch(1)) == 503
+
+    assert await process.exits() == 74
+    assert "disk I/O error" in process.said()
+    assert "Traceback" not in process.said()
+
+
+async def test_mixpanel_is_down_at_the_start(process, tmp_path):
+    """No reason not to start: events are taken, and delivered when it is there."""
+    port = free_port()
+    await process.up(mixpanel__url=f"http://127.0.0.1:{port}")
+    assert await process.post(batch(10)) == 200
+    await until(lambda: "delivery_impeded" in process.said())
+    async with MixpanelEmulator(EmulatorConfig(port=port)) as late:
+        await until(lambda: arrived(late) == ids(batch(10)), "the events", 30)
+    assert await process.end() == 0

@@ -1,0 +1,732 @@
+"""The spool: what is acked is on disk, what is on disk is accounted for, and a full or damaged disk costs no more than it must."""
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import threading
+
+import pytest
+from conftest import NAMES, until
+from structlog.testing import capture_logs
+
+from bridged.backlog.segment import Batch, lines
+from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Settlement, Spool, SpoolOptions
+from bridged.errors import SpoolError, SpoolFull
+
+OPEN, SEND = 3, 5  # any two event types
+MIB = 2**20
+
+
+def batch(*names, code=OPEN, size=0):
+    """Mapped events, one a name; `size` makes each that long, and hard to compress."""
+    padding = os.urandom(size // 2).hex()
+    events = [b'{"event":"%s","x":"%s"}\n' % (name.encode(), padding.encode()) for name in names]
+    return Batch(b"".join(events), bytes([code]) * len(names))
+
+
+def letter(name="x", code=OPEN, size=0):
+    """A dead letter; `size` makes it longer by so much."""
+    return DeadLetter(code, NAMES[code], "door", "because", name.encode() + b"." * size)
+
+
+def options(tmp_path, **changes):
+    """A spool of the test's own."""
+    return SpoolOptions(path=str(tmp_path / "spool.db"), **changes)
+
+
+@contextlib.contextmanager
+def file_of(tmp_path):
+    """The file as another program sees it."""
+    db = sqlite3.connect(tmp_path / "spool.db", isolation_level=None)
+    try:
+        yield db
+    finally:
+        db.close()
+
+
+def rows(tmp_path, table="segments"):
+    """How many rows another program sees."""
+    with file_of(tmp_path) as db:
+        return db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+async def stored(spool):
+    """The events of every segment, in order."""
+    segments, _ = await spool.read_after(0, 2**40)
+    return [line.split(b'"')[3].decode() for segment in segments for line in lines([segment])]
+
+
+async def letters_of(spool):
+    """The dead letters, in order."""
+    found = await spool.run(lambda db: db.execute("SELECT * FROM dead_letters ORDER BY id").fetchall())
+    return [DeadLetterRow(*row) for row in found]
+
+
+def balances_by_type(spool, names=NAMES):
+    """Whether every type's books balance, and nothing is less than nothing."""
+    return not spool.accounts.problems(names)
+
+
+def collect(spool):
+    """A list that grows with what is committed."""
+    found = []
+    spool.committed = spool.parted = found.extend
+    return found
+
+
+def hold(spool):
+    """Makes the connection's thread busy until the event is set: what comes meanwhile waits for the next commit."""
+    release = threading.Event()
+    return release, asyncio.ensure_future(spool.run(lambda _db: release.wait(10)))
+
+
+async def test_append_is_done_when_the_row_is_in_the_file(spool, tmp_path):
+    """The future of an append means: another process sees the row."""
+    future = spool.append(Intaken([batch("a", "b")]))
+    assert not future.done()
+
+    await future
+
+    assert rows(tmp_path) == 1
+    assert spool.accounts.total("waiting") == spool.accounts.total("accepted") == 2
+
+
+async def test_an_append_survives_the_process(tmp_path):
+    """A copy of the files, made at the moment of the ack, holds the events: nothing was left in memory."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        await spool.append(Intaken([batch("a")], [letter()], bytes([SEND])))
+        (tmp_path / "copy").mkdir()
+        for name in ("spool.db", "spool.db-wal"):
+            (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+
+    async with Spool(options(tmp_path / "copy"), NAMES) as copy:
+        assert await stored(copy) == ["a"]
+        assert copy.dead_letters == 1
+        assert {kind: copy.accounts.total(kind) for kind in copy.accounts.counts} == {
+            "accepted": 3,
+            "waiting": 1,
+            "dead_lettered": 1,
+            "skipped": 1,
+            "delivered": 0,
+            "expired": 0,
+        }
+
+
+async def test_what_comes_during_a_commit_shares_the_next(spool):
+    """Group commit: a hundred appends that meet a busy writer are one fsync and one segment, in their order."""
+    release, busy = hold(spool)
+    first = spool.append(Intaken([batch("first")]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    futures = [spool.append(Intaken([batch(f"e{n}")])) for n in range(100)]
+    release.set()
+    await asyncio.gather(first, busy, *futures)
+
+    assert spool.commits == 2
+    assert spool.segments == 2
+    assert await stored(spool) == ["first", *[f"e{n}" for n in range(100)]]
+
+
+async def test_segments_are_cut_at_their_limits(tmp_path):
+    """A segment holds no more events and no more bytes than a request may."""
+    committed = []
+    async with Spool(options(tmp_path, max_segment_events=10, max_segment_bytes=2000), NAMES) as spool:
+        committed = collect(spool)
+        release, busy = hold(spool)
+        futures = [spool.append(Intaken([batch(*"abcd")])) for _ in range(5)]
+        futures += [spool.append(Intaken([batch("large", size=1200)])) for _ in range(3)]
+        release.set()
+        await asyncio.gather(busy, *futures)
+
+    assert all(segment.events <= 10 for segment in committed)
+    assert all(segment.raw_bytes <= 2000 for segment in committed)
+    assert sum(segment.events for segment in committed) == 23
+
+
+async def test_a_learned_cap_cuts_smaller_segments(spool):
+    """After Mixpanel said how much it takes, no new segment is larger; never is one larger than the options say."""
+    committed = collect(spool)
+    spool.cut_at(10**9)
+    assert spool.max_segment_bytes == SpoolOptions(path="").max_segment_bytes
+    spool.cut_at(1000)
+    assert spool.max_segment_bytes == 1000
+    release, busy = hold(spool)
+    futures = [spool.append(Intaken([batch("x", size=600)])) for _ in range(4)]
+    release.set()
+    await asyncio.gather(busy, *futures)
+
+    assert len(committed) == 4
+
+
+async def test_settling_deletes_and_adds_dead_letters_in_one_transaction(spool, tmp_path):
+    """There is no moment at which a refused event is nowhere, or in two places."""
+    committed = collect(spool)
+    await spool.append(Intaken([batch("a", "b", "c")]))
+    seen = []
+    spool.settle(Settlement(committed, delivered=bytes([OPEN, OPEN]), dead_letters=[letter("b")]))
+    while spool.commits < 2:
+        with file_of(tmp_path) as db:
+            seen.append(
+                db.execute("SELECT (SELECT count(*) FROM segments), (SELECT count(*) FROM dead_letters)").fetchone()
+            )
+        await asyncio.sleep(0)
+
+    assert set(seen) <= {(1, 0), (0, 1)}
+    assert (rows(tmp_path), rows(tmp_path, "dead_letters")) == (0, 1)
+    assert spool.accounts.imbalance() == 0
+    assert spool.accounts.total("delivered") == 2
+    assert spool.dead_letters == 1
+
+
+async def test_parts_replace_a_segment(spool):
+    """A segment that was too large comes back as its halves, which are not joined again."""
+    committed = collect(spool)
+    await spool.append(Intaken([batch(*"abcd")]))
+    spool.settle(Settlement([committed.pop()], parts=[batch(*"ab"), batch(*"cd")]))
+    await until(lambda: spool.commits == 2)
+
+    assert [segment.events for segment in committed] == [2, 2]
+    assert await stored(spool) == list("abcd")
+    assert spool.accounts.total("waiting") == spool.accounts.total("accepted") == 4
+    assert spool.segments == 2
+
+
+async def test_books_survive_and_equal_the_rows(tmp_path):
+    """Accounts are the same after a restart, per event type, and `waiting` is what the rows hold."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        committed = collect(spool)
+        await spool.append(Intaken([batch("a", "b")], [letter(code=SEND)]))
+        await spool.append(Intaken([batch("c", code=SEND)], skipped=bytes([OPEN])))
+        spool.settle(Settlement([committed[0]], delivered=bytes([OPEN]), expired=bytes([OPEN])))
+        await until(lambda: spool.commits == 3)
+        before = spool.accounts.by_type(NAMES)
+        used = spool.used_bytes
+
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert again.accounts.by_type(NAMES) == before
+        assert again.accounts.imbalance() == 0
+        assert again.accounts.total("waiting") == 1
+        assert (again.segments, again.dead_letters) == (1, 1)
+        assert abs(again.used_bytes - used) < MIB
+        assert await stored(again) == ["c"]
+
+
+async def test_a_replayed_dead_letter_moves_in_one_commit(spool, tmp_path):
+    """Replaying is no new event: it leaves its table and waits, and the books still balance."""
+    await spool.append(Intaken(dead_letters=[letter("a"), letter("b")]))
+    [row] = await spool.run(lambda db: db.execute("SELECT * FROM dead_letters WHERE event = ?", (b"a",)).fetchall())
+    await spool.append(Intaken([batch("a")], replayed=[DeadLetterRow(*row)]))
+
+    assert rows(tmp_path, "dead_letters") == spool.dead_letters == 1
+    assert spool.accounts.total("accepted") == 2
+    assert spool.accounts.total("dead_lettered") == spool.accounts.total("waiting") == 1
+
+
+async def test_a_replayed_dead_letter_that_is_gone_comes_as_a_new_event(spool, tmp_path):
+    """The cap dropped it between the look and the replay: it leaves no table twice, and isn't taken out of the books twice."""
+    await spool.append(Intaken(dead_letters=[letter("a"), letter("b", code=SEND)]))
+    found = await letters_of(spool)
+    await spool.purge("id = 1", [])
+
+    await spool.append(Intaken([batch("a"), batch("b", code=SEND)], replayed=[*found, found[1]]))
+
+    assert rows(tmp_path, "dead_letters") == spool.dead_letters == 0
+    assert {kind: spool.accounts.total(kind) for kind in ("accepted", "dead_lettered", "waiting")} == {
+        "accepted": 3,
+        "dead_lettered": 1,
+        "waiting": 2,
+    }
+    assert balances_by_type(spool)
+
+
+async def test_a_purge_and_a_commit_that_follow_each_other_at_once(tmp_path):
+    """The commit knows what the purge before it deleted, though the loop hasn't heard of it: nothing is dropped for nothing."""
+    async with Spool(options(tmp_path, max_dead_letters=4), NAMES) as spool:
+        await spool.append(Intaken(dead_letters=[letter(name) for name in "abcd"]))
+        release, busy = hold(spool)
+        purging = asyncio.ensure_future(spool.purge("id <= 2", []))
+        await asyncio.sleep(0)
+        future = spool.append(Intaken(dead_letters=[letter("e"), letter("f")]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(busy, purging, future)
+
+        assert [row.event for row in await letters_of(spool)] == [b"c", b"d", b"e", b"f"]
+        assert (spool.dead_letters, spool.dropped_dead_letters) == (4, 0)
+
+
+async def test_settling_twice_is_noticed(spool):
+    """What was settled before has no row any more: it is told, by the log and by the books of its type."""
+    committed = collect(spool)
+    await spool.append(Intaken([batch("a"), batch("b", code=SEND)]))
+    spool.settle(Settlement(committed, delivered=bytes([OPEN, SEND])))
+    await until(lambda: spool.commits == 2)
+    with capture_logs() as logs:
+        spool.settle(Settlement(committed, dead_letters=[letter("a"), letter("b", code=SEND)]))
+        await until(lambda: spool.commits == 3)
+
+    assert [entry["settled_twice"] for entry in logs if entry["event"] == "books_unbalanced"] == [1]
+    assert spool.segments == 0
+    assert spool.accounts.imbalance() == 0
+    assert len(spool.accounts.problems(NAMES)) == 2
+
+
+async def test_unsettled_bytes_are_what_is_settled_and_not_committed(tmp_path):
+    """Counted from the settling to the commit, through a full disk too, so that delivery can wait for it."""
+    async with Spool(options(tmp_path, max_bytes=256 * MIB), NAMES) as spool:
+        told = []
+        spool.settled = lambda: told.append(spool.unsettled_bytes)
+        committed = collect(spool)
+        await spool.append(Intaken([batch("a", size=200_000)]))
+        await spool.run(lambda db: db.execute("PRAGMA max_page_count = 60").fetchall())
+        spool.settle(Settlement(committed, dead_letters=[letter("a", size=8 * MIB)]))
+        with pytest.raises(SpoolFull):
+            await spool.append(Intaken([batch("too much", size=8 * MIB)]))
+        assert spool.unsettled_bytes > 8 * MIB
+        assert not told
+        await spool.run(lambda db: db.execute("PRAGMA max_page_count = 10000").fetchall())
+        await until(lambda: told)
+
+        assert told == [0]
+
+
+# -- full --------------------------------------------------------------------------------------------------------------
+
+
+async def fill(spool, size=100_000):
+    """Appends until the spool refuses; gives what was committed."""
+    committed = collect(spool)
+    for n in range(10_000):
+        try:
+            await spool.append(Intaken([batch(f"{n}", size=size)]))
+        except SpoolFull:
+            return committed
+    raise AssertionError("it never refused")
+
+
+async def test_near_its_cap_it_takes_nothing_but_settles(tmp_path):
+    """The refusal comes at the door, before the file is full, so that there is always room for settling; that frees room."""
+    async with Spool(options(tmp_path, max_bytes=16 * MIB), NAMES) as spool:
+        committed = await fill(spool)
+        assert spool.near_cap
+        assert not spool.room.is_set()
+        refused = [letter(f"{n}", size=100_000) for n in range(8)]
+        spool.settle(Settlement(committed[:8], dead_letters=refused))
+        spool.settle(Settlement(committed[8:40], delivered=bytes([OPEN]) * 32))
+        await asyncio.wait_for(spool.room.wait(), 10)
+
+        assert not spool.near_cap
+        await spool.append(Intaken([batch("again")]))
+        assert spool.accounts.imbalance() == 0
+        assert spool.dead_letters == 8
+
+
+@pytest.mark.parametrize("size", [60, 3_000, 17_000, 33_500, 70_000, 200_000])
+async def test_the_cap_holds_for_segments_of_any_size(tmp_path, size):
+    """What SQLite wastes in half-filled pages is part of the count: the door closes before the file is full."""
+    async with Spool(options(tmp_path, max_bytes=16 * MIB, max_segment_events=1), NAMES) as spool:
+        while not spool.near_cap:
+            await spool.append(Intaken([batch(f"{n}", size=size) for n in range(max(1, 500_000 // size))]))
+        pages = await spool.run(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
+        limit = await spool.run(lambda db: db.execute("PRAGMA max_page_count").fetchone()[0])
+
+        assert limit * 0.5 < pages < limit * 0.97
+
+
+async def test_a_full_file_refuses_and_goes_on(tmp_path):
+    """Should the file or disk fill up after all, the events are refused, nothing is lost, and settling makes room again."""
+    async with Spool(options(tmp_path, max_bytes=64 * MIB), NAMES) as spool:
+        committed = collect(spool)
+        await spool.append(Intaken([batch("kept", size=200_000)]))
+        await spool.run(lambda db: db.execute("PRAGMA max_page_count = 60").fetchall())
+        with pytest.raises(SpoolFull, match="full"):
+            await spool.append(Intaken([batch("refused", size=4 * MIB)]))
+        assert await stored(spool) == ["kept"]
+        assert spool.pending_bytes == 0
+        assert not spool.failed
+        await spool.append(Intaken([batch("small")]))
+        spool.settle(Settlement([committed[0]], delivered=bytes([OPEN])))
+        await until(lambda: spool.segments == 1)
+
+        assert await stored(spool) == ["small"]
+        assert spool.accounts.imbalance() == 0
+
+
+async def test_room_comes_back_after_a_full_disk(tmp_path):
+    """Doors that paused because much was pending go on when the pending was refused: they don't wait for ever."""
+    async with Spool(options(tmp_path, max_bytes=256 * MIB), NAMES) as spool:
+        await spool.run(lambda db: db.execute("PRAGMA max_page_count = 60").fetchall())
+        future = spool.append(Intaken([batch(*map(str, range(30)), size=MIB)]))
+        assert not spool.room.is_set()
+        with pytest.raises(SpoolFull):
+            await future
+
+        await asyncio.wait_for(spool.room.wait(), 10)
+
+
+async def test_a_full_disk_does_not_starve_settling(tmp_path):
+    """While events keep coming that find no room, what was delivered is settled all the same."""
+    async with Spool(options(tmp_path, max_bytes=256 * MIB), NAMES) as spool:
+        committed = collect(spool)
+        await spool.append(Intaken([batch("old", size=200_000)]))
+        await spool.run(lambda db: db.execute("PRAGMA max_page_count = 60").fetchall())
+        spool.settle(Settlement([committed[0]], delivered=bytes([OPEN])))
+        for _ in range(3):
+            with pytest.raises(SpoolFull):
+                await spool.append(Intaken([batch("too much", size=8 * MIB)]))
+
+        assert spool.segments == 0
+        assert spool.accounts.total("delivered") == 1
+
+
+async def test_a_full_disk_does_not_keep_it_from_closing(tmp_path):
+    """What can't be recorded at the end is sent again by the next start; the process doesn't hang."""
+    spool = await Spool(options(tmp_path, max_bytes=256 * MIB), NAMES).__aenter__()
+    committed = collect(spool)
+    await spool.append(Intaken([batch("a", size=200_000)]))
+    await spool.run(lambda db: db.execute("PRAGMA max_page_count = 60").fetchall())
+    spool.settle(Settlement(committed, dead_letters=[letter("a", size=8 * MIB)]))
+    closing = asyncio.ensure_future(spool.__aexit__(None, None, None))
+    done, _ = await asyncio.wait([closing], timeout=10)
+    if not done:  # let it go, so that the failure is told
+        await spool.run(lambda db: db.execute("PRAGMA max_page_count = 100000").fetchall())
+    await closing
+    assert done, "closing waited for room that doesn't come"
+
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert await stored(again) == ["a"]
+
+
+async def test_room_tells_when_the_writer_is_behind(spool):
+    """Doors pause when more is pending than a few commits take, and go on when it is written."""
+    release, busy = hold(spool)
+    futures = [spool.append(Intaken([batch("x", size=MIB)])) for _ in range(30)]
+    assert not spool.room.is_set()
+    assert not spool.near_cap
+    release.set()
+    await asyncio.gather(busy, *futures)
+
+    assert spool.room.is_set()
+    assert spool.pending_bytes == 0
+
+
+async def test_the_oldest_dead_letters_go_first(tmp_path):
+    """Beyond the cap the oldest are dropped and counted; the books keep them as dead-lettered."""
+    async with Spool(options(tmp_path, max_dead_letters=3), NAMES) as spool:
+        for name in "abcde":
+            await spool.append(Intaken(dead_letters=[letter(name)]))
+        kept = await spool.run(lambda db: db.execute("SELECT event FROM dead_letters ORDER BY id").fetchall())
+
+        assert [event for (event,) in kept] == [b"c", b"d", b"e"]
+        assert (spool.dead_letters, spool.dropped_dead_letters) == (3, 2)
+        assert spool.accounts.total("dead_lettered") == 5
+        used = spool.used_bytes
+    async with Spool(options(tmp_path, max_dead_letters=3), NAMES) as again:
+        assert abs(again.used_bytes - used) < MIB
+
+
+async def fill_with_letters(spool, size, count):
+    """Dead letters of a size, in commits of a megabyte."""
+    at_once = max(1, MIB // size)
+    for _ in range(0, count, at_once):
+        try:
+            await spool.append(Intaken(dead_letters=[letter(size=size) for _ in range(at_once)]))
+        except SpoolFull:
+            return
+
+
+@pytest.mark.parametrize("size", [60, 3_000, 17_000, 33_500, 70_000, 1_000_000])
+async def test_dead_letters_never_close_the_doors(tmp_path, size):
+    """However large they are, they take their share of the file at most; the oldest go, and are counted."""
+    count = 20 * MIB // (size + 256)
+    async with Spool(options(tmp_path, max_bytes=16 * MIB), NAMES) as spool:
+        await fill_with_letters(spool, size, count)
+        kept = await letters_of(spool)
+
+        assert not spool.near_cap
+        assert spool.room.is_set()
+        assert sum(len(row.event) + 256 for row in kept) <= 4 * MIB
+        assert spool.dead_letters == len(kept) == kept[-1].id - kept[0].id + 1 > 0
+        assert spool.dropped_dead_letters == kept[0].id - 1 > 0
+        assert spool.accounts.total("dead_lettered") == kept[-1].id
+
+
+async def test_a_smaller_cap_is_kept_from_the_start(tmp_path):
+    """Dead letters that were within the old cap don't close the doors when it is lowered: no event need come first."""
+    async with Spool(options(tmp_path, max_bytes=64 * MIB), NAMES) as spool:
+        await fill_with_letters(spool, 100_000, 150)
+    async with Spool(options(tmp_path, max_bytes=16 * MIB), NAMES) as spool:
+        await asyncio.wait_for(spool.room.wait(), 10)
+        assert not spool.near_cap
+        assert spool.dropped_dead_letters == 150 - spool.dead_letters > 100
+
+
+async def test_the_file_shrinks_when_idle(tmp_path):
+    """A backlog that was drained gives its space back to the file system, without anybody's help."""
+    async with Spool(options(tmp_path, max_bytes=512 * MIB), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(110):
+            await spool.append(Intaken([batch(f"{n}", size=MIB)]))
+        full = (tmp_path / "spool.db").stat().st_size
+        spool.settle(Settlement(committed, delivered=bytes([OPEN]) * 110))
+        await until(lambda: spool.segments == 0)
+
+        await until(lambda: (tmp_path / "spool.db").stat().st_size < full * 0.7, "a smaller file")
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+async def test_one_daemon_a_spool(spool, tmp_path):
+    """A second one is refused, in words that say what to do, and the first goes on."""
+    with pytest.raises(SpoolError, match="in use by another bridged") as refused:
+        await Spool(options(tmp_path), NAMES).__aenter__()
+    assert "spool.path" in refused.value.hint
+
+    await spool.append(Intaken([batch("a")]))
+
+
+async def test_the_file_is_nobody_elses(spool, tmp_path):
+    """Events are about people: only the daemon's own user reads them."""
+    await spool.append(Intaken([batch("a")]))
+
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.glob("spool.db*")} == {0o600}
+
+
+async def test_the_spool_of_a_newer_version_is_left_untouched(tmp_path):
+    """Going back a version must not cost the events that the newer one took."""
+    async with Spool(options(tmp_path), NAMES):
+        pass
+    with file_of(tmp_path) as db:
+        db.execute("PRAGMA user_version = 99")
+    before = (tmp_path / "spool.db").read_bytes()
+
+    with pytest.raises(SpoolError, match="newer bridged"):
+        await Spool(options(tmp_path), NAMES).__aenter__()
+    assert (tmp_path / "spool.db").read_bytes() == before
+    with file_of(tmp_path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (99,)
+
+
+@pytest.mark.parametrize("what", ["folder", "text", "file as parent", "truncated"])
+async def test_a_file_that_is_no_spool(tmp_path, what):
+    """Whatever lies at the path, the error is a SpoolError that names it, and the lock is free afterwards."""
+    path = tmp_path / "spool.db"
+    if what == "folder":
+        path.mkdir()
+    elif what == "text":
+        path.write_text("dear diary\n" * 1000)
+    elif what == "file as parent":
+        path.write_text("")
+        path = path / "spool.db"
+    else:
+        async with Spool(options(tmp_path), NAMES) as spool:
+            await spool.append(Intaken([batch("a", size=100_000)]))
+        path.write_bytes(path.read_bytes()[:40_000])
+    for _ in range(2):
+        with pytest.raises(SpoolError, match=r"can't open the spool .*spool\.db"):
+            await Spool(SpoolOptions(path=str(path)), NAMES).__aenter__()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "block = CAST(substr(block, 1, 10) || X'00' || substr(block, 12) AS BLOB)",
+        "block = X''",
+        "codes = CAST(codes || X'03' AS BLOB)",
+        "raw_bytes = raw_bytes + 1",
+        "raw_crc32 = raw_crc32 + (1 << 40)",
+        "raw_crc32 = -1",
+        "checksum = checksum + 1",
+    ],
+)
+async def test_a_damaged_row_is_set_aside(tmp_path, damage):
+    """A row that the disk gave back changed becomes dead letters that say so; its neighbours are untouched."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        for name in "abc":
+            await spool.append(Intaken([batch(name, name + name)]))
+    with file_of(tmp_path) as db:
+        db.execute(f"UPDATE segments SET {damage} WHERE id = 2")
+
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert await stored(again) == ["a", "aa", "c", "cc"]
+        await until(lambda: again.segments == 2)
+        assert again.damaged == 1
+        assert again.dead_letters == again.accounts.total("dead_lettered") >= 2
+        assert again.accounts.total("waiting") == 4
+        [reason] = {
+            row[0] for row in await again.run(lambda db: db.execute("SELECT reason FROM dead_letters").fetchall())
+        }
+        assert reason == "segment 2 was damaged on disk"
+
+
+SHIFTED = {code + (3 < code < 200): name for code, name in NAMES.items()} | {4: "users.messages.fax.Send"}
+WITHOUT = {code - (OPEN < code < 200): name for code, name in NAMES.items() if code != OPEN}
+
+
+@pytest.mark.parametrize("names", [SHIFTED, WITHOUT], ids=["a type inserted", "a type removed"])
+async def test_codes_follow_their_types(tmp_path, names):
+    """A version whose table is another one finds what waits, and the dead letters, under the types that they came with."""
+    last = max(code for code in NAMES if code < 200)
+    async with Spool(options(tmp_path), NAMES) as spool:
+        every = Batch(b"".join(b"%d\n" % code for code in NAMES), bytes(NAMES))
+        await spool.append(Intaken([batch("a"), batch("b", code=SEND), every], skipped=bytes([last])))
+        await spool.append(Intaken([batch("c", code=0)], [letter(code=code) for code in NAMES]))
+        before = spool.accounts.by_type(NAMES)
+
+    for _ in range(2):
+        async with Spool(options(tmp_path), names) as spool:
+            expected = {name: counts for name, counts in before.items() if name in names.values()}
+            lost = before.get(NAMES[OPEN]) if OPEN not in NAMES or names is WITHOUT else None
+            if lost:
+                expected["(unknown)"] = {kind: n + lost[kind] for kind, n in expected["(unknown)"].items()}
+            assert spool.accounts.by_type(names) == expected
+            assert balances_by_type(spool, names)
+            kept = await letters_of(spool)
+            assert [names[row.code] for row in kept] == [
+                name if name in names.values() else "(unknown)" for name in NAMES.values()
+            ]
+            segments, _ = await spool.read_after(0, 2**40)
+            assert spool.damaged == 0
+            assert len(segments) == 2
+
+    async with Spool(options(tmp_path), names) as spool:
+        segments, _ = await spool.read_after(0, 2**40)
+        codes = b"".join(segment.codes for segment in segments)
+        spool.settle(Settlement(segments, delivered=codes))
+        replays = [Batch(b"x\n", bytes([row.code])) for row in kept]
+        await spool.append(Intaken(replays, replayed=kept))
+        assert balances_by_type(spool, names)
+        assert spool.accounts.total("dead_lettered") == 0
+
+
+async def test_a_damaged_row_stays_damaged_when_codes_change(tmp_path):
+    """Translating must not make a checksum right that was wrong."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        for name in "ab":
+            await spool.append(Intaken([batch(name, code=SEND)]))
+    with file_of(tmp_path) as db:
+        db.execute("UPDATE segments SET block = X'00' WHERE id = 1")
+
+    async with Spool(options(tmp_path), SHIFTED) as spool:
+        assert await stored(spool) == ["b"]
+        await until(lambda: spool.dead_letters == 1)
+        assert spool.damaged == 1
+        assert balances_by_type(spool, SHIFTED)
+        assert [row.event_type for row in await letters_of(spool)] == [NAMES[SEND]]
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+async def test_closing_commits_what_is_pending(tmp_path):
+    """What was handed over before the end is on disk after it, and its futures are done."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        futures = [spool.append(Intaken([batch(f"{n}")])) for n in range(10)]
+    assert all(future.done() and not future.exception() for future in futures)
+    with pytest.raises(SpoolError, match="closed"):
+        spool.append(Intaken([batch("late")]))
+
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert len(await stored(again)) == 10
+
+
+async def test_ended_returns_after_an_orderly_end(tmp_path):
+    """Whoever watches the writer sees nothing wrong in its being told to stop."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        watch = asyncio.ensure_future(spool.ended())
+    await watch
+
+
+@pytest.mark.parametrize("trouble", ["trigger", "bug"])
+async def test_a_commit_that_fails_ends_everything(tmp_path, trouble):
+    """No retry on a connection that can't be trusted: every future fails, `ended` raises, nothing more is taken."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        await spool.append(Intaken([batch("safe")]))
+        watch = asyncio.ensure_future(spool.ended())
+        if trouble == "trigger":
+            abort = "CREATE TRIGGER no BEFORE INSERT ON segments BEGIN SELECT RAISE(ABORT, 'disk I/O error'); END"
+            await spool.run(lambda db: db.execute(abort))
+            doomed = Intaken([batch("doomed")])
+        else:
+            doomed = Intaken([Batch("text, where bytes belong", bytes([OPEN]))])
+        release, busy = hold(spool)
+        futures = [spool.append(doomed)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        futures.append(spool.append(Intaken([batch("behind it")])))  # meets the writer while it dies
+        release.set()
+        await busy
+
+        for future in futures:
+            with pytest.raises(SpoolError):
+                await asyncio.wait_for(future, 10)
+        with pytest.raises(SpoolError if trouble == "trigger" else Exception):
+            await watch
+        assert spool.failed
+        with pytest.raises(SpoolError):
+            spool.append(Intaken([batch("late")]))
+    with file_of(tmp_path) as db:
+        db.execute("DROP TRIGGER IF EXISTS no")
+
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert await stored(again) == ["safe"]
+        assert again.accounts.imbalance() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_failed_connection_makes_no_checkpoint(tmp_path, fails):
+    """What a failed commit left in the page cache must not be brought into the file by our own hand."""
+    statements = []
+    async with Spool(options(tmp_path), NAMES) as spool:
+        await spool.append(Intaken([batch("safe")]))
+        await spool.run(lambda db: db.set_trace_callback(statements.append))
+        if fails:
+            with pytest.raises(SpoolError):
+                await spool.append(Intaken([Batch("text, where bytes belong", bytes([OPEN]))]))
+
+    assert any("wal_checkpoint" in statement for statement in statements) is not fails
+
+
+async def test_a_closer_that_is_cancelled_cancels_nothing_else(tmp_path):
+    """What was handed over is committed, and the file closed, before the cancellation goes on."""
+    spool = await Spool(options(tmp_path), NAMES).__aenter__()
+    release, busy = hold(spool)
+    future = spool.append(Intaken([batch("a")]))
+    closing = asyncio.ensure_future(spool.__aexit__(None, None, None))
+    for _ in range(2):
+        await asyncio.sleep(0.05)
+        closing.cancel()
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    release.set()
+    await asyncio.gather(busy, future)
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+
+    assert not spool.failed
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert await stored(again) == ["a"]
+
+
+async def test_only_a_full_disk_is_one(tmp_path):
+    """A failure whose text happens to speak of full is a failure: the writer ends."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        abort = "CREATE TRIGGER no BEFORE INSERT ON segments BEGIN SELECT RAISE(ABORT, 'not the full truth'); END"
+        await spool.run(lambda db: db.execute(abort))
+        with pytest.raises(SpoolError, match="not the full truth") as failure:
+            await spool.append(Intaken([batch("a")]))
+
+        assert not isinstance(failure.value, SpoolFull)
+        assert spool.failed
+
+
+async def test_an_abandoned_future_disturbs_nobody(spool, tmp_path):
+    """A client that went away (its future cancelled) doesn't keep its events from being committed."""
+    gone = spool.append(Intaken([batch("a")]))
+    gone.cancel()
+    await spool.append(Intaken([batch("b")]))
+
+    assert await stored(spool) == ["a", "b"]
