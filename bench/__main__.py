@@ -1,0 +1,28 @@
+"""`python -m bench NAME [options]` runs a benchmark; without a name it lists them."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+QUESTIONS = {
+    "path": "events/s through the whole daemon, and what one costs: loader, daemon and sink as three processes",
+    "floor": "the least that an event can cost: decode, map, encode, gzip, in one process with nothing around them",
+    "decode": "what decoding costs: one tagged union, one decoder a type, an event at a time",
+    "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
+    "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark that is named first; gives its exit code."""
+    if not argv or argv[0] not in QUESTIONS:
+        for name, question in QUESTIONS.items():
+            print(f"{name:<8} {question}")
+        print("\npython -m bench NAME --help tells a benchmark's options.")
+        return 0 if not argv or argv[0] in {"-h", "--help"} else 2
+    code: int = importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

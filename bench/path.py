@@ -1,0 +1,336 @@
+"""The headline: events/s through the whole daemon, committed with synchronous=FULL and delivered, and their cost.
+
+Three processes on the same cores: a loader at a door, the daemon as installed, a sink that takes the place of Mixpanel.
+Every run has a daemon and a spool of its own; the kinds of load take turns, so that what else happens on the machine
+hits them alike. A run in which the sink did not get exactly the events that were sent has failed, whatever its speed.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from bench import data, floor, report
+from bench.floor import Floor
+from bench.loader import Report as LoaderReport
+from bench.processes import BenchError, Daemon, Emulator, Loader, Sink, ended_by_signals, folder, machine_cpu_s
+from bench.sink import Report as SinkReport
+
+PEAK_MB: Final = 150.0
+IDLE_MB: Final = 60.0
+_VERIFIED_EVENTS = 50_000
+_LONGEST_S = 300.0
+_SETTLE_S = 0.3
+# The sink has everything when it has got nothing new for so long, or all of it.
+_QUIET_S = 15.0
+# Beyond this others on the machine are in the way.
+_QUIET_CORES = 0.15
+
+
+class Cell(Struct, frozen=True, kw_only=True):
+    """A kind of load, and what it should reach."""
+
+    door: str
+    connections: int
+    per_request: int = 0
+    goal: float = 0  # events/s
+    goal_us: float = 0  # of daemon CPU an event
+
+
+CELLS: Final = {
+    "stream": Cell(door="stream", connections=1, goal=250_000, goal_us=4.0),
+    "stream-4": Cell(door="stream", connections=4),
+    "http-1000": Cell(door="http", connections=4, per_request=1000),
+    "http-100": Cell(door="http", connections=16, per_request=100, goal=180_000),
+    "http-10": Cell(door="http", connections=64, per_request=10, goal=80_000),
+    "http-1": Cell(door="http", connections=64, per_request=1, goal=15_000),
+}
+
+
+class Run(Struct, kw_only=True):
+    """The figures of one run."""
+
+    events: int
+    requests: int
+    committed_per_s: float  # first byte sent to last ack
+    delivered_per_s: float  # first byte sent to the sink's last batch
+    daemon_us: float  # of CPU an event, until everything was delivered
+    loader_us: float
+    sink_us: float
+    daemon_cores: float
+    peak_mb: float
+    idle_mb: float
+    p50_ms: float
+    p99_ms: float
+    busy: int
+    sink_requests: int
+    other_cores: float  # what the rest of the machine used meanwhile: 0 on a quiet one
+    failure: str = ""
+
+
+def measure(cell: Cell, arguments: argparse.Namespace, *, check: bool = False, events: int | None = None) -> Run:
+    """One run: starts the three, loads, waits until everything is delivered, ends them."""
+    with folder() as temporary, contextlib.ExitStack() as stack:
+        sink: Sink | Emulator = Emulator(temporary) if arguments.emulator else Sink(temporary, check=check)
+        stack.enter_context(sink)
+        sink.ready()
+        daemon = stack.enter_context(Daemon(temporary, sink.port))
+        daemon.ready()
+        loader = stack.enter_context(Loader(temporary, _loader_options(cell, daemon, arguments, events)))
+        loader.ready()
+        time.sleep(_SETTLE_S)
+        idle_mb = daemon.memory_mb("VmRSS")
+        sink_before = sink.report()
+        cpu_before, machine_before = daemon.cpu_s(), machine_cpu_s()
+        started_at = time.monotonic()
+        loaded = loader.load(_LONGEST_S)
+        arrived = _arrived(sink, daemon, loaded.events)
+        daemon_cpu_s, machine_s = daemon.cpu_s() - cpu_before, machine_cpu_s() - machine_before
+        wall_s = time.monotonic() - started_at
+        peak_mb = daemon.memory_mb("VmHWM")
+        daemon.stop()
+        run = _figures(loaded, arrived, sink_before, daemon_cpu_s)
+        run.idle_mb, run.peak_mb = idle_mb, peak_mb
+        ours_s = daemon_cpu_s + loaded.cpu_s + arrived.cpu_s - sink_before.cpu_s
+        run.other_cores = max(0.0, machine_s - ours_s) / wall_s
+        # After the daemon's end: whatever it was going to send twice, it has sent.
+        run.failure = _failure(sink.report(), loaded.events, check=check)
+        return run
+
+
+def _loader_options(cell: Cell, daemon: Daemon, arguments: argparse.Namespace, events: int | None) -> list[str]:
+    port = daemon.stream_port if cell.door == "stream" else daemon.http_port
+    options = ["--door", cell.door, "--port", str(port), "--data", str(arguments.data)]
+    options += ["--connections", str(cell.connections), "--per-request", str(cell.per_request or 1)]
+    events = events or arguments.events
+    return [*options, *(["--events", str(events)] if events else ["--seconds", str(arguments.seconds)])]
+
+
+def _arrived(sink: Sink | Emulator, daemon: Daemon, events: int) -> SinkReport:
+    """Waits until the sink has got everything, or nothing more comes."""
+    arrived = sink.report()
+    quiet_since = time.monotonic()
+    while arrived.events < events and time.monotonic() - quiet_since < _QUIET_S and daemon.process.poll() is None:
+        time.sleep(0.02)
+        before, arrived = arrived, sink.report()
+        if arrived.events != before.events:
+            quiet_since = time.monotonic()
+    # The answer to the last batch, and the commit that settles it, belong to what the events cost.
+    time.sleep(_SETTLE_S)
+    return arrived
+
+
+def _figures(loaded: LoaderReport, arrived: SinkReport, sink_before: SinkReport, daemon_cpu_s: float) -> Run:
+    events = max(1, loaded.events)
+    delivered_s = max(arrived.last_at, loaded.acked_at) - loaded.started_at
+    return Run(
+        events=loaded.events,
+        requests=loaded.requests,
+        committed_per_s=events / (loaded.acked_at - loaded.started_at),
+        delivered_per_s=events / delivered_s,
+        daemon_us=daemon_cpu_s / events * 1e6,
+        loader_us=loaded.cpu_s / events * 1e6,
+        sink_us=(arrived.cpu_s - sink_before.cpu_s) / events * 1e6,
+        daemon_cores=daemon_cpu_s / delivered_s,
+        peak_mb=0,
+        idle_mb=0,
+        p50_ms=loaded.p50_ms,
+        p99_ms=loaded.p99_ms,
+        busy=loaded.busy,
+        sink_requests=arrived.requests,
+        other_cores=0,
+    )
+
+
+def _failure(arrived: SinkReport, events: int, *, check: bool) -> str:
+    if arrived.bad:
+        return f"{arrived.bad} requests that the sink didn't understand"
+    if arrived.events != events:
+        return f"{events} events sent and acked, {arrived.events} delivered"
+    if check and arrived.distinct != events:
+        return f"{events} events sent, {arrived.distinct} different ones delivered"
+    return ""
+
+
+class Results(Struct, kw_only=True):
+    """Everything that `--json` writes."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    floors: list[Floor] = msgspec.field(default_factory=list)
+    cells: dict[str, list[Run]] = msgspec.field(default_factory=dict)
+    verified: dict[str, str] = msgspec.field(default_factory=dict)  # by cell: "" or what was wrong
+
+
+def run_all(arguments: argparse.Namespace) -> Results:
+    """Verifies every kind of load once, then measures: floor, cell, cell, ... as often as was asked for."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    results = Results(machine=report.machine(), settings=settings)
+    with folder() as temporary:
+        arguments.data = temporary / "events.ndjson"
+        distinct = min(data.DISTINCT, arguments.events or data.DISTINCT)
+        data.write(arguments.data, distinct)
+        lines = [data.patched(line, 0) for line in data.read(arguments.data)[: floor.EVENTS]]
+        for name in arguments.cells if not arguments.emulator else ():
+            _say(f"verifying {name}")
+            events = min(_VERIFIED_EVENTS, arguments.events or _VERIFIED_EVENTS)
+            if CELLS[name].per_request == 1:
+                events = min(events, 10_000)
+            results.verified[name] = _attempt(name, arguments, check=True, events=events).failure
+        for number in range(arguments.runs):
+            results.floors.append(floor.measure(lines))
+            for name in arguments.cells:
+                if results.verified.get(name):
+                    continue  # what loses events has no speed
+                _say(f"run {number + 1} of {arguments.runs}: {name}")
+                results.cells.setdefault(name, []).append(_attempt(name, arguments))
+    _say("")
+    return results
+
+
+def _attempt(name: str, arguments: argparse.Namespace, *, check: bool = False, events: int | None = None) -> Run:
+    """A run; one that breaks is a failed run, and the others go on."""
+    try:
+        return measure(CELLS[name], arguments, check=check, events=events)
+    except BenchError as error:
+        figures = {field.name: 0 for field in msgspec.structs.fields(Run) if field.required}
+        return msgspec.convert({**figures, "failure": str(error)}, Run)
+
+
+def _say(progress: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
+
+
+def show(results: Results) -> bool:
+    """Prints the tables. False when a run failed."""
+    runs = len(results.floors)
+    floors = results.floors
+    print(report.heading(results.machine))
+    if results.machine["filesystem"] == "tmpfs":
+        print("CAUTION: the spool was on tmpfs, where fsync does nothing: no figure of durability")
+    print(
+        f"{floors[0].event_bytes:.0f} bytes an event; median (min-max) of {runs} runs; CPU in us an event; "
+        f"loader and sink on the same cores\n"
+    )
+    bottom = statistics.median(f.total for f in floors)
+    head = [
+        "load",
+        "committed/s",
+        "delivered/s",
+        "goal",
+        "daemon us",
+        "x floor",
+        "loader us",
+        "sink us",
+        "cores",
+        "peak MB",
+    ]
+    rows = []
+    for name, every in results.cells.items():
+        good = [run for run in every if not run.failure]
+        cell = CELLS[name]
+        met = bool(good) and statistics.median(run.delivered_per_s for run in good) >= cell.goal
+        rows.append(
+            [
+                name,
+                report.spread([run.committed_per_s for run in good]),
+                report.spread([run.delivered_per_s for run in good]),
+                f"{cell.goal:,.0f} {'met' if met else 'MISSED'}" if cell.goal else "-",
+                report.spread([run.daemon_us for run in good], 2),
+                f"{statistics.median(run.daemon_us for run in good) / bottom:.1f}" if good else "-",
+                report.spread([run.loader_us for run in good], 2),
+                report.spread([run.sink_us for run in good], 2),
+                f"{statistics.median(run.daemon_cores for run in good):.2f}" if good else "-",
+                report.spread([run.peak_mb for run in good]),
+            ]
+        )
+    print(report.table(head, rows))
+    _show_floor(floors)
+    _show_goals(results)
+    others = [run.other_cores for every in results.cells.values() for run in every if not run.failure]
+    if others and statistics.median(others) > _QUIET_CORES:
+        print(f"CAUTION: not a quiet machine, others used {report.spread(others, 2)} cores: rates are too low")
+    for name, every in results.cells.items():
+        good = [run for run in every if not run.failure]
+        if good and CELLS[name].door == "http":
+            median = {key: statistics.median(getattr(run, key) for run in good) for key in ("p50_ms", "p99_ms")}
+            print(f"{name}: request to 200 in {median['p50_ms']:.1f} ms (p50), {median['p99_ms']:.1f} ms (p99)")
+    return _show_failures(results)
+
+
+def _show_floor(floors: list[Floor]) -> None:
+    parts = ", ".join(
+        f"{name} {report.spread([getattr(f, name) for f in floors], 2)}" for name in ("decode", "encode", "gzip")
+    )
+    print(f"\nfloor: {report.spread([f.total for f in floors], 2)} us an event = {parts}")
+    print(f"       mapping, which it leaves out: {report.spread([f.map for f in floors], 2)}")
+
+
+def _show_goals(results: Results) -> None:
+    good = {name: [run for run in every if not run.failure] for name, every in results.cells.items()}
+    every = [run for runs in good.values() for run in runs]
+    if not every:
+        return
+    for name, runs in good.items():
+        if runs and CELLS[name].goal_us:
+            middle = statistics.median(run.daemon_us for run in runs)
+            goal = CELLS[name].goal_us
+            print(f"{name}: {middle:.2f} us of daemon CPU an event, goal {goal:g}: {_met(middle, goal)}")
+    peak = max(statistics.median(run.peak_mb for run in runs) for runs in good.values() if runs)
+    idle = statistics.median(run.idle_mb for run in every)
+    print(f"peak RSS: {peak:.0f} MB, goal {PEAK_MB:g}: {_met(peak, PEAK_MB)}")
+    print(f"idle RSS: {idle:.0f} MB, goal {IDLE_MB:g}: {_met(idle, IDLE_MB)}")
+
+
+def _met(value: float, goal: float) -> str:
+    return "met" if value <= goal else "MISSED"
+
+
+def _show_failures(results: Results) -> bool:
+    if results.verified:
+        whole = [name for name, problem in results.verified.items() if not problem]
+        print(f"verified, nothing lost and nothing doubled: {', '.join(whole) or 'none'}")
+    failures = [f"verification of {name}: {problem}" for name, problem in results.verified.items() if problem]
+    for name, every in results.cells.items():
+        failures += [f"run {n} of {name}: {run.failure}" for n, run in enumerate(every, 1) if run.failure]
+    said: set[str] = set()
+    for failure in failures:
+        which, _, problem = failure.partition(": ")
+        # One cause fails many runs: the whole story once, then its last line.
+        print(f"FAILED {which}: {problem.splitlines()[-1] if problem in said else problem}")
+        said.add(problem)
+    return not failures
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark. 1 when an event was lost or doubled, or a process broke; missed goals are only shown."""
+    parser = report.options("path", __doc__)
+    parser.add_argument("--cells", metavar="NAME,...", type=_cells, default=list(CELLS), help=f"of {', '.join(CELLS)}")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a run, default %(default)g")
+    parser.add_argument("--events", type=int, help="a run ends after so many events instead")
+    parser.add_argument("--emulator", action="store_true", help="`bridged emulator` in the sink's place")
+    arguments = parser.parse_args(argv)
+    with ended_by_signals():
+        results = run_all(arguments)
+    whole = show(results)
+    report.write(arguments.json, msgspec.to_builtins(results))
+    return 0 if whole else 1
+
+
+def _cells(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(CELLS):
+        raise argparse.ArgumentTypeError(f"no such load: {', '.join(sorted(unknown))}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
