@@ -1,0 +1,59 @@
+# make demo          a day of events through a daemon and an emulated Mixpanel; KEEP=1 leaves them running
+# make test          lint, types, tests
+# make lint          lint and types only
+# make bench         how fast it is on this machine
+# make clean         removes what the others made
+#
+# Everything is installed into .venv, nothing anywhere else. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed
+	@$(BIN)/bridged demo $(if $(KEEP),--keep) $(if $(EVENTS),--events $(EVENTS))
+
+test: lint
+	$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
+	find bridged bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: what is newer than they are is installed again, and nothing else.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) ..."
+	@$(PIP) install --editable ".[cli]"
+	@touch $@
+
+$(VENV)/.tested: pyproject.toml $(VENV)/.installed
+	@echo "Installing what the tests need into $(VENV) ..."
+	@$(PIP) install --upgrade "pip>=25.1"
+	@$(PIP) install --group test --group lint
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "bridged needs Python 3.11 or later, and there is no '$(PYTHON)' here."; \
+	  echo "  Debian, Ubuntu: apt install python3 python3-venv"; \
+	  echo "  elsewhere:      make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "bridged needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) -V)."; \
+	  echo "  choose another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$$($(PYTHON) -V) can't make virtual environments: its venv module is a package of its own here."; \
+	  echo "  Debian, Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Making a virtual environment in $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
