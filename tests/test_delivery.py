@@ -366,6 +366,17 @@ async def test_size_alone_never_halts(daemon, emulator, client):
     )
 
 
+async def test_a_lone_event_that_is_too_large_is_a_dead_letter(daemon, emulator, client):
+    """Its size is reason enough: nobody waits for another request to succeed first."""
+    app = await daemon()
+    emulator.script([{"status": 413, "body": "too large"}])
+    await post(client, app, batch(1))
+    await settled(app)
+
+    ((_, reason, _),) = await dead(app)
+    assert "413" in reason
+
+
 async def test_a_probe_is_small(daemon, emulator, client):
     """While the credential is refused, what asks is one segment, not all that waits."""
     app = await daemon(delivery__probe_interval="100ms")

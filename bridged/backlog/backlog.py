@@ -26,7 +26,6 @@ class Parcel(Struct, eq=False):
     """Segments that travel in one request: what is leased, sent, tried again and settled as one."""
 
     segments: list[Segment]
-    attempts: int = 0
 
     @property
     def events(self) -> int:

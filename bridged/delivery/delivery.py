@@ -185,7 +185,7 @@ class Delivery:
             case Split(too_large=True):
                 if parcel.events > 1:
                     self._learn(verdict.max_bytes, parcel.raw_bytes)
-                self._split(parcel, verdict.reason)
+                self._split(parcel, verdict.reason, too_large=True)
             case Split(reason):
                 self._splits += 1
                 if self._splits == _SPLITS_TO_HALT:
@@ -226,7 +226,8 @@ class Delivery:
         codes = b"".join([segment.codes for segment in too_old])
         log.error("events_expired", events=len(codes), max_age_s=self._options.max_age_s, archived_as=file)
         self._backlog.settle(Settlement(too_old, expired=codes))
-        if younger := [segment for segment in parcel.segments if segment not in too_old]:
+        gone = {segment.id for segment in too_old}
+        if younger := [segment for segment in parcel.segments if segment.id not in gone]:
             self._backlog.again(Parcel(younger))
 
     # -- one method a verdict -----------------------------------------------------------------------------------------
@@ -241,10 +242,11 @@ class Delivery:
         log.warning("events_rejected", events=len(letters), reason=letters[0].reason if letters else "")
         self._backlog.settle(Settlement(parcel.segments, delivered=delivered, dead_letters=letters))
 
-    def _split(self, parcel: Parcel, reason: str) -> None:
+    def _split(self, parcel: Parcel, reason: str, *, too_large: bool = False) -> None:
         events, codes = segments.lines(parcel.segments), parcel.codes
-        if len(events) == 1 and not self._takes_others():
-            # A refusal says nothing about the event while everything is refused: it is tried again after a success.
+        if len(events) == 1 and not (too_large or self._takes_others()):
+            # A refusal for anything but its size says nothing about the event while everything is refused: it is tried
+            # again after a success.
             self._aside.append(parcel)
             return
         if len(events) == 1:
