@@ -55,6 +55,10 @@ class Intake:
         self._sampled: set[int] = set()
         self._sampled_until = 0.0
 
+    def use(self, mapping: EventMapping) -> None:
+        """Maps with another configuration from the next call on. What is on disk stays as it was mapped."""
+        self._mapping, self._schema = mapping, mapping.schema
+
     def accept_lines(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
         """NDJSON lines. Raises SpoolError when the spool can't take them."""
         if len(lines) <= _SLICE_LINES:
@@ -88,11 +92,17 @@ class Intake:
                 return _too_large(row.event)
             batch = Batch(row.event + b"\n", bytes([row.code]))
             return self._spool.append(Intaken([batch], replayed=[row]))
-        mapped = self._intaken(self._schema.lines([row.event]))
+        mapped = self._as_accepted(row.code, self._intaken(self._schema.lines([row.event])))
         if mapped.dead_letters or not (mapped.batches or mapped.skipped):
             return mapped.dead_letters[0].reason if mapped.dead_letters else "it holds no event"
         mapped.replayed = [row]
         return self._spool.append(mapped)
+
+    @staticmethod
+    def _as_accepted(code: int, mapped: Intaken) -> Intaken:
+        """The books go on under the type that it was accepted as, whatever it is today: what was counted never falls."""
+        batches = [Batch(batch.ndjson, bytes([code]) * len(batch.codes)) for batch in mapped.batches]
+        return Intaken(batches, mapped.dead_letters, bytes([code]) * len(mapped.skipped))
 
     def accept_archived(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
         """Events that expired and were archived: mapped already, so they go on as they are. They count as accepted anew.

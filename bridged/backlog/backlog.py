@@ -47,6 +47,10 @@ class Parcel(Struct, eq=False):
         return request_body(self.segments)
 
 
+def _accepted_at(parcel: Parcel) -> float:
+    return min(segment.created_at for segment in parcel.segments)
+
+
 class Ring(NamedTuple):
     """How much of the backlog is in memory."""
 
@@ -211,6 +215,15 @@ class Backlog:
         """Puts a parcel that was taken back in the first place: `take` gives it, as it is, at once."""
         self._again.append(parcel)
         self._changed.set()
+
+    def older(self, parcel: Parcel) -> Parcel:
+        """A taken parcel, or the oldest of those to be sent again if that is older: then they change places."""
+        oldest = min(self._again, key=_accepted_at, default=parcel)
+        if _accepted_at(oldest) >= _accepted_at(parcel):
+            return parcel
+        self._again.remove(oldest)
+        self._again.append(parcel)
+        return oldest
 
     def flush(self) -> None:
         """From now on nothing waits to be joined with more: the daemon is about to stop."""

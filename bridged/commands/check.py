@@ -142,5 +142,5 @@ async def _ask(settings: Config) -> Verdict:
         properties["token"] = settings.mixpanel.token
     record = msgspec.json.encode({"event": "", "properties": properties}) + b"\n"
     timeout_s = min(float(settings.delivery.timeout) or 15.0, 15.0)
-    async with Transport(app.target(settings), timeout_s, 1) as transport:
+    async with Transport(app.target(settings), timeout_s) as transport:
         return await transport.send(igzip.compress(record, 1), 1, lambda: [insert_id])
