@@ -124,6 +124,7 @@ class _Rule(Struct, frozen=True, kw_only=True):
     text: Callable[[Facts, _Memory], str]
     end: str
     raise_after_s: float = 0.0
+    calm_s: float = 0.0  # how long it must have been good; 0: CLEAR_AFTER_S. What only happens at moments wants longer
 
 
 def _said(bad: bool, good: bool) -> Says:
@@ -290,6 +291,7 @@ RULES: Final = (
             "than spool.max_dead_letters, or they fill a quarter of spool.max_bytes"
         ),
         end="No more dead letters are dropped",
+        calm_s=3600.0,
     ),
     _Rule(
         name="damaged",
@@ -300,6 +302,7 @@ RULES: Final = (
             "Check the disk"
         ),
         end="No more damage was found",
+        calm_s=3600.0,
     ),
     _Rule(
         name="clock",
@@ -371,12 +374,12 @@ class Alarms:
                 episode.open = Open(alarm=rule.name, severity=rule.severity, since=now, text=text)
                 self.raised[rule.name] += 1
                 yield Notice(alarm=rule.name, state="raised", severity=rule.severity, text=text)
-        elif episode.good_since is not None and now - episode.good_since >= _clear_after_s(episode.came_back):
+        elif episode.good_since is not None and now - episode.good_since >= _clear_after_s(rule, episode.came_back):
             lasted_s = now - episode.open.since
             episode.open, episode.ended_at = None, now
             text = f"{rule.end}, after {_duration(lasted_s)}. {_waiting(facts)}"
             yield Notice(alarm=rule.name, state="cleared", severity=rule.severity, text=text, lasted_s=lasted_s)
 
 
-def _clear_after_s(came_back: int) -> float:
-    return min(CLEAR_AFTER_S * 2.0 ** min(came_back, 10), LONGEST_CLEAR_AFTER_S)
+def _clear_after_s(rule: _Rule, came_back: int) -> float:
+    return min((rule.calm_s or CLEAR_AFTER_S) * 2.0 ** min(came_back, 10), LONGEST_CLEAR_AFTER_S)
