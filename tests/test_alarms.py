@@ -112,10 +112,13 @@ def test_each_fact_has_its_alarm(alarm, bad, neither):
     assert clock.run(1000) == [(alarm, "cleared")]
 
 
-@pytest.mark.parametrize(("alarm", "counter"), [("dead_letters_dropped", "dead_letters_dropped"), ("damaged", "damaged")])
+@pytest.mark.parametrize(
+    ("alarm", "counter"), [("dead_letters_dropped", "dead_letters_dropped"), ("damaged", "damaged")]
+)
 def test_what_is_counted_has_an_end(alarm, counter):
     """Damage and drops are events: raised when the count grows, over when it has stopped; what came before the first
-    look isn't missed."""
+    look isn't missed.
+    """
     clock = Clock()
 
     assert clock.run(1000, **{counter: 1}) == [(alarm, "raised")]
@@ -204,7 +207,8 @@ some_facts = st.builds(
 @given(st.lists(st.tuples(some_facts, st.floats(0, 4000)), max_size=60))
 def test_any_history_of_facts(history):
     """Whatever happens: raised and cleared alternate, what is open is what was raised and not cleared, no alarm is raised
-    more often than the growing calm allows, and an hour and more of health ends everything, once."""
+    more often than the growing calm allows, and an hour and more of health ends everything, once.
+    """
     alarms, now = Alarms(), 0.0
     state = dict.fromkeys(NAMES, "cleared")
     raised_at = {name: [] for name in NAMES}
