@@ -31,7 +31,7 @@ from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.delivery.transport import Transport
-from bridged.errors import ConfigError, SpoolError
+from bridged.errors import BridgedError, ConfigError, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
@@ -195,7 +195,8 @@ class App:
             self._use(with_credentials(config, given))
         except Exception as error:
             # Whatever it is: a slip in a file must not end a daemon that works.
-            self.reload_problem = str(error.args[0]) if error.args else repr(error)
+            said_of_it = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
+            self.reload_problem = " ".join(said_of_it.split())
             log.error("reload_failed", error=str(error), hint="the configuration in force is the old one")
             return
         self.reload_problem = ""

@@ -246,10 +246,15 @@ class Alerts(_Section, frozen=True, kw_only=True):
     webhook_token: Annotated[str, Meta(description="Sent along as `Authorization: Bearer ...`.")] = ""
     webhook_token_file: Annotated[str, Meta(description="A file that holds webhook_token.")] = ""
     spool_share: Annotated[
-        float, Meta(gt=0, le=1, description="From this share of max_bytes, or of what the disk has room for, on.")
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="Alarm when the spool has this share of max_bytes, or of what the disk lets it have.",
+        ),
     ] = 0.8
     undelivered: Annotated[
-        Seconds, Meta(description="Events that wait without one success for so long, whatever the cause.")
+        Seconds, Meta(description="Alarm when events have waited so long without one success, whatever the cause.")
     ] = Seconds(600)
 
 

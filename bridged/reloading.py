@@ -57,7 +57,8 @@ async def watch(files: Callable[[], Sequence[Path]], changed: Callable[[], None]
     seen = known
     while True:
         await asyncio.sleep(_LOOK_S)
-        now = await asyncio.to_thread(_digests, files())
+        looked_at = files()
+        now = await asyncio.to_thread(_digests, looked_at) if looked_at else {}
         if now != known and now == seen:
             known = now
             changed()

@@ -29,7 +29,7 @@ LADDER: dict[str, set[str]] = {
     "delivery": {"backlog", "errors", "mixpanel"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "backlog", "intake"},
-    # The admin side looks at everything that runs, and changes only dead letters.
+    # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {"errors", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
     # Knows everyone.
     "app": {

@@ -17,8 +17,7 @@ from bridged.alarms.webhook import Webhook
 log = structlog.get_logger()
 
 _LOOK_S: Final = 1.0
-# A disk fills slowly, and asking may take long on one that is ill.
-_DISK_LOOKS: Final = 5
+_DISK_LOOK_S: Final = 5.0
 
 
 class Watch:
@@ -37,11 +36,8 @@ class Watch:
         """Looks until it is cancelled. Whatever goes wrong here is told, and is nobody else's trouble."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.webhook.run(), name="webhook")
-            looks = 0
+            tasks.create_task(self._look_at_disk(), name="disk")
             while True:
-                if looks % _DISK_LOOKS == 0:
-                    self.disk_free_bytes = await asyncio.to_thread(self._disk_free)
-                looks += 1
                 try:
                     self.step(asyncio.get_running_loop().time())
                     self._failed = False
@@ -84,6 +80,12 @@ class Watch:
             "oldest_age_s": None if facts.oldest_age_s is None else round(facts.oldest_age_s),
             "spool_bytes": facts.used_bytes,
         }
+
+    async def _look_at_disk(self) -> None:
+        """On its own: a disk that is ill may not answer, and then the alarms are needed most."""
+        while True:
+            self.disk_free_bytes = await asyncio.to_thread(self._disk_free)
+            await asyncio.sleep(_DISK_LOOK_S)
 
     def _disk_free(self) -> int | None:
         try:

@@ -216,14 +216,15 @@ class Backlog:
         self._again.append(parcel)
         self._changed.set()
 
-    def older(self, parcel: Parcel) -> Parcel:
-        """A taken parcel, or the oldest of those to be sent again if that is older: then they change places."""
-        oldest = min(self._again, key=_accepted_at, default=parcel)
-        if _accepted_at(oldest) >= _accepted_at(parcel):
-            return parcel
-        self._again.remove(oldest)
+    @property
+    def oldest_again(self) -> Parcel | None:
+        """The oldest of those that are to be sent again; None: there are none."""
+        return min(self._again, key=_accepted_at, default=None)
+
+    def exchange(self, wanted: Parcel, parcel: Parcel) -> None:
+        """Takes `wanted`, one of those to be sent again, and puts a parcel that was taken in their last place."""
+        self._again.remove(wanted)
         self._again.append(parcel)
-        return oldest
 
     def flush(self) -> None:
         """From now on nothing waits to be joined with more: the daemon is about to stop."""

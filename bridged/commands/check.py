@@ -82,6 +82,7 @@ def _summary(settings: Config) -> Iterator[list[str]]:
     yield ["event types", f"{len(chosen)} of {len(EVENT_TYPES)} selected, naming = {settings.mixpanel.naming}"]
     yield ["others", f"unknown types: {settings.events.unknown}, anonymous users: {settings.events.anonymous}"]
     yield ["spool", f"{settings.spool.path}, at most {size(settings.spool.max_bytes)}"]
+    yield ["alarms", "log, metrics, status" + (", webhook" if settings.alerts.webhook_url else "; no webhook")]
     yield ["retention", f"{settings.retention.max_age} while halted, then {settings.retention.on_expiry}"]
 
 

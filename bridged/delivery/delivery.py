@@ -185,7 +185,7 @@ class Delivery:
     async def _may_go(self, parcel: Parcel) -> Parcel:
         """Returns when the pace lets a parcel go; while halted, when it is time for a probe or the parcel is too old.
 
-        While halted the oldest of those that are to be sent again takes the parcel's place: it is the first to expire.
+        While halted another takes the parcel's place if it is too old: what was refused at once comes back in any order.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -193,7 +193,10 @@ class Delivery:
             if self.halted is not None:
                 while self._aside and self._too_old(self._aside[0]):
                     self._backlog.again(self._aside.pop(0))
-                parcel = self._backlog.older(parcel)
+                oldest = self._backlog.oldest_again
+                if oldest is not None and self._too_old(oldest):
+                    self._backlog.exchange(oldest, parcel)
+                    return oldest
                 if self._too_old(parcel):
                     return parcel
                 wait_s = _HALTED_LOOK_S if self._in_flight else min(self._probe_at - loop.time(), _HALTED_LOOK_S)

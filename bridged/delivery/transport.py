@@ -33,9 +33,11 @@ class Transport:
     async def __aenter__(self) -> Self:
         """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
         _proxy(self.target.import_url)
+        # A context of our own: aiohttp's was made when it was imported, and knows the authorities of that moment.
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(("http/1.1",))
         self._session = aiohttp.ClientSession(
-            # A context of our own: aiohttp's was made when it was imported, and may know older certificates.
-            connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=ssl.create_default_context()),
+            connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
         )
