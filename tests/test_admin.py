@@ -257,14 +257,24 @@ async def test_token_guards_everything_but_healthz(daemon, client):
     assert (await ask(client, app, "/healthz"))[0] == 200
 
 
-async def test_secrets_stay_inside(daemon, client):
-    """The configuration that the API shows has no secret in it."""
-    app = await daemon(mixpanel__api_secret="very-secret", sources__http__bearer_token="bearer-secret")
-
-    async with client.get(base(app) + "/api/config") as answer:
-        text = await answer.text()
+async def test_secrets_stay_inside(daemon, client, capfd):
+    """The configuration that the API shows has no secret in it, nor have the status, the metrics and the log."""
+    app = await daemon(
+        mixpanel__api_secret="very-secret",
+        sources__http__bearer_token="bearer-secret",
+        alerts__webhook_url="http://127.0.0.1:9/hook-secret",
+        alerts__webhook_token="token-secret",
+    )
+    app.reload_problem = "made up, so that the webhook is tried"
+    await until(lambda: app.watch.webhook.failures, "the attempt")
+    text = ""
+    for path in ("/api/config", "/api/status", "/metrics"):
+        async with client.get(base(app) + path) as answer:
+            text += await answer.text()
+    text += "".join(capfd.readouterr())
     assert "********" in text
-    for secret in ("very-secret", "bearer-secret", "example-token"):
+    assert "webhook_failed" in text
+    for secret in ("very-secret", "bearer-secret", "example-token", "hook-secret", "token-secret"):
         assert secret not in text
 
 

@@ -46,6 +46,12 @@ async def emulator():
         yield running
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    """A changed credential waits for two seconds after the last request; here for less. (Not in the test of the process.)"""
+    monkeypatch.setattr(delivery, "_EARLY_PROBE_S", 0.2)
+
+
 def batch(count, first=0):
     """Currents events, all different."""
     return [currents(seed=seed) for seed in range(first, first + count)]
