@@ -12,23 +12,26 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
-import msgspec
 import structlog
 
-from bridged import __version__
+from bridged import __version__, reloading
 from bridged.admin.server import AdminServer
+from bridged.admin.status import alarm_facts
+from bridged.alarms.watch import Watch
+from bridged.alarms.webhook import Hook, Webhook
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
-from bridged.config import Config, split_address
+from bridged.config import Config, secret_files, split_address, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.delivery.transport import Transport
-from bridged.errors import ConfigError, SpoolError
+from bridged.errors import BridgedError, ConfigError, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
@@ -81,11 +84,38 @@ def spool_options(config: Config) -> SpoolOptions:
     )
 
 
+def delivery_options(config: Config) -> DeliveryOptions:
+    """What the configuration says about delivery, but for the pace."""
+    delivery = config.delivery
+    return DeliveryOptions(
+        max_batch_events=delivery.max_batch_events,
+        max_batch_bytes=delivery.max_batch_bytes,
+        flush_interval_s=delivery.flush_interval,
+        probe_interval_s=delivery.probe_interval,
+        max_age_s=config.retention.max_age,
+        on_expiry=config.retention.on_expiry,
+    )
+
+
+def pace_limits(config: Config) -> PaceLimits:
+    """What the configuration says about the pace."""
+    delivery = config.delivery
+    return PaceLimits(
+        max_events_per_second=delivery.max_events_per_second,
+        max_bytes_per_minute=delivery.max_bytes_per_minute,
+        max_concurrency=delivery.max_concurrency,
+    )
+
+
 class App:
-    """The parts of a running daemon, as an async context manager."""
+    """The parts of a running daemon, as an async context manager. `config` is what is in force."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before the configuration
+        self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
+        self.reload_problem = ""  # why the last changed configuration wasn't taken over
+        self._configured = config  # what the configuration last said
         self.started_at = time.time()
         self._exit = contextlib.AsyncExitStack()
 
@@ -99,27 +129,13 @@ class App:
         config, delivery = self.config, self.config.delivery
         self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES))
         self.backlog = Backlog(self.spool, config.spool.ring_bytes)
-        self.transport = await stack.enter_async_context(
-            Transport(target(config), delivery.timeout, delivery.max_concurrency)
-        )
-        limits = PaceLimits(
-            max_events_per_second=delivery.max_events_per_second,
-            max_bytes_per_minute=delivery.max_bytes_per_minute,
-            max_concurrency=delivery.max_concurrency,
-        )
+        self.transport = await stack.enter_async_context(Transport(target(config), delivery.timeout))
         self.delivery = Delivery(
             self.backlog,
             self.spool,
             self.transport,
-            Pace(limits, random.Random()),
-            DeliveryOptions(
-                max_batch_events=delivery.max_batch_events,
-                max_batch_bytes=delivery.max_batch_bytes,
-                flush_interval_s=delivery.flush_interval,
-                probe_interval_s=delivery.probe_interval,
-                max_age_s=config.retention.max_age,
-                on_expiry=config.retention.on_expiry,
-            ),
+            Pace(pace_limits(config), random.Random()),
+            delivery_options(config),
             Archive(config.retention.archive_path),
             lambda code: TYPE_NAMES.get(code, ""),
         )
@@ -127,6 +143,8 @@ class App:
         stack.push_async_callback(self._stop_delivering)
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events)
+        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
+        stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
         self.admin = AdminServer(self)
         if config.admin.listen:
@@ -162,20 +180,63 @@ class App:
     async def __aexit__(self, *exc: Any) -> None:
         await self._exit.__aexit__(*exc)
 
-    def reload(self, read: Callable[[], Config]) -> None:
-        """Takes over [mixpanel] url, region and credentials; a configuration that can't be used changes nothing.
+    def reload(self, read: Callable[[], Config], *, asked: bool = True) -> None:
+        """Takes over what can change while it runs (see `reloading`); a configuration that can't be used changes nothing.
 
-        `token` stays what it was in events: they are mapped with it. Everything else needs a restart, which loses nothing.
+        Not `asked`: a file of a secret has changed, and if it says what is known already, nobody hears of it.
         """
         try:
-            config = read()
-        except ConfigError as error:
+            said = read()
+            given = self.given if target(said).credentials == target(self._configured).credentials else {}
+            before = with_credentials(
+                self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given}
+            )
+            config, changed, restart = reloading.take_over(before, said)
+            self._use(with_credentials(config, given))
+        except Exception as error:
+            # Whatever it is: a slip in a file must not end a daemon that works.
+            said_of_it = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
+            self.reload_problem = " ".join(said_of_it.split())
             log.error("reload_failed", error=str(error), hint="the configuration in force is the old one")
             return
-        self.transport.target = target(config)
-        self.delivery.credentials_changed()
-        others = config != msgspec.structs.replace(self.config, mixpanel=config.mixpanel)
-        log.info("reloaded", restart_needed_for_other_keys=others)
+        self.reload_problem = ""
+        self._configured, self.given, self.restart_needed = said, given, restart
+        if asked or changed:
+            log.info("reloaded", changed=changed, restart_needed_for=restart)
+
+    def take_credentials(self, given: dict[str, str]) -> None:
+        """Other values in [mixpanel], at once and in memory only. Raises ConfigError, and changes nothing, if unusable."""
+        config = with_credentials(self.config, given)
+        if config.mixpanel.service_account and given.get("api_secret"):
+            raise ConfigError(
+                "api_secret would have no effect beside the service account that is in force",
+                'send "service_account": "" along to use the API secret',
+            )
+        self._use(config)
+        self.given |= given
+        log.info("credentials_given", kind=self.transport.target.credentials.kind, keys=sorted(given))
+
+    def _use(self, config: Config) -> None:
+        """Puts a configuration in force. First what may fail; then nothing waits, so everybody changes at the same moment."""
+        settings = mapping_settings(config)
+        mapping = self.mapping
+        if settings != mapping_settings(self.config):
+            mapping = EventMapping(EVENT_TYPES, settings)
+        aimed = target(config)
+        is_other = aimed != self.transport.target
+        self.transport.use(aimed, config.delivery.timeout)
+        self.delivery.use(delivery_options(config), pace_limits(config), Archive(config.retention.archive_path))
+        self.mapping = mapping
+        self.intake.use(mapping)
+        self.watch.webhook.use(_hook(config))
+        self.config = config
+        if is_other:
+            self.delivery.credentials_changed()
+
+    async def watch_secrets(self, read: Callable[[], Config]) -> None:
+        """Reads the configuration again when a file of a secret has changed. Until it is cancelled."""
+        files: Callable[[], list[Path]] = lambda: secret_files(self._configured)  # noqa: E731  # typed, and once
+        await reloading.watch(files, lambda: self.reload(read, asked=False))
 
     async def until(self, stop: asyncio.Event) -> None:
         """Returns when `stop` is set. Raises what a part died of."""
@@ -202,8 +263,23 @@ class App:
         raise SpoolError("the delivery ended by itself")
 
 
+def _hook(config: Config) -> Hook:
+    return Hook(config.alerts.webhook_url, config.alerts.webhook_token)
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    """Ends a task that nothing depends on. What it died of, if it did, is told."""
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass
+    except Exception as error:
+        log.error("task_failed", task=task.get_name(), error=repr(error))
+
+
 async def run(config: Config, reload: Callable[[], Config]) -> None:
-    """Runs the daemon until SIGTERM or SIGINT. SIGHUP reads the configuration again, for another credential."""
+    """Runs the daemon until SIGTERM or SIGINT. SIGHUP reads the configuration again, and so does a changed secret."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -220,7 +296,11 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
             waiting=app.backlog.events,
         )
         loop.add_signal_handler(signal.SIGHUP, app.reload, reload)
-        await app.until(stop)
+        watching = asyncio.create_task(app.watch_secrets(reload), name="secrets")
+        try:
+            await app.until(stop)
+        finally:
+            await _end(watching)
         log.info("stopping", waiting=app.backlog.events)
     log.info("stopped")
 

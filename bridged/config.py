@@ -235,6 +235,29 @@ class Retention(_Section, frozen=True, kw_only=True):
     archive_path: Annotated[str, Meta(description="The folder of the archive files.")] = "archive"
 
 
+class Alerts(_Section, frozen=True, kw_only=True):
+    """Who is told when something needs a person; the log, /metrics and `bridged status` always are."""
+
+    webhook_url: Annotated[
+        str,
+        Meta(description='Each alarm is posted here as JSON with a `text`, as Slack and others take it; "": nowhere.'),
+    ] = ""
+    webhook_url_file: Annotated[str, Meta(description="A file that holds webhook_url: many of them are secrets.")] = ""
+    webhook_token: Annotated[str, Meta(description="Sent along as `Authorization: Bearer ...`.")] = ""
+    webhook_token_file: Annotated[str, Meta(description="A file that holds webhook_token.")] = ""
+    spool_share: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="Alarm when the spool has this share of max_bytes, or of what the disk lets it have.",
+        ),
+    ] = 0.8
+    undelivered: Annotated[
+        Seconds, Meta(description="Alarm when events have waited so long without one success, whatever the cause.")
+    ] = Seconds(600)
+
+
 class Admin(_Section, frozen=True, kw_only=True):
     """API, /metrics, /healthz, /readyz."""
 
@@ -265,6 +288,7 @@ class Config(_Section, frozen=True, kw_only=True):
     spool: SpoolSettings = SpoolSettings()
     delivery: DeliverySettings = DeliverySettings()
     retention: Retention = Retention()
+    alerts: Alerts = Alerts()
     admin: Admin = Admin()
     log: Log = Log()
 
@@ -274,6 +298,8 @@ SECRETS = (
     ("mixpanel", "token"),
     ("mixpanel", "api_secret"),
     ("mixpanel", "service_secret"),
+    ("alerts", "webhook_url"),
+    ("alerts", "webhook_token"),
     ("admin", "token"),
 )
 
@@ -424,14 +450,42 @@ def _with_secrets(config: Config, environ: Mapping[str, str]) -> Config:
             raise ConfigError(f"can't read {'.'.join(path)} from {source}: {error}") from error
         if not secret:
             raise ConfigError(f"can't read {'.'.join(path)} from {source}: it is empty")
-        config = _replaced(config, path, secret)
+        config = replaced(config, path, secret)
     return config
 
 
-def _replaced(struct: Any, path: tuple[str, ...], value: object) -> Any:
+def secret_files(config: Config, environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Where secrets come from, or would, if the file were there: `*_file` keys and `$CREDENTIALS_DIRECTORY`."""
+    files = []
+    for path in SECRETS:
+        if file := value_at(config, (*path[:-1], f"{path[-1]}_file")):
+            files.append(Path(file))
+        elif "CREDENTIALS_DIRECTORY" in environ:
+            files.append(Path(environ["CREDENTIALS_DIRECTORY"], "_".join(path)))
+    return files
+
+
+def value_at(config: Config, path: tuple[str, ...]) -> Any:
+    """One value, by the path of its key."""
+    value: Any = config
+    for name in path:
+        value = getattr(value, name)
+    return value
+
+
+def replaced(struct: Any, path: tuple[str, ...], value: object) -> Any:
+    """A copy of a section with another value at a path."""
     if len(path) > 1:
-        value = _replaced(getattr(struct, path[0]), path[1:], value)
+        value = replaced(getattr(struct, path[0]), path[1:], value)
     return msgspec.structs.replace(struct, **{path[0]: value})
+
+
+def with_credentials(config: Config, changes: Mapping[str, str]) -> Config:
+    """The configuration with other values in [mixpanel]. Raises ConfigError if it would have no usable credential."""
+    config = msgspec.structs.replace(config, mixpanel=msgspec.structs.replace(config.mixpanel, **changes))
+    if problems := list(_problems(config)):
+        raise ConfigError("; ".join(problems))
+    return config
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -460,6 +514,8 @@ def _problems(config: Config) -> Iterator[str]:
     if mixpanel.url and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s?#]*)?", mixpanel.url):
         # Not quoted: what stands before an @ is a secret.
         yield "mixpanel.url: expected http(s)://host, without credentials or query"
+    if config.alerts.webhook_url and not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", config.alerts.webhook_url):
+        yield "alerts.webhook_url: expected http(s)://host/path, without a user and password"
     if mixpanel.project_id and not mixpanel.project_id.isdecimal():
         yield f"mixpanel.project_id: expected a number, got {mixpanel.project_id!r}"
     for event_type, name in config.events.names.items():
@@ -532,10 +588,7 @@ def _toml_value(value: Any) -> str:
 def masked(config: Config) -> dict[str, Any]:
     """The configuration as plain data with every secret replaced: for logs, `check` and the API."""
     for path in SECRETS:
-        section: Any = config
-        for name in path[:-1]:
-            section = getattr(section, name)
-        if getattr(section, path[-1]):
-            config = _replaced(config, path, "********")
+        if value_at(config, path):
+            config = replaced(config, path, "********")
     plain: dict[str, Any] = msgspec.to_builtins(config, enc_hook=str)
     return plain

@@ -55,6 +55,10 @@ class Intake:
         self._sampled: set[int] = set()
         self._sampled_until = 0.0
 
+    def use(self, mapping: EventMapping) -> None:
+        """Maps with another configuration from the next call on. What is on disk stays as it was mapped."""
+        self._mapping, self._schema = mapping, mapping.schema
+
     def accept_lines(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
         """NDJSON lines. Raises SpoolError when the spool can't take them."""
         if len(lines) <= _SLICE_LINES:
@@ -86,13 +90,36 @@ class Intake:
         if row.stage == "mixpanel":
             if len(row.event) >= MAX_EVENT_BYTES:
                 return _too_large(row.event)
-            batch = Batch(row.event + b"\n", bytes([row.code]))
+            batch = Batch(self._with_token(row.event) + b"\n", bytes([row.code]))
             return self._spool.append(Intaken([batch], replayed=[row]))
-        mapped = self._intaken(self._schema.lines([row.event]))
+        mapped = self._as_accepted(row.code, self._intaken(self._schema.lines([row.event])))
         if mapped.dead_letters or not (mapped.batches or mapped.skipped):
             return mapped.dead_letters[0].reason if mapped.dead_letters else "it holds no event"
         mapped.replayed = [row]
         return self._spool.append(mapped)
+
+    def _with_token(self, event: bytes) -> bytes:
+        """A mapped event with the project token of today, if it has one at all: for events that come back after a while.
+
+        Mixpanel knows a repetition by other properties. All else keeps its spelling.
+        """
+        token = msgspec.json.encode(self._mapping.token)
+        try:
+            members = msgspec.json.decode(event, type=dict[str, msgspec.Raw])
+            properties = msgspec.json.decode(members["properties"], type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError):
+            return event
+        if not self._mapping.token or bytes(properties.get("token", token)) == token:
+            return event
+        properties["token"] = msgspec.Raw(token)
+        members["properties"] = msgspec.Raw(msgspec.json.encode(properties))
+        return msgspec.json.encode(members)
+
+    @staticmethod
+    def _as_accepted(code: int, mapped: Intaken) -> Intaken:
+        """The books go on under the type that it was accepted as, whatever it is today: what was counted never falls."""
+        batches = [Batch(batch.ndjson, bytes([code]) * len(batch.codes)) for batch in mapped.batches]
+        return Intaken(batches, mapped.dead_letters, bytes([code]) * len(mapped.skipped))
 
     def accept_archived(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
         """Events that expired and were archived: mapped already, so they go on as they are. They count as accepted anew.
@@ -107,7 +134,9 @@ class Intake:
                 reason = f"not an archived event: {error}"
                 letters.append(DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, line))
             else:
-                batches.append(Batch(line.replace(b"\n", b" ") + b"\n", bytes([self._mapping.code_of(name)])))
+                batches.append(
+                    Batch(self._with_token(line).replace(b"\n", b" ") + b"\n", bytes([self._mapping.code_of(name)]))
+                )
         return self._spool.append(Intaken(batches, letters))
 
     def _intaken(self, decoded: Decoded) -> Intaken:

@@ -3,11 +3,16 @@
 import asyncio
 import re
 
+import msgspec
 import pytest
-from conftest import balanced, currents, until
+from conftest import NAMES, balanced, currents, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridged.admin.health import Facts, judge
+from bridged.admin.status import Status
+from bridged.backlog.spool import DeadLetter, Intaken
+from bridged.commands.status import lines
+from bridged.currents.schema import UNKNOWN_CODE, UNKNOWN_TYPE
 from bridged.currents.table import EVENT_TYPES
 from bridged.errors import ListenError
 
@@ -252,14 +257,24 @@ async def test_token_guards_everything_but_healthz(daemon, client):
     assert (await ask(client, app, "/healthz"))[0] == 200
 
 
-async def test_secrets_stay_inside(daemon, client):
-    """The configuration that the API shows has no secret in it."""
-    app = await daemon(mixpanel__api_secret="very-secret", sources__http__bearer_token="bearer-secret")
-
-    async with client.get(base(app) + "/api/config") as answer:
-        text = await answer.text()
+async def test_secrets_stay_inside(daemon, client, capfd):
+    """The configuration that the API shows has no secret in it, nor have the status, the metrics and the log."""
+    app = await daemon(
+        mixpanel__api_secret="very-secret",
+        sources__http__bearer_token="bearer-secret",
+        alerts__webhook_url="http://127.0.0.1:9/hook-secret",
+        alerts__webhook_token="token-secret",
+    )
+    app.reload_problem = "made up, so that the webhook is tried"
+    await until(lambda: app.watch.webhook.failures, "the attempt")
+    text = ""
+    for path in ("/api/config", "/api/status", "/metrics"):
+        async with client.get(base(app) + path) as answer:
+            text += await answer.text()
+    text += "".join(capfd.readouterr())
     assert "********" in text
-    for secret in ("very-secret", "bearer-secret", "example-token"):
+    assert "webhook_failed" in text
+    for secret in ("very-secret", "bearer-secret", "example-token", "hook-secret", "token-secret"):
         assert secret not in text
 
 
@@ -297,3 +312,88 @@ async def test_a_taken_port_is_told(daemon, client):
         await daemon(spool__path="other.db", admin__listen=app.config.admin.listen)
 
     assert (await ask(client, app, "/healthz"))[0] == 200
+
+
+# -- what was hidden ---------------------------------------------------------------------------------------------------
+
+
+async def status_lines(client, app):
+    """What `bridged status` prints."""
+    async with client.get(base(app) + "/api/status") as answer:
+        return "\n".join(lines(msgspec.json.decode(await answer.read(), type=Status)))
+
+
+async def test_a_learned_cap_is_told(daemon, client, emulator):
+    """After a 413 requests are smaller for a while: who wonders about the rate finds it in the status."""
+    app = await daemon()
+    assert "request size  at most 1.9 MiB\n" in await status_lines(client, app)
+    emulator.script([{"status": 413, "body": {"error": "request exceeds max limit of 20000 bytes"}, "times": 1}])
+    await post(client, app, [currents(seed=seed) for seed in range(200)])
+    await until(lambda: app.delivery.learned_batch_bytes == 20_000, "the cap")
+
+    assert "request size  at most 19.5 KiB, learned from an answer 413" in await status_lines(client, app)
+    assert (await ask(client, app, "/api/status"))[1]["pace"]["batch_bytes_learned"]
+
+
+async def test_what_is_tried_again_is_told(daemon, client, emulator):
+    """How often the oldest was tried in vain, and nothing any more once it is delivered, or was split."""
+    app = await daemon()
+    emulator.script([{"status": 503, "times": 3}, {"status": 413, "times": 1}])
+    await post(client, app, [currents(seed=seed) for seed in range(5)])
+    await until(lambda: app.delivery.retrying and app.delivery.retrying.attempts == 3, "three attempts", 20)
+    assert "tried again   1 requests; the oldest 3 times in vain" in await status_lines(client, app)
+    await until(lambda: app.backlog.events == 0, "delivery", 40)
+
+    assert app.delivery.retrying is None
+    assert "tried again" not in await status_lines(client, app)
+
+
+async def test_what_is_kept_aside_is_told(daemon, client, emulator):
+    """One lone event, refused incomprehensibly: nobody can say whose fault it is, but it isn't hidden."""
+    app = await daemon()
+    emulator.script([{"status": 400, "body": "no", "times": 1}])
+    await post(client, app, [currents(seed=1)])
+    await until(lambda: app.delivery.set_aside == 1, "the event")
+    text = await status_lines(client, app)
+    assert "kept aside    1 single events" in text
+    assert "warning: 1 single event(s) were refused for a reason that can't be understood" in text
+    assert (await metrics(client, app))["bridged_events_set_aside"] == 1
+
+    await post(client, app, [currents(seed=2)])
+    await until(lambda: app.backlog.events == 0, "delivery")
+    assert app.delivery.set_aside == 0
+    assert len(emulator.events()) == 2
+
+
+async def test_an_alarm_is_a_line_of_the_status(daemon, client, emulator):
+    """With its name, its weight and its words."""
+    emulator.credentials(token="another")
+    app = await daemon()
+    await post(client, app, [currents(seed=1)])
+    await until(lambda: app.watch.alarms.open, "the alarm")
+
+    assert re.search(
+        r"^ALARM halted \(critical\) since 20..-.*: Delivery is halted", await status_lines(client, app), re.MULTILINE
+    )
+
+
+async def test_no_counter_falls_when_a_replay_finds_another_type(daemon, client, emulator):
+    """A dead letter that was accepted as one type is another one to a later version: in the books it stays what it was
+    accepted as, so that no type's counter falls, which would look like a restart.
+    """
+    app = await daemon()
+    event = msgspec.json.encode(currents(seed=1))
+    letter = DeadLetter(UNKNOWN_CODE, UNKNOWN_TYPE, "door", "nobody knew it", event)
+    await app.spool.append(Intaken([], [letter]))
+    before = await metrics(client, app)
+    assert before['bridged_events_accepted_total{event_type="(unknown)"}'] == 1
+    async with client.post(base(app) + "/api/dead-letters/replay", json={"all": True}) as answer:
+        assert (await answer.json())["replayed"] == 1
+    await until(lambda: app.spool.accounts.total("delivered") == 1, "delivery")
+
+    after = await metrics(client, app)
+    books = [name for name in before if name.startswith("bridged_events") and "_total" in name]
+    assert [name for name in books if after[name] < before[name]] == []
+    assert app.spool.accounts.by_type(NAMES).keys() == {"(unknown)"}
+    assert emulator.events()[0]["event"] == "Email Open"
+    balanced(app)

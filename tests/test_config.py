@@ -219,20 +219,25 @@ def variable(path: tuple[str, ...], ending: str = "") -> str:
     return ("__".join(("BRIDGED", *path)) + ending).upper()
 
 
+def secret(path: tuple[str, ...], text: str) -> str:
+    """A secret that the key takes."""
+    return f"https://example.com/{text}" if path[-1].endswith("url") else text
+
+
 @pytest.mark.parametrize("path", SECRETS, ids=".".join)
 def test_secrets_come_from_files(tmp_path: Path, path: tuple[str, ...]) -> None:
     """The key itself, else its *_file, else systemd's credential; a newline at the end of a file is an editor's."""
     named, credentials = tmp_path / "named", tmp_path / "credentials"
     credentials.mkdir()
-    named.write_text("from-file\n")
-    (credentials / "_".join(path)).write_text("from-systemd\n")
+    named.write_text(secret(path, "from-file\n"))
+    (credentials / "_".join(path)).write_text(secret(path, "from-systemd\n"))
     environ = {} if path == ("mixpanel", "token") else dict(TOKEN)
     environ |= {"CREDENTIALS_DIRECTORY": str(credentials)}
-    assert value_at(load(None, environ), path) == "from-systemd"
+    assert value_at(load(None, environ), path) == secret(path, "from-systemd")
     environ |= {variable(path, "_file"): str(named)}
-    assert value_at(load(None, environ), path) == "from-file"
-    environ |= {variable(path): "itself"}
-    assert value_at(load(None, environ), path) == "itself"
+    assert value_at(load(None, environ), path) == secret(path, "from-file")
+    environ |= {variable(path): secret(path, "itself")}
+    assert value_at(load(None, environ), path) == secret(path, "itself")
 
 
 @pytest.mark.parametrize("path", SECRETS, ids=".".join)
@@ -258,7 +263,7 @@ def test_no_credential_directory_or_no_such_credential(tmp_path: Path) -> None:
 
 def test_masked_never_shows_a_secret() -> None:
     """For logs, `check` and the API: every secret is replaced, whatever holds it; an unset one stays empty."""
-    environ = {variable(path): f"s3cr3t-{'-'.join(path)}" for path in SECRETS}
+    environ = {variable(path): secret(path, f"s3cr3t-{'-'.join(path)}") for path in SECRETS}
     config = load(None, environ | {"BRIDGED__MIXPANEL__PROJECT_ID": "1", "BRIDGED__MIXPANEL__SERVICE_ACCOUNT": "a"})
     assert "s3cr3t" not in str(masked(config))
     assert masked(config)["mixpanel"]["service_account"] == "a"
@@ -270,7 +275,7 @@ def test_every_secret_has_its_file_key_and_is_known_as_secret() -> None:
     """A new secret can't be forgotten in the list: whatever has a *_file is one."""
     files = {key.path for key in keys() if key.path[-1].endswith("_file")}
     assert {(*path[:-1], f"{path[-1]}_file") for path in SECRETS} == files
-    words = ("token", "secret", "password")
+    words = ("token", "secret", "password", "webhook_url")
     assert {key.path for key in keys() if key.path[-1].endswith(words)} == set(SECRETS)
 
 

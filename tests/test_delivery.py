@@ -9,6 +9,7 @@ import pytest
 from conftest import balanced, currents, until
 
 from bridged.app import App
+from bridged.delivery import delivery
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.mixpanel.verdicts import Delivered
 
@@ -33,6 +34,12 @@ async def emulator():
     """One that remembers bodies too."""
     async with Recorder(EmulatorConfig(port=0)) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    """A changed credential waits for two seconds after the last request; here for less."""
+    monkeypatch.setattr(delivery, "_EARLY_PROBE_S", 0.1)
 
 
 def mapped(letter):

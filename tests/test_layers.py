@@ -17,16 +17,22 @@ LADDER: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "config": {"errors"},
+    "reloading": {"config"},
+    # Facts in, notices out: it knows nobody.
+    "alarms": set(),
     "currents": set(),
     "mixpanel": {"currents"},
     "backlog": {"errors"},
     "delivery": {"backlog", "errors", "mixpanel"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "backlog", "intake"},
-    # The admin side looks at everything that runs, and changes only dead letters.
-    "admin": {"errors", "config", "currents", "mixpanel", "backlog", "delivery"},
+    # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
+    "admin": {"errors", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
     # Knows everyone.
-    "app": {"errors", "config", "currents", "mixpanel", "backlog", "delivery", "intake", "sources", "admin"},
+    "app": {
+        *("errors", "config", "reloading", "alarms", "currents", "mixpanel", "backlog", "delivery", "intake"),
+        *("sources", "admin"),
+    },
     # Mixpanel as others know it: what it shared with the path could not find the path's mistakes.
     "emulator": {"errors"},
     # Commands talk to a daemon, or open the parts that they check.
@@ -43,6 +49,7 @@ PURE = [
     ROOT / "backlog" / "accounts.py",
     ROOT / "delivery" / "pacing.py",
     ROOT / "admin" / "health.py",
+    ROOT / "alarms" / "rules.py",
     *[
         ROOT / "emulator" / f"{name}.py"
         for name in ("answers", "batch", "bodies", "credentials", "faults", "limits", "project", "reading", "store")
@@ -59,7 +66,7 @@ CLOCKS = {"now", "utcnow", "today"}
 MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
-    "config.py": (560, "its annotations are the documentation of every key"),
+    "config.py": (620, "its annotations are the documentation of every key"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "backlog/spool.py": (
         600,

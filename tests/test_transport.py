@@ -29,7 +29,7 @@ BODY = gzip.compress(b'{"event":"a","properties":{"time":1700000000,"distinct_id
 async def transport(url="", timeout_s=5.0, credentials=None):
     """A transport to an address."""
     target = Target(url=url, credentials=credentials or Credentials(token=SECRET))
-    async with Transport(target, timeout_s, 4) as opened:
+    async with Transport(target, timeout_s) as opened:
         yield opened
 
 

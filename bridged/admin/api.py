@@ -8,6 +8,9 @@
     GET  /api/dead-letters/ID         one, with its event
     POST /api/dead-letters/replay     {"ids": [...]} or {"filter": {...}} or {"all": true}
     POST /api/dead-letters/purge      likewise
+    POST /api/credentials             {"token", "api_secret", "service_account", "service_secret", "project_id"}: those that
+                                      are given are in force at once, until the next start or another one in the
+                                      configuration. Kept in memory only, never sent back.
     POST /api/replay                  {"events": [...]}: mapped events that were archived when they expired
 
 What changes something is a POST of JSON, and only that. Errors are {"error": what happened, "hint": what to do}.
@@ -23,7 +26,7 @@ from msgspec import Struct
 from bridged import config
 from bridged.admin.status import status
 from bridged.backlog.dead_letters import MAX_LISTED, DeadLetters, Filter, Group, Summary, exported
-from bridged.errors import BadRequest
+from bridged.errors import BadRequest, ConfigError
 
 if TYPE_CHECKING:
     from bridged.app import App
@@ -63,6 +66,25 @@ class Order(Struct, forbid_unknown_fields=True):
         return Filter() if self.ids is None else self.ids
 
 
+class NewCredentials(Struct, forbid_unknown_fields=True):
+    """The body of a change of credentials. What isn't given stays; "" takes a value away."""
+
+    token: str | None = None
+    api_secret: str | None = None
+    service_account: str | None = None
+    service_secret: str | None = None
+    project_id: str | None = None
+
+    def given(self) -> dict[str, str]:
+        """The members that are there. Raises BadRequest."""
+        found = {name: value.strip() for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        if not found:
+            raise BadRequest("which credential?", f"the members are {', '.join(self.__struct_fields__)}")
+        if not all(value.isprintable() and value.isascii() for value in found.values()):
+            raise BadRequest("a credential is printable ASCII", "was it copied whole, and nothing else?")
+        return found
+
+
 class Archived(msgspec.Struct, forbid_unknown_fields=True):
     """The body of a replay of archived events."""
 
@@ -90,6 +112,7 @@ class Api:
         router.add_post("/api/dead-letters/replay", self._replay)
         router.add_post("/api/dead-letters/purge", self._purge)
         router.add_post("/api/replay", self._replay_archived)
+        router.add_post("/api/credentials", self._credentials)
 
     async def _status(self, request: web.Request) -> web.Response:
         return json(status(self._app, (await self._counted())[:_TOP_REASONS]))
@@ -149,6 +172,16 @@ class Api:
         events = (await _body(request, Archived)).events
         await self._app.intake.accept_archived([bytes(event) for event in events])
         return json({"accepted": len(events)})
+
+    async def _credentials(self, request: web.Request) -> web.Response:
+        """Another credential, at once."""
+        given = (await _body(request, NewCredentials)).given()
+        try:
+            self._app.take_credentials(given)
+        except ConfigError as error:
+            raise BadRequest(f"nothing was changed: {error.args[0]}", error.hint) from error
+        kind = self._app.transport.target.credentials.kind
+        return json({"credential": kind, "kept": "in memory, until the next start"})
 
     def _demand_quiet(self) -> None:
         if self._dead_letters.busy:

@@ -58,13 +58,18 @@ def _decision(facts: Facts, stalled_s: float) -> tuple[bool, str]:
         return False, "the doors are not open"
     if facts.near_cap:
         return False, "the spool is near its cap: new events are refused"
-    if stalled_s > 2 * facts.timeout_s + STALL_MARGIN_S:
+    if is_stall(stalled_s, facts.timeout_s):
         return False, f"{facts.waiting} events wait, and Mixpanel has not been heard of for {stalled_s:.0f} s"
     if facts.halted:
         return True, "delivery is halted; events are taken and kept"
     if facts.backing_off:
         return True, "delivery is backing off; events are taken and kept"
     return True, ""
+
+
+def is_stall(stalled_s: float, timeout_s: float) -> bool:
+    """Whether events have waited without an answer for longer than anything orderly takes."""
+    return stalled_s > 2 * timeout_s + STALL_MARGIN_S
 
 
 def _stalled_s(facts: Facts) -> float:

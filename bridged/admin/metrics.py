@@ -60,6 +60,7 @@ class _BridgedCollector(Collector):
         yield from self._spool()
         yield from self._doors()
         yield from self._delivery()
+        yield from self._alarms()
         yield _gauge(
             "ready",
             "1 if /readyz says so: events are taken, and those that wait make progress.",
@@ -90,7 +91,7 @@ class _BridgedCollector(Collector):
         yield _gauge("dead_letters", "Dead letters that are kept.", app.spool.dead_letters)
         yield _counter(
             "dead_letters_dropped",
-            "Dead letters that were dropped: too many were kept.",
+            "Dead letters that were dropped: more than spool.max_dead_letters, or a quarter of spool.max_bytes.",
             app.spool.dropped_dead_letters,
         )
 
@@ -134,6 +135,19 @@ class _BridgedCollector(Collector):
         yield unknown
         yield _counters("skips", "Skipped events since this start, by reason.", "reason", app.intake.reasons)
 
+    def _alarms(self) -> Iterator[Metric]:
+        watch = self._app.watch
+        raised = {one.alarm for one in watch.alarms.open}
+        alarm = GaugeMetricFamily("bridged_alarm", "1 while an alarm is raised.", labels=["name"])
+        for name in watch.alarms.raised:
+            alarm.add_metric([name], name in raised)
+        yield alarm
+        yield _counters("alarms_raised", "Alarms raised since this start.", "name", watch.alarms.raised)
+        webhook = watch.webhook
+        yield _counter("webhook_sent", "Notices that the webhook took.", webhook.sent)
+        yield _counter("webhook_failures", "Attempts that it didn't take.", webhook.failures)
+        yield _counter("webhook_dropped", "Notices given up: refused for good, or too many at once.", webhook.dropped)
+
     def _delivery(self) -> Iterator[Metric]:
         delivery, pace = self._app.delivery, self._app.delivery.pace
         yield _counters("verdicts", "Mixpanel's answers, by what they mean.", "verdict", delivery.verdicts)
@@ -143,6 +157,13 @@ class _BridgedCollector(Collector):
         yield _counter(
             "events_uncounted", "Events of successful requests that Mixpanel's count left out.", delivery.uncounted
         )
+        yield _gauge(
+            "events_set_aside",
+            "Single events refused incomprehensibly while nothing else was taken.",
+            delivery.set_aside,
+        )
+        if (skew_s := self._app.transport.clock_skew_s) is not None:
+            yield _gauge("clock_skew_seconds", "Our wall clock less Mixpanel's.", skew_s)
         yield _gauge("delivered_timestamp_seconds", "When Mixpanel last took events.", delivery.delivered_at or 0)
         yield _gauge("requests_in_flight", "Requests to Mixpanel without an answer yet.", pace.in_flight)
         yield _gauge("concurrency_limit", "Requests to Mixpanel at a time, as learned.", pace.concurrency_limit)

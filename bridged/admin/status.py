@@ -9,7 +9,9 @@ import msgspec
 from msgspec import Struct
 
 from bridged import __version__
-from bridged.admin.health import Facts, Health, judge
+from bridged.admin.health import Facts, Health, is_stall, judge
+from bridged.alarms.rules import Facts as AlarmFacts
+from bridged.alarms.webhook import WebhookStatus
 from bridged.backlog.dead_letters import Group
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
@@ -37,6 +39,32 @@ class SpoolStatus(Struct, kw_only=True):
     commit_seconds: float
 
 
+class AlarmStatus(Struct, kw_only=True):
+    """Something that needs a person, and isn't over."""
+
+    alarm: str
+    severity: str
+    since: float  # wall clock, seconds
+    text: str
+
+
+class RetryStatus(Struct, kw_only=True):
+    """What is tried again, the oldest first."""
+
+    parcels: int  # requests' worth
+    attempts: int  # in vain, of the oldest
+    age_s: float  # of the oldest: since it was accepted
+
+
+class ReloadStatus(Struct, kw_only=True):
+    """What the configuration says and what is in force."""
+
+    credential: str  # which kind is in force
+    credential_from: str  # configuration | api: the latter is gone with the next start
+    restart_needed: list[str]  # keys that were changed since the start and can't be taken over
+    problem: str  # why the last change wasn't taken over; empty when it was
+
+
 class DeadLetterStatus(Struct, kw_only=True):
     """What can't be delivered and waits for a person."""
 
@@ -57,6 +85,8 @@ class PaceStatus(Struct, kw_only=True):
     latency_s: float | None
     backing_off_s: float
     reason: str  # of the backoff
+    batch_bytes: int  # uncompressed, a request at most
+    batch_bytes_learned: bool  # from an answer 413: less than configured, for ten minutes
 
 
 class HaltStatus(Struct, kw_only=True):
@@ -112,6 +142,12 @@ class Status(Struct, kw_only=True):
     halted: HaltStatus | None
     http: HttpDoorStatus | None  # None: closed
     stream: StreamDoorStatus | None
+    alarms: list[AlarmStatus]
+    webhook: WebhookStatus | None  # None: there is none
+    reload: ReloadStatus
+    retrying: RetryStatus | None
+    set_aside: int  # single events refused incomprehensibly while nothing else is taken: tried again after a success
+    clock_skew_s: float | None  # our wall clock less Mixpanel's
     verdicts: dict[str, int]  # on Mixpanel's answers
     skipped: dict[str, int]  # reasons, since this start
     unknown_fields: list[UnknownField]
@@ -135,6 +171,58 @@ def health(app: "App") -> Health:
             timeout_s=float(app.config.delivery.timeout),
         )
     )
+
+
+def alarm_facts(app: "App") -> AlarmFacts:
+    """What the alarms depend on, now."""
+    delivery, spool, config = app.delivery, app.spool, app.config
+    well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
+    # Since the last success, but no longer than the oldest event has waited, or the daemon has run.
+    ages = (age_s, delivery.success_age_s, time.time() - app.started_at)
+    undelivered_s = max(0.0, min(age for age in ages if age is not None)) if well.waiting else 0.0
+    return AlarmFacts(
+        halted=delivery.halted is not None,
+        halt_reason=delivery.halted.reason if delivery.halted else "",
+        waiting=well.waiting,
+        oldest_age_s=age_s,
+        max_age_s=float(config.retention.max_age),
+        expires=config.retention.on_expiry != "keep",
+        archive_problem=delivery.archived_in_vain,
+        undelivered_s=undelivered_s,
+        undelivered_after_s=float(config.alerts.undelivered),
+        last_problem=delivery.last_problem,
+        stalled=f"{well.waiting:,} events wait, and Mixpanel has not been heard of for {well.stalled_s:.0f} s"
+        if is_stall(well.stalled_s, float(config.delivery.timeout))
+        else "",
+        accepted=total("accepted"),
+        delivered=total("delivered"),
+        dead_lettered=total("dead_lettered"),
+        expired=total("expired"),
+        dead_letters_dropped=spool.dropped_dead_letters,
+        damaged=spool.damaged,
+        used_bytes=spool.used_bytes,
+        max_bytes=int(config.spool.max_bytes),
+        spool_share=config.alerts.spool_share,
+        refusing=spool.near_cap,
+        skew_s=app.transport.clock_skew_s,
+        configuration_problem=app.reload_problem,
+    )
+
+
+def _open_alarms(app: "App") -> list[AlarmStatus]:
+    ahead_s = time.time() - asyncio.get_running_loop().time()
+    return [
+        AlarmStatus(alarm=one.alarm, severity=one.severity, since=round(one.since + ahead_s, 3), text=one.text)
+        for one in app.watch.alarms.open
+    ]
+
+
+def _retrying(app: "App") -> RetryStatus | None:
+    oldest = app.delivery.retrying
+    if oldest is None:
+        return None
+    age_s = max(0.0, time.time() - oldest.created_at)
+    return RetryStatus(parcels=oldest.parcels, attempts=oldest.attempts, age_s=round(age_s, 1))
 
 
 def _doors_open(app: "App") -> bool:
@@ -188,7 +276,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
             commit_seconds=round(spool.commit_seconds, 6),
         ),
         dead_letters=DeadLetterStatus(kept=spool.dead_letters, dropped=spool.dropped_dead_letters, reasons=reasons),
-        pace=_pace(pace),
+        pace=_pace(pace, app),
         halted=halted,
         http=HttpDoorStatus(listen=config.sources.http.listen, requests=http.requests, answers=dict(http.answers))
         if http
@@ -200,6 +288,17 @@ def status(app: "App", reasons: list[Group]) -> Status:
         )
         if stream and config.sources.stream.listen
         else None,
+        alarms=_open_alarms(app),
+        webhook=app.watch.webhook.status,
+        reload=ReloadStatus(
+            credential=app.transport.target.credentials.kind,
+            credential_from="api" if app.given else "configuration",
+            restart_needed=app.restart_needed,
+            problem=app.reload_problem,
+        ),
+        retrying=_retrying(app),
+        set_aside=delivery.set_aside,
+        clock_skew_s=None if app.transport.clock_skew_s is None else round(app.transport.clock_skew_s, 1),
         verdicts=dict(delivery.verdicts),
         skipped=dict(app.intake.reasons),
         unknown_fields=[
@@ -239,7 +338,8 @@ def _since_start(pace: PaceSnapshot, uptime_s: float) -> PaceSnapshot:
     return msgspec.structs.replace(pace, delivered_per_second=pace.delivered_per_second / share)
 
 
-def _pace(pace: PaceSnapshot) -> PaceStatus:
+def _pace(pace: PaceSnapshot, app: "App") -> PaceStatus:
+    learned = app.delivery.learned_batch_bytes
     return PaceStatus(
         limited_by=pace.limited_by,
         delivered_per_second=round(pace.delivered_per_second, 1),
@@ -250,6 +350,8 @@ def _pace(pace: PaceSnapshot) -> PaceStatus:
         latency_s=_finite(pace.latency_s) or None,
         backing_off_s=round(pace.backing_off_s, 3),
         reason=pace.reason,
+        batch_bytes=int(app.config.delivery.max_batch_bytes) if learned is None else learned,
+        batch_bytes_learned=learned is not None,
     )
 
 
@@ -267,7 +369,21 @@ def _warnings(app: "App") -> list[str]:
         found.append(f"{spool.damaged} segments were damaged on disk: check the disk; they are kept as dead letters")
     if spool.dropped_dead_letters:
         found.append(
-            f"{spool.dropped_dead_letters} dead letters were dropped: there were more than spool.max_dead_letters"
+            f"{spool.dropped_dead_letters} dead letters, the oldest, were dropped: there were more than "
+            "spool.max_dead_letters, or they took more than a quarter of spool.max_bytes"
+        )
+    if app.given:
+        found.append(
+            "the credential in force was given by the API and is gone with the next start: put it into the configuration"
+        )
+    if app.restart_needed:
+        found.append(f"a restart is needed for {', '.join(app.restart_needed)}")
+    if (webhook := app.watch.webhook.status) and webhook.last_error:
+        found.append(f"alarms don't reach alerts.webhook_url: {webhook.last_error}, {webhook.queued} wait")
+    if app.delivery.set_aside:
+        found.append(
+            f"{app.delivery.set_aside} single event(s) were refused for a reason that can't be understood, while nothing "
+            "else was taken: kept aside, tried again after the next success"
         )
     if config.mixpanel.api_secret and not config.mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account")

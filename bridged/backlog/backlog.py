@@ -47,6 +47,10 @@ class Parcel(Struct, eq=False):
         return request_body(self.segments)
 
 
+def _accepted_at(parcel: Parcel) -> float:
+    return min(segment.created_at for segment in parcel.segments)
+
+
 class Ring(NamedTuple):
     """How much of the backlog is in memory."""
 
@@ -211,6 +215,16 @@ class Backlog:
         """Puts a parcel that was taken back in the first place: `take` gives it, as it is, at once."""
         self._again.append(parcel)
         self._changed.set()
+
+    @property
+    def oldest_again(self) -> Parcel | None:
+        """The oldest of those that are to be sent again; None: there are none."""
+        return min(self._again, key=_accepted_at, default=None)
+
+    def exchange(self, wanted: Parcel, parcel: Parcel) -> None:
+        """Takes `wanted`, one of those to be sent again, and puts a parcel that was taken in their last place."""
+        self._again.remove(wanted)
+        self._again.append(parcel)
 
     def flush(self) -> None:
         """From now on nothing waits to be joined with more: the daemon is about to stop."""

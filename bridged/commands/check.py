@@ -10,19 +10,21 @@ import difflib
 import secrets
 import time
 from collections.abc import Iterator
+from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
 from isal import igzip
 
 from bridged import app, config
 from bridged.commands.printing import printable, size, table
-from bridged.config import Config
+from bridged.config import Config, with_credentials
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
 from bridged.delivery.transport import Transport
 from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.mapping import mixpanel_name, selected
-from bridged.mixpanel.requests import API_SECRET_RETIRED
-from bridged.mixpanel.verdicts import Halt, Retry, Split, Verdict
+from bridged.mixpanel.requests import API_SECRET_RETIRED, HOSTS
+from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
 
 EPILOG = """\
 exit codes: 0 good, 78 the configuration is bad, 69 Mixpanel can't be reached or refuses the credential (--online)
@@ -80,6 +82,7 @@ def _summary(settings: Config) -> Iterator[list[str]]:
     yield ["event types", f"{len(chosen)} of {len(EVENT_TYPES)} selected, naming = {settings.mixpanel.naming}"]
     yield ["others", f"unknown types: {settings.events.unknown}, anonymous users: {settings.events.anonymous}"]
     yield ["spool", f"{settings.spool.path}, at most {size(settings.spool.max_bytes)}"]
+    yield ["alarms", "log, metrics, status" + (", webhook" if settings.alerts.webhook_url else "; no webhook")]
     yield ["retention", f"{settings.retention.max_age} while halted, then {settings.retention.on_expiry}"]
 
 
@@ -118,21 +121,76 @@ def _warnings(settings: Config) -> Iterator[str]:
 
 
 def _online(settings: Config) -> str:
-    """What Mixpanel says. Raises UpstreamError when it isn't a yes."""
+    """What Mixpanel says. Raises UpstreamError when it isn't a yes, with what to do about it."""
     verdict = asyncio.run(_ask(settings))
     kind = app.target(settings).credentials.kind
     if isinstance(verdict, Halt):
-        raise UpstreamError(f"Mixpanel refuses us, HTTP {verdict.status}: {printable(verdict.reason)}")
-    if isinstance(verdict, Retry):
         raise UpstreamError(
-            f"Mixpanel can't be asked: {printable(verdict.reason)}", "try again; check the network and any proxy"
+            f"Mixpanel refuses us, HTTP {verdict.status}: {printable(verdict.reason)}",
+            _refused(settings) if verdict.status == 401 else "",
         )
+    if isinstance(verdict, Retry):
+        raise UpstreamError(f"Mixpanel can't be asked: {printable(verdict.reason)}", _unreachable(settings, verdict))
     if isinstance(verdict, Split):
         raise UpstreamError(
             f"what answers doesn't answer as Mixpanel does: {printable(verdict.reason)}",
             "is a proxy or portal in the way? check [mixpanel] url and region",
         )
     return f"Mixpanel takes the {kind}; nothing was stored"
+
+
+def _refused(settings: Config) -> str:
+    """Why a 401, as far as can be found out: by asking the other regions, too, unless the address is given."""
+    mixpanel = settings.mixpanel
+    for region in HOSTS if not mixpanel.url else ():
+        other = with_credentials(settings, {"region": region})
+        if region != mixpanel.region and isinstance(asyncio.run(_ask(other)), Reject | Delivered):
+            return f'Mixpanel takes it in another region, where the project lives: set [mixpanel] region = "{region}"'
+    match app.target(settings).credentials.kind:
+        case "service account":
+            return (
+                "the service account's user name or secret is wrong, or it has expired, or it is not Admin or Owner of "
+                f"project {mixpanel.project_id}: see Settings > Project settings > Service accounts"
+            )
+        case "API secret":
+            return (
+                f"no project of region {mixpanel.region!r} has this API secret: see Settings > Project settings > Overview, "
+                "or better, create a service account"
+            )
+    return f"no project of region {mixpanel.region!r} has this token: see Settings > Project settings > Overview"
+
+
+def _unreachable(settings: Config, verdict: Retry) -> str:
+    """What to do about a network that doesn't lead to Mixpanel."""
+    host = urlsplit(app.target(settings).import_url).hostname
+    if verdict.kind == "rate":
+        return "it is there, and busy with this project: try again in a minute"
+    if verdict.kind == "server":
+        return "something answers, but it isn't well, or isn't Mixpanel: try again; is a proxy or portal in the way?"
+    for sign, advice in _NETWORK:
+        if sign in verdict.reason:
+            return advice.format(host=host)
+    return "try again; check the network and any proxy"
+
+
+# By a part of the transport's words, the first that is there.
+_NETWORK: Final = (
+    ("DNS", "this machine can't find {host}: is it on a network, and does its DNS work?"),
+    ("roxy", "the proxy in HTTPS_PROXY or HTTP_PROXY doesn't let us through: is its address right, and is it running?"),
+    (
+        "ertificate",
+        "{host} can't prove to be it: if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop",
+    ),
+    (
+        "no connection",
+        "nobody answers at {host}: does a firewall let this machine out? set HTTPS_PROXY if it needs a proxy",
+    ),
+    (
+        "ClientConnectorError",
+        "{host} can't be connected to: does a firewall let this machine out? set HTTPS_PROXY if it needs a proxy",
+    ),
+    ("no answer", "{host} takes the connection and says nothing: try again; is a proxy or firewall in the way?"),
+)
 
 
 async def _ask(settings: Config) -> Verdict:
@@ -142,5 +200,5 @@ async def _ask(settings: Config) -> Verdict:
         properties["token"] = settings.mixpanel.token
     record = msgspec.json.encode({"event": "", "properties": properties}) + b"\n"
     timeout_s = min(float(settings.delivery.timeout) or 15.0, 15.0)
-    async with Transport(app.target(settings), timeout_s, 1) as transport:
+    async with Transport(app.target(settings), timeout_s) as transport:
         return await transport.send(igzip.compress(record, 1), 1, lambda: [insert_id])

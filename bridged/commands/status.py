@@ -1,12 +1,13 @@
 """`bridged status`: what the running daemon does, for a person or as JSON."""
 
 import argparse
+import time
 from collections.abc import Iterator
 
 import msgspec
 
 from bridged import config
-from bridged.admin.status import Status
+from bridged.admin.status import AlarmStatus, Status
 from bridged.commands.client import Daemon
 from bridged.commands.printing import duration, printable, size, table
 
@@ -40,6 +41,7 @@ def lines(status: Status) -> Iterator[str]:
     yield f"bridged {status.version}, up {duration(status.uptime_s)}, {'ready' if status.health.ready else 'NOT READY'}"
     if status.last_problem and status.state != "halted":
         yield f"last problem: {printable(status.last_problem)}"
+    yield from (_alarm(alarm) for alarm in status.alarms)
     yield from (f"warning: {printable(warning)}" for warning in status.warnings)
     yield from ("", "events", table([*status.events.items()], right=[1]))
     if status.oldest_age_s is not None:
@@ -66,6 +68,11 @@ def lines(status: Status) -> Iterator[str]:
         yield table([[f.event_type, f.field, f.seen] for f in status.unknown_fields[:20]], right=[2])
 
 
+def _alarm(alarm: AlarmStatus) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alarm.since))
+    return f"ALARM {alarm.alarm} ({alarm.severity}) since {since}: {printable(alarm.text)}"
+
+
 def _spool(status: Status) -> Iterator[str]:
     spool = status.spool
     share = spool.bytes / spool.max_bytes if spool.max_bytes else 0.0
@@ -87,14 +94,28 @@ def _pace(status: Status) -> Iterator[str]:
     yield "delivery"
     latency = "none yet" if pace.latency_s is None else f"{1000 * pace.latency_s:.0f} ms"
     rate = "no limit" if pace.events_per_second_limit is None else f"{pace.events_per_second_limit:,.0f} events/s"
+    learned = ", learned from an answer 413" if pace.batch_bytes_learned else ""
+    source = "given by the API" if status.reload.credential_from == "api" else "from the configuration"
     verdicts = ", ".join(f"{count:,} {name}" for name, count in status.verdicts.items()) or "none yet"
     rows = [
         ["rate", f"{pace.delivered_per_second:,.0f} events/s over the last minute, at most {rate}"],
         ["requests", f"{pace.in_flight} in flight, at most {pace.concurrency_limit}"],
         ["latency", latency],
         ["limited by", pace.limited_by],
+        ["request size", f"at most {size(pace.batch_bytes)}{learned}"],
+        ["credential", f"{status.reload.credential}, {source}"],
         ["answers", verdicts],
     ]
+    if status.retrying is not None:
+        retrying = status.retrying
+        oldest = f"the oldest {retrying.attempts:,} times in vain, accepted {duration(retrying.age_s)} ago"
+        rows.append(["tried again", f"{retrying.parcels:,} requests; {oldest}"])
+    if status.set_aside:
+        rows.append(["kept aside", f"{status.set_aside:,} single events, until something else is taken"])
+    if status.webhook is not None:
+        hook = status.webhook
+        problem = f", last error: {hook.last_error}" if hook.last_error else ""
+        rows.append(["webhook", f"{hook.sent:,} sent, {hook.queued:,} wait, {hook.failures:,} failures{problem}"])
     yield table(rows)
 
 

@@ -25,7 +25,7 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog, Parcel
 from bridged.backlog.segment import Batch, Segment
 from bridged.backlog.spool import DeadLetter, Settlement, Spool
-from bridged.delivery.pacing import Attempt, Pace
+from bridged.delivery.pacing import Attempt, Pace, PaceLimits
 from bridged.delivery.transport import Transport
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, Verdict
 
@@ -33,6 +33,9 @@ log = structlog.get_logger()
 
 # While halted: so often somebody looks whether what waits has become too old.
 _HALTED_LOOK_S = 1.0
+# A changed credential is tried before the next probe is due, but never sooner than so long after the last one: a file
+# that changes all the time must not make a storm.
+_EARLY_PROBE_S = 2.0
 _ARCHIVE_RETRY_S = 60.0
 _SMALLEST_CAP_BYTES = 16 * 1024
 _SMALLEST_GUESS_BYTES = 256 * 1024
@@ -53,6 +56,14 @@ class DeliveryOptions(Struct, frozen=True, kw_only=True):
     probe_interval_s: float = 60.0
     max_age_s: float = 48 * 3600.0
     on_expiry: Literal["archive", "drop", "keep"] = "archive"
+
+
+class Retrying(Struct, frozen=True):
+    """The parcel that has been tried in vain for longest."""
+
+    attempts: int
+    created_at: float  # wall clock: when its oldest event was accepted
+    parcels: int  # so many are tried again
 
 
 class _InsertId(Struct):
@@ -83,6 +94,7 @@ class Delivery:
         self.delivered_at: float | None = None  # wall clock, of the last success
         self.judged_at: float | None = None  # loop time, of the last verdict of any kind
         self.last_problem = ""
+        self.archived_in_vain = ""  # why the last archive file couldn't be written; empty when it could
         self.uncounted = 0  # events of successful requests that Mixpanel's count left out
         self._backlog = backlog
         self._spool = spool
@@ -97,6 +109,8 @@ class Delivery:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._answered = asyncio.Event()
         self._probe_at = 0.0  # loop time
+        self._sent_at = -math.inf  # loop time of the last request
+        self._retried: dict[int, tuple[int, float]] = {}  # by first segment: attempts in vain, created_at
         self._splits = 0  # since the last request that was understood
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
         self._aside: list[Parcel] = []  # single events that were refused while everything was
@@ -106,6 +120,27 @@ class Delivery:
     def in_flight(self) -> int:
         """Requests that wait for their answer."""
         return len(self._in_flight)
+
+    @property
+    def success_age_s(self) -> float | None:
+        """Seconds since Mixpanel last took a request, in whole or in part; None: not since the start."""
+        return None if self._understood_at is None else asyncio.get_running_loop().time() - self._understood_at
+
+    @property
+    def set_aside(self) -> int:
+        """Single events that were refused incomprehensibly while nothing else succeeded: tried again after a success."""
+        return len(self._aside)
+
+    @property
+    def learned_batch_bytes(self) -> int | None:
+        """What Mixpanel last said that a request may hold, in uncompressed bytes; None: nothing smaller than ours."""
+        return None if math.isinf(self._learned_until) else self._max_batch_bytes
+
+    @property
+    def retrying(self) -> Retrying | None:
+        """The oldest parcel that is tried again; None: there is none."""
+        oldest = min(self._retried.values(), key=lambda known: known[1], default=None)
+        return None if oldest is None else Retrying(*oldest, len(self._retried))
 
     @property
     def pace(self) -> Any:
@@ -122,9 +157,10 @@ class Delivery:
                     self._forget()
                 if parcel.raw_bytes > self._max_batch_bytes and parcel.events > 1:
                     # Mixpanel said meanwhile that it takes less.
+                    self._retried.pop(parcel.segments[0].id, None)
                     self._split(parcel, f"larger than {self._max_batch_bytes} bytes")
                     continue
-                await self._may_go(parcel)
+                parcel = await self._may_go(parcel)
                 if too_old := self._too_old(parcel):
                     await self._expire(parcel, too_old)
                     continue
@@ -132,7 +168,8 @@ class Delivery:
                     # A probe is small: what it tells is worth one segment.
                     self._backlog.again(Parcel(parcel.segments[1:]))
                     parcel = Parcel(parcel.segments[:1])
-                attempt = self._pace.sent(loop.time(), parcel.events, parcel.raw_bytes)
+                self._sent_at = loop.time()
+                attempt = self._pace.sent(self._sent_at, parcel.events, parcel.raw_bytes)
                 task = senders.create_task(self._deliver(parcel, attempt), name="sender")
                 self._in_flight.add(task)
                 task.add_done_callback(self._landed)
@@ -145,21 +182,30 @@ class Delivery:
         options = self._options
         return await self._backlog.take(options.max_batch_events, self._max_batch_bytes, options.flush_interval_s)
 
-    async def _may_go(self, parcel: Parcel) -> None:
-        """Returns when the pace lets a parcel go; while halted, when it is time for a probe or the parcel is too old."""
+    async def _may_go(self, parcel: Parcel) -> Parcel:
+        """Returns when the pace lets a parcel go; while halted, when it is time for a probe or the parcel is too old.
+
+        While halted another takes the parcel's place if it is too old: what was refused at once comes back in any order.
+        """
         loop = asyncio.get_running_loop()
         while True:
             self._answered.clear()
             if self.halted is not None:
+                while self._aside and self._too_old(self._aside[0]):
+                    self._backlog.again(self._aside.pop(0))
+                oldest = self._backlog.oldest_again
+                if oldest is not None and self._too_old(oldest):
+                    self._backlog.exchange(oldest, parcel)
+                    return oldest
                 if self._too_old(parcel):
-                    return
+                    return parcel
                 wait_s = _HALTED_LOOK_S if self._in_flight else min(self._probe_at - loop.time(), _HALTED_LOOK_S)
             else:
                 wait_s = self._pace.wait_s(loop.time(), parcel.events, parcel.raw_bytes)
             if wait_s <= 0:
                 # A probe, while halted: whatever comes of it, the next is due no sooner.
                 self._probe_at = loop.time() + self._options.probe_interval_s
-                return
+                return parcel
             try:
                 async with asyncio.timeout(None if math.isinf(wait_s) else wait_s):
                     await self._answered.wait()
@@ -168,12 +214,21 @@ class Delivery:
 
     async def _deliver(self, parcel: Parcel, attempt: Attempt) -> None:
         verdict: Verdict = Retry("network", "the request was cancelled")
+        target = self._transport.target
         try:
             verdict = await self._transport.send(parcel.body(), parcel.events, lambda: _insert_ids(parcel))
         finally:
             self._pace.judged(asyncio.get_running_loop().time(), attempt, verdict)
         self.judged_at = asyncio.get_running_loop().time()
         self.verdicts[type(verdict).__name__.lower()] += 1
+        first = parcel.segments[0]
+        if isinstance(verdict, Retry):
+            attempts = self._retried[first.id][0] if first.id in self._retried else 0
+            self._retried[first.id] = attempts + 1, first.created_at
+        else:
+            self._retried.pop(first.id, None)
+        # What an old credential is told says nothing about the new one.
+        outdated = target is not self._transport.target
         match verdict:
             case Delivered(short):
                 self.uncounted += short
@@ -194,7 +249,10 @@ class Delivery:
                 self._split(parcel, reason)
             case Retry():
                 self._note(f"{verdict.kind}: {verdict.reason}")
-                self._probe_at = asyncio.get_running_loop().time() + self._options.probe_interval_s
+                if not outdated:
+                    self._probe_at = asyncio.get_running_loop().time() + self._options.probe_interval_s
+                self._backlog.again(parcel)
+            case Halt() if outdated:
                 self._backlog.again(parcel)
             case Halt():
                 self._halt(verdict)
@@ -218,15 +276,18 @@ class Delivery:
             except OSError as error:
                 # Kept, then, and used for probes: a folder that can't be written is no reason to drop anything.
                 log.error("archive_failed", error=str(error), hint="see retention.archive_path")
+                self.archived_in_vain = str(error)
                 self._archive_at = asyncio.get_running_loop().time() + min(
                     self._options.probe_interval_s, _ARCHIVE_RETRY_S
                 )
                 self._backlog.again(parcel)
                 return
+        self.archived_in_vain = ""
         codes = b"".join([segment.codes for segment in too_old])
         log.error("events_expired", events=len(codes), max_age_s=self._options.max_age_s, archived_as=file)
         self._backlog.settle(Settlement(too_old, expired=codes))
         gone = {segment.id for segment in too_old}
+        self._retried.pop(parcel.segments[0].id, None)
         if younger := [segment for segment in parcel.segments if segment.id not in gone]:
             self._backlog.again(Parcel(younger))
 
@@ -312,8 +373,19 @@ class Delivery:
         self.last_problem = problem
 
     def credentials_changed(self) -> None:
-        """Asks at once whether the credential works now."""
-        self._probe_at = 0.0
+        """Asks soon, if not at once, whether the credential works now: the transport has another."""
+        now = asyncio.get_running_loop().time()
+        self._probe_at = min(self._probe_at, max(now, self._sent_at + _EARLY_PROBE_S))
+        self._answered.set()
+
+    def use(self, options: DeliveryOptions, limits: PaceLimits, archive: Archive) -> None:
+        """Other options and ceilings from now on; `max_batch_events` and `max_batch_bytes` are those of the start."""
+        now = asyncio.get_running_loop().time()
+        self._options = options
+        self._archive = archive
+        self._pace.limit_to(limits)
+        self._probe_at = min(self._probe_at, now + options.probe_interval_s)
+        self._archive_at = min(self._archive_at, now)  # the folder may be another
         self._answered.set()
 
     async def drain(self, grace_s: float) -> None:

@@ -130,6 +130,12 @@ class Pace:
         self._server_errors_total = 0
         self._network_errors_total = 0
 
+    def limit_to(self, limits: PaceLimits) -> None:
+        """Other ceilings from now on; what was learned below them stays."""
+        self._rate.limit_to(limits)
+        self._load.ceiling = max(1, limits.max_concurrency)
+        self._load.limit = min(self._load.limit, float(self._load.ceiling))
+
     @property
     def limited_by(self) -> LimitedBy:
         """What the last answer of `wait_s` was due to."""
@@ -249,11 +255,9 @@ class _RateGate:
     """The rate of events and bytes, and what it learns from a 429."""
 
     def __init__(self, limits: PaceLimits) -> None:
-        self.ceiling: Final = _ceiling(limits.max_events_per_second)
-        self.bytes_ceiling: Final = _ceiling(limits.max_bytes_per_minute / 60.0)
+        self._set_ceilings(limits)
         self.window: Final = _Window()
         self.epoch = 0
-        self._floor: Final = min(self.ceiling, FLOOR_EVENTS_PER_SECOND)
         self._events: Final = _Bucket()
         self._bytes: Final = _Bucket()
         # W, and when its curve began; None: no cut, or the curve has reached the ceiling.
@@ -264,6 +268,16 @@ class _RateGate:
         # From a cut to the probe that comes through, the curve stands at its beginning.
         self._is_frozen = False
         self._failed_probes = 0
+
+    def _set_ceilings(self, limits: PaceLimits) -> None:
+        self.ceiling = _ceiling(limits.max_events_per_second)
+        self.bytes_ceiling = _ceiling(limits.max_bytes_per_minute / 60.0)
+        self._floor = min(self.ceiling, FLOOR_EVENTS_PER_SECOND)
+
+    def limit_to(self, limits: PaceLimits) -> None:
+        """Other ceilings from now on; what was learned below them stays."""
+        self._set_ceilings(limits)
+        self._plateau = min(self._plateau, self.ceiling)
 
     def rate(self, now: float) -> float:
         """Events per second that are allowed now: a function of the time since the last cut."""
@@ -335,7 +349,7 @@ class _ConcurrencyGate:
     """How many attempts may be in flight, and what it learns from latency and failures."""
 
     def __init__(self, limits: PaceLimits) -> None:
-        self.ceiling: Final = max(1, limits.max_concurrency)
+        self.ceiling = max(1, limits.max_concurrency)
         # The additive increase adds fractions; only the whole part counts.
         self.limit = float(min(START_CONCURRENCY, self.ceiling))
         # When the limit was last full. A success raises it only if that was so while the attempt was on its way.

@@ -1,6 +1,8 @@
 """The one HTTP client call of the path: bytes out, a verdict back. Every exception of the network is translated here."""
 
 import functools
+import ssl
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -11,27 +13,31 @@ import aiohttp
 from bridged import __version__
 from bridged.errors import ConfigError
 from bridged.mixpanel.requests import Target
-from bridged.mixpanel.verdicts import Retry, Verdict, clean, judge
+from bridged.mixpanel.verdicts import Retry, Verdict, clean, clock_skew_s, judge
 
 # An answer larger than this is no answer of Mixpanel's; 2,000 failed records are some 400 kB.
 _MAX_ANSWER_BYTES = 8 * 2**20
 _CONNECT_S = 10.0
+# Who may send at a time is the pace's business; the pool only must not be what is waited for.
+_MAX_CONNECTIONS = 64
 
 
 class Transport:
-    """A pool of connections to Mixpanel. `target` may be replaced at any time: the next request uses it."""
+    """A pool of connections to Mixpanel. `use` replaces target and timeout at any time: the next request has the new ones."""
 
-    def __init__(self, target: Target, timeout_s: float, max_connections: int) -> None:
+    def __init__(self, target: Target, timeout_s: float) -> None:
         self.target = target
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s or None, sock_connect=_CONNECT_S)
-        self._max_connections = max_connections
+        self.clock_skew_s: float | None = None  # our wall clock less Mixpanel's, by its last answer; None: not known
+        self._timeout = _timeout(timeout_s)
 
     async def __aenter__(self) -> Self:
         """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
         _proxy(self.target.import_url)
+        # A context of our own: aiohttp's was made when it was imported, and knows the authorities of that moment.
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(("http/1.1",))
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._max_connections, ttl_dns_cache=60),
-            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
         )
@@ -40,9 +46,15 @@ class Transport:
     async def __aexit__(self, *_exc: object) -> None:
         await self._session.close()
 
+    def use(self, target: Target, timeout_s: float) -> None:
+        """Another target and timeout from the next request on. Raises ConfigError, and changes nothing, as on opening."""
+        _proxy(target.import_url)
+        self.target = target
+        self._timeout = _timeout(timeout_s)
+
     async def send(self, body: bytes, events: int, insert_ids: Callable[[], Sequence[str]]) -> Verdict:
         """Posts one gzip NDJSON body; never raises but for cancellation."""
-        target = self.target
+        target, timeout = self.target, self._timeout
         try:
             async with self._session.post(
                 target.import_url,
@@ -50,18 +62,24 @@ class Transport:
                 headers=target.headers(),
                 allow_redirects=False,
                 proxy=_proxy(target.import_url),
+                timeout=timeout,
             ) as response:
+                self.clock_skew_s = clock_skew_s(response.headers, time.time())
                 return judge(response.status, response.headers, await _read(response), insert_ids, events)
         except aiohttp.ConnectionTimeoutError:
             return Retry("network", f"no connection within {_CONNECT_S:g} s")
         except TimeoutError:
-            total_s = self._timeout.total
+            total_s = timeout.total
             return Retry("network", f"no answer within {total_s:g} s" if total_s else "no answer in time")
         except aiohttp.ClientError as error:
             # The class is our own word: a long one isn't to be taken for a secret.
             return Retry("network", f"{type(error).__name__}: {clean(str(error))}")
         except (OSError, ConfigError) as error:
             return Retry("network", clean(str(error)))
+
+
+def _timeout(total_s: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total_s or None, sock_connect=_CONNECT_S)
 
 
 @functools.lru_cache(maxsize=8)

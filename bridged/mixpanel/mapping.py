@@ -162,6 +162,11 @@ class EventMapping:
             code = next(begins, UNKNOWN_CODE)
         return code
 
+    @property
+    def token(self) -> str:
+        """The project token that events get; empty: none."""
+        return self._settings.token
+
     def map(self, decoded: Decoded, now_s: float) -> Mapped:
         """The Mixpanel forms of what was decoded. Changes the decoded events in place; never raises for any event."""
         forms: list[Struct] = []

@@ -154,6 +154,12 @@ def judge(
     return Retry("server", _said(f"{status}: {_retry_cause(status)}", body), _retry_after(headers))
 
 
+def clock_skew_s(headers: Mapping[str, str], now_s: float) -> float | None:
+    """How far our wall clock is ahead of the answer's Date; None without one. Good to a second or two."""
+    date = _http_date(_header(headers, "date"))
+    return None if date is None else now_s - date.timestamp()
+
+
 def clean(text: str) -> str:
     """Make foreign text safe to show: one printable line of at most 200 characters, without tags and credentials."""
     line = "".join(c if c.isprintable() else " " for c in _TAG.sub(" ", text[:_QUOTE_BYTES]))

@@ -1,0 +1,94 @@
+"""The look at the facts, once a second, and the four places where a notice goes: the log, the webhook, metrics, the status."""
+
+import asyncio
+import shutil
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from bridged.alarms.rules import Alarms, Facts, Notice
+from bridged.alarms.webhook import Webhook
+
+log = structlog.get_logger()
+
+_LOOK_S: Final = 1.0
+_DISK_LOOK_S: Final = 5.0
+
+
+class Watch:
+    """Owns the alarms. `look` gives the facts of the moment."""
+
+    def __init__(self, look: Callable[[], Facts], spool_path: str, webhook: Webhook) -> None:
+        self.alarms = Alarms()
+        self.webhook = webhook
+        self.disk_free_bytes: int | None = None
+        self._look = look
+        self._folder = Path(spool_path).absolute().parent
+        self._host = socket.gethostname()
+        self._failed = False
+
+    async def run(self) -> None:
+        """Looks until it is cancelled. Whatever goes wrong here is told, and is nobody else's trouble."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.webhook.run(), name="webhook")
+            tasks.create_task(self._look_at_disk(), name="disk")
+            while True:
+                try:
+                    self.step(asyncio.get_running_loop().time())
+                    self._failed = False
+                except Exception as error:
+                    # Told once: a bug in a rule must not end the daemon, nor fill the log.
+                    if not self._failed:
+                        log.error("alarms_failed", error=repr(error))
+                    self._failed = True
+                await asyncio.sleep(_LOOK_S)
+
+    def step(self, now: float) -> None:
+        """One look; `now` is the loop's time."""
+        facts = msgspec.structs.replace(self._look(), disk_free_bytes=self.disk_free_bytes)
+        for notice in self.alarms.look(facts, now):
+            self._tell(notice, facts)
+
+    def _tell(self, notice: Notice, facts: Facts) -> None:
+        if notice.state == "cleared":
+            log.info("alarm_cleared", alarm=notice.alarm, text=notice.text, lasted_s=round(notice.lasted_s))
+        elif notice.severity == "critical":
+            log.error("alarm_raised", alarm=notice.alarm, text=notice.text)
+        else:
+            log.warning("alarm_raised", alarm=notice.alarm, text=notice.text)
+        self.webhook.put(self._body(notice, facts))
+
+    def _body(self, notice: Notice, facts: Facts) -> dict[str, Any]:
+        """As chat programs take it (`text`), and for programs what it says in fields."""
+        mark = "Resolved" if notice.state == "cleared" else "Alarm" if notice.severity == "critical" else "Warning"
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        return {
+            "text": f"{mark}: bridged on {self._host}: {notice.text}",
+            "source": "bridged",
+            "host": self._host,
+            "alarm": notice.alarm,
+            "state": notice.state,
+            "severity": notice.severity,
+            "at": at,
+            "lasted_s": round(notice.lasted_s),
+            "waiting": facts.waiting,
+            "oldest_age_s": None if facts.oldest_age_s is None else round(facts.oldest_age_s),
+            "spool_bytes": facts.used_bytes,
+        }
+
+    async def _look_at_disk(self) -> None:
+        """On its own: a disk that is ill may not answer, and then the alarms are needed most."""
+        while True:
+            self.disk_free_bytes = await asyncio.to_thread(self._disk_free)
+            await asyncio.sleep(_DISK_LOOK_S)
+
+    def _disk_free(self) -> int | None:
+        try:
+            return shutil.disk_usage(self._folder).free
+        except OSError:
+            return None

@@ -1,0 +1,76 @@
+"""What may change while the daemon runs, and who notices: SIGHUP, and files of secrets that are replaced.
+
+Most keys are read by parts that can be told; the others (a listener, the spool's file) need a restart, which loses nothing.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from bridged.config import Config, keys, replaced, value_at
+
+# Sections, and single keys, that take effect at once.
+_AT_ONCE: Final = (
+    ("mixpanel",),
+    ("events",),
+    ("retention",),
+    ("alerts",),
+    *[
+        ("delivery", name)
+        for name in (
+            *("max_events_per_second", "max_bytes_per_minute", "max_concurrency"),
+            *("flush_interval", "timeout", "probe_interval", "grace"),
+        )
+    ],
+)
+_LOOK_S: Final = 1.0
+# More is no secret; what is compared stays small.
+_MAX_SECRET_BYTES: Final = 64 * 1024
+
+
+def take_over(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
+    """What is in force from now on, the keys that have changed in it, and those that need a restart. Pure."""
+    changed, restart = [], []
+    for key in keys():
+        if value_at(old, key.path) == (value := value_at(new, key.path)):
+            continue
+        name = ".".join(key.path)
+        if any(key.path[: len(prefix)] == prefix for prefix in _AT_ONCE):
+            old = replaced(old, key.path, value)
+            changed.append(name)
+        else:
+            restart.append(name)
+    return old, changed, restart
+
+
+async def watch(files: Callable[[], Sequence[Path]], changed: Callable[[], None]) -> None:
+    """Calls `changed` when what some files hold has changed, and has stayed so for a second. Until it is cancelled.
+
+    Contents are compared, not times: a rename over the file, a symbolic link that points elsewhere (as Kubernetes and
+    systemd replace secrets) and a write in place are all the same; a file that comes or goes is a change as well. The
+    first look is one, too: nobody knows what the files held when the configuration was read.
+    """
+    known: dict[Path, bytes] = {}
+    seen = known
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        looked_at = files()
+        now = await asyncio.to_thread(_digests, looked_at) if looked_at else {}
+        if now != known and now == seen:
+            known = now
+            changed()
+        seen = now
+
+
+def _digests(files: Sequence[Path]) -> dict[Path, bytes]:
+    """What each file holds, as a digest: no copy of a secret. One that can't be read is left out, and so is a pipe."""
+    found = {}
+    for file in files:
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    found[file] = hashlib.blake2b(opened.read(_MAX_SECRET_BYTES)).digest()
+    return found

@@ -1,0 +1,490 @@
+"""Alarms: each once per episode, none in a storm, and the webhook that is nobody's trouble but its own."""
+
+import asyncio
+import random
+
+import msgspec
+import pytest
+from aiohttp import web
+from conftest import currents, free_port, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridged.admin.status import alarm_facts
+from bridged.alarms import rules, webhook
+from bridged.alarms.rules import CLEAR_AFTER_S, NAMES, Alarms, Facts
+from bridged.alarms.webhook import Hook, Webhook
+from bridged.app import App
+
+GOOD = Facts(max_bytes=10 * 2**30, disk_free_bytes=100 * 2**30, skew_s=0.0)
+HOUR = 3600.0
+
+
+def facts(**changes):
+    """The facts of a daemon without trouble, but for the changes."""
+    return msgspec.structs.replace(GOOD, **changes)
+
+
+class Clock:
+    """Alarms that are asked once a second."""
+
+    def __init__(self):
+        self.alarms = Alarms()
+        self.now = 1000.0
+        self.told = []
+
+    def run(self, seconds, **changes):
+        """So many looks at the same facts; gives what was told."""
+        told = []
+        for _ in range(round(seconds)):
+            self.now += 1.0
+            told += [(notice.alarm, notice.state) for notice in self.alarms.look(facts(**changes), self.now)]
+        self.told += told
+        return told
+
+
+# -- the decision ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_wrong():
+    """A day without trouble, with a backlog and traffic, says nothing."""
+    clock = Clock()
+    for hour in range(24):
+        clock.run(60, waiting=5, oldest_age_s=3.0, accepted=hour * 1000, delivered=hour * 999, skew_s=2.0)
+
+    assert clock.told == []
+
+
+def test_the_way_of_an_expired_credential():
+    """At the first refusal, at 50 % and 90 % of the time, at the first expiry, and once when it is over; nothing twice."""
+    clock, max_age_s = Clock(), 100.0
+    told = []
+    for age_s in range(150):
+        changes = {"halted": True, "waiting": 9, "oldest_age_s": min(float(age_s), 100.0), "max_age_s": max_age_s}
+        new = clock.run(1, **changes, expired=max(0, age_s - 100))
+        told += [(age_s, *notice) for notice in new]
+    assert told == [
+        (0, "halted", "raised"),
+        (50, "expiring_50", "raised"),
+        (90, "expiring_90", "raised"),
+        (101, "expired", "raised"),
+    ]
+
+    assert clock.run(CLEAR_AFTER_S, expired=49) == []
+    assert clock.run(2, expired=49) == [
+        ("halted", "cleared"),
+        ("expiring_50", "cleared"),
+        ("expiring_90", "cleared"),
+        ("expired", "cleared"),
+    ]
+    assert clock.run(10_000, expired=49) == []
+
+
+def test_what_never_expires_is_not_announced():
+    """With on_expiry = keep there is nothing to count down to."""
+    clock = Clock()
+    clock.run(60, halted=True, waiting=9, oldest_age_s=1e6, expires=False)
+
+    assert clock.told == [("halted", "raised")]
+
+
+@pytest.mark.parametrize(
+    ("alarm", "bad", "neither"),
+    [
+        ("spool_pressure", {"used_bytes": 8 * 2**30}, {"used_bytes": 7 * 2**30}),
+        ("spool_pressure", {"used_bytes": 2**30, "disk_free_bytes": 2**28}, {"used_bytes": 7 * 2**30}),
+        ("spool_pressure", {"disk_free_bytes": 2**26}, {"used_bytes": 7 * 2**30}),
+        ("refusing", {"refusing": True}, None),
+        ("undelivered", {"waiting": 1, "undelivered_s": 600.0}, {"waiting": 1, "undelivered_s": 550.0}),
+        ("no_progress", {"stalled": "nothing"}, None),
+        ("clock", {"skew_s": 301.0}, {"skew_s": 290.0}),
+        ("clock", {"skew_s": -301.0}, {"skew_s": None}),
+        ("archive", {"archive_problem": "no such folder"}, None),
+        ("configuration", {"configuration_problem": "no such file"}, None),
+    ],
+)
+def test_each_fact_has_its_alarm(alarm, bad, neither):
+    """It is raised once however long it lasts, doesn't end between its two thresholds, and ends once when all is good."""
+    clock = Clock()
+    assert clock.run(1000, **bad) == [(alarm, "raised")]
+    if neither is not None:
+        assert clock.run(1000, **neither) == []
+    assert clock.run(1000) == [(alarm, "cleared")]
+
+
+@pytest.mark.parametrize(
+    ("alarm", "counter"), [("dead_letters_dropped", "dead_letters_dropped"), ("damaged", "damaged")]
+)
+def test_what_is_counted_has_an_end(alarm, counter):
+    """Damage and drops are events: raised when the count grows, over when it has stopped; what came before the first
+    look isn't missed.
+    """
+    clock = Clock()
+
+    assert clock.run(1000, **{counter: 1}) == [(alarm, "raised")]
+    assert clock.run(3000, **{counter: 2}) == []
+    assert clock.run(1000, **{counter: 2}) == [(alarm, "cleared")]
+    assert clock.run(100, **{counter: 3}) == [(alarm, "raised")]
+
+
+def test_a_burst_of_dead_letters():
+    """Many at once and a noticeable share of the traffic, but not the trickle that large traffic always has, nor old ones."""
+    clock = Clock()
+    clock.run(10, dead_lettered=5000, accepted=5000)  # of an earlier life
+    assert clock.told == []
+    for n in range(600):  # 1 % of the traffic
+        clock.run(1, dead_lettered=5000 + n, accepted=5000 + 100 * n)
+    assert clock.told == []
+    assert clock.run(2, dead_lettered=8000, accepted=70_000) == [("dead_letters", "raised")]
+    assert clock.run(1000, dead_lettered=8000, accepted=70_000) == [("dead_letters", "cleared")]
+    # A replay takes them out of the books, and some come back.
+    assert clock.run(10, dead_lettered=1000, accepted=70_000) == []
+    assert clock.run(10, dead_lettered=1010, accepted=70_000) == []
+
+
+def test_flapping_is_one_long_episode():
+    """A credential that is refused every other minute for a day isn't a notice every minute."""
+    clock = Clock()
+    for _ in range(24 * 30):
+        clock.run(60, halted=True)
+        clock.run(60)
+
+    assert len(clock.told) <= 6
+    clock.run(HOUR + 60)
+    assert clock.told[-1] == ("halted", "cleared")
+
+
+def test_the_words_are_for_people():
+    """Every text can be made of any facts, is one line, and names the figures."""
+    alarms = Alarms()
+    alarms.look(GOOD, 0.0)
+    bad = facts(
+        halted=True, halt_reason="401: check the credential", waiting=1234, oldest_age_s=47 * HOUR, expired=7,
+        archive_problem="p", stalled="s", dead_lettered=500, accepted=1000, dead_letters_dropped=3, damaged=2,
+        used_bytes=2**34, refusing=True, skew_s=-1000.0, configuration_problem="c", disk_free_bytes=None,
+    )  # fmt: skip
+    told = {notice.alarm: notice.text for at in range(10) for notice in alarms.look(bad, 1.0 + at)}
+    told |= {
+        notice.alarm: notice.text
+        for notice in alarms.look(facts(waiting=3, undelivered_s=700.0, last_problem="503"), 20.0)
+    }
+
+    assert set(told) == set(NAMES)
+    assert all(text and "\n" not in text and "None" not in text for text in told.values())
+    assert "1,234 events waiting, the oldest for 47 h" in told["halted"]
+    assert "17 min behind" in told["clock"]
+    assert "7 so far" in told["expired"]
+    assert "12 min" in told["undelivered"]
+
+
+ages = st.none() | st.floats(0, 400_000)
+some_facts = st.builds(
+    Facts,
+    halted=st.booleans(),
+    waiting=st.integers(0, 10**9),
+    oldest_age_s=ages,
+    max_age_s=st.sampled_from([0.0, 100.0, 48 * HOUR]),
+    expires=st.booleans(),
+    archive_problem=st.sampled_from(["", "no"]),
+    undelivered_s=st.floats(0, 1e6),
+    stalled=st.sampled_from(["", "yes"]),
+    accepted=st.integers(0, 10**6),
+    delivered=st.integers(0, 10**6),
+    dead_lettered=st.integers(0, 10**6),
+    expired=st.integers(0, 10**6),
+    dead_letters_dropped=st.integers(0, 100),
+    damaged=st.integers(0, 100),
+    used_bytes=st.integers(0, 2**34),
+    max_bytes=st.sampled_from([0, 2**24, 2**33]),
+    disk_free_bytes=st.none() | st.integers(0, 2**40),
+    refusing=st.booleans(),
+    skew_s=st.none() | st.floats(-1e6, 1e6),
+    configuration_problem=st.sampled_from(["", "no"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(some_facts, st.floats(0, 4000)), max_size=60))
+def test_any_history_of_facts(history):
+    """Whatever happens: raised and cleared alternate, what is open is what was raised and not cleared, no alarm is raised
+    more often than the growing calm allows, and an hour and more of health ends everything, once.
+    """
+    alarms, now = Alarms(), 0.0
+    state = dict.fromkeys(NAMES, "cleared")
+    raised_at = {name: [] for name in NAMES}
+    for one, seconds in history:
+        now += seconds
+        for notice in alarms.look(one, now):
+            assert notice.state != state[notice.alarm]
+            state[notice.alarm] = notice.state
+            if notice.state == "raised":
+                raised_at[notice.alarm].append(now)
+        assert {alarm.alarm for alarm in alarms.open} == {name for name in NAMES if state[name] == "raised"}
+    for times in raised_at.values():
+        # Within any hour: the calm before the n-th return is 30 s, 60 s, 120 s and so on.
+        assert max((sum(first <= at < first + HOUR for at in times) for first in times), default=0) <= 8
+    # A rule that is told nothing has no opinion, and the counts must not grow: health is the last facts without the trouble.
+    good = facts(skew_s=0.0)
+    if history:
+        counts = ("accepted", "delivered", "dead_lettered", "expired", "dead_letters_dropped", "damaged")
+        good = msgspec.structs.replace(good, **{name: getattr(history[-1][0], name) for name in counts})
+    told = []
+    for _ in range(200):
+        now += 60.0
+        told += alarms.look(good, now)
+    assert alarms.open == []
+    assert sorted(notice.alarm for notice in told) == sorted(name for name in NAMES if state[name] == "raised")
+    assert {notice.state for notice in told} <= {"cleared"}
+
+
+# -- the webhook -------------------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """A server that takes notices; `answers` are its next statuses, then 200."""
+
+    def __init__(self):
+        self.got = []
+        self.tokens = []
+        self.answers = []
+        self.gate = None
+
+    async def __aenter__(self):
+        app = web.Application()
+        app.router.add_post("/hook", self._take)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/hook"
+        return self
+
+    async def __aexit__(self, *_exc):
+        await self._runner.cleanup()
+
+    async def _take(self, request):
+        body = await request.json()
+        if self.gate is not None:
+            await self.gate.wait()
+        status = self.answers.pop(0) if self.answers else 200
+        if status == 200:
+            self.got.append(body)
+            self.tokens.append(request.headers.get("Authorization"))
+        return web.Response(status=status, headers={"Location": "/hook"} if status == 302 else {})
+
+
+@pytest.fixture
+async def chat():
+    """One that runs."""
+    async with Chat() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch):
+    """The backoff's unit is a second; here a hundredth."""
+    monkeypatch.setattr(webhook, "_BACKOFF_S", 0.01)
+    monkeypatch.setattr(webhook, "_BACKOFF_CAP_S", 0.05)
+
+
+@pytest.fixture
+async def sender(chat):
+    """A webhook that runs."""
+    hook = Webhook(Hook(chat.url, "s3cr3t"), random.Random(1))
+    task = asyncio.create_task(hook.run())
+    yield hook
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_notice_is_posted_once(chat, sender):
+    """With its token, in order, each once."""
+    for n in range(5):
+        sender.put({"text": str(n)})
+    await until(lambda: sender.sent == 5)
+
+    assert [body["text"] for body in chat.got] == list("01234")
+    assert set(chat.tokens) == {"Bearer s3cr3t"}
+    assert sender.status == webhook.WebhookStatus(queued=0, sent=5, failures=0, dropped=0, last_error="")
+
+
+async def test_a_notice_is_tried_until_it_is_taken(chat, sender):
+    """5xx, 429, 404, a redirect: again, in order, with backoff, and the failure is told until a success."""
+    chat.answers = [500, 429, 404, 302, 503]
+    for n in range(3):
+        sender.put({"text": str(n)})
+    await until(lambda: sender.failures == 3)
+    assert sender.status.last_error.startswith("HTTP ")
+    await until(lambda: sender.sent == 3)
+
+    assert [body["text"] for body in chat.got] == list("012")
+    assert (sender.failures, sender.dropped, sender.last_error) == (5, 0, "")
+
+
+async def test_a_notice_that_is_not_wanted_blocks_nobody(chat, sender):
+    """A 400 says that this body won't do: the next ones go on."""
+    chat.answers = [400]
+    sender.put({"text": "a"})
+    sender.put({"text": "b"})
+    await until(lambda: sender.sent == 1)
+
+    assert [body["text"] for body in chat.got] == ["b"]
+    assert sender.dropped == 1
+
+
+async def test_nobody_there(sender):
+    """The queue is bounded, the newest stay, and the address is in no word of the error; another hook is tried at once."""
+    port = free_port()
+    sender.use(Hook(f"http://127.0.0.1:{port}/T0/s3cr3t"))
+    for n in range(webhook._MAX_QUEUED + 7):
+        sender.put({"text": str(n)})
+    await until(lambda: sender.failures >= 2)
+
+    assert sender.status.queued == webhook._MAX_QUEUED
+    assert sender.dropped == 7
+    assert sender.last_error == "ClientConnectorError"
+    assert "s3cr3t" not in repr(sender.hook)
+
+
+async def test_the_backoff_is_ended_by_another_hook(chat, sender, monkeypatch):
+    """Who repairs the address needn't wait five minutes for the next attempt."""
+    monkeypatch.setattr(webhook, "_BACKOFF_S", 300.0)
+    monkeypatch.setattr(webhook, "_BACKOFF_CAP_S", 300.0)
+    sender.use(Hook(f"http://127.0.0.1:{free_port()}/"))
+    sender.put({"text": "a"})
+    await until(lambda: sender.failures == 1)
+    sender.put({"text": "b"})
+    await asyncio.sleep(0.1)
+    assert sender.failures == 1
+    sender.use(Hook(chat.url))
+    await until(lambda: sender.sent == 2)
+
+
+async def test_no_webhook_keeps_nothing(sender):
+    """Without an address notices go elsewhere: to the log, the metrics and the status."""
+    sender.use(Hook())
+    sender.put({"text": "a"})
+
+    assert sender.status is None
+    assert not sender._queue
+
+
+# -- the daemon --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _soon(monkeypatch):
+    """An episode ends after half a second of calm, and the facts are looked at often."""
+    monkeypatch.setattr(rules, "CLEAR_AFTER_S", 0.5)
+    monkeypatch.setattr("bridged.alarms.watch._LOOK_S", 0.05)
+
+
+async def post(client, app, count):
+    """Hands events in at the HTTP door."""
+    url = f"http://127.0.0.1:{app.http.port}/v1/currents"
+    async with client.post(url, json={"events": [currents(seed=seed) for seed in range(count)]}) as answer:
+        assert answer.status == 200
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_halt_is_told_everywhere(daemon, emulator, client, chat):
+    """Webhook, /metrics, /api/status, log: raised once at the first refusal, cleared once after the recovery."""
+    emulator.credentials(token="another")
+    app = await daemon(alerts__webhook_url=chat.url, admin__token="t")
+    await post(client, app, 7)
+    await until(lambda: chat.got, "the notice")
+    head = {"headers": {"Authorization": "Bearer t"}}
+    base = f"http://{app.config.admin.listen}"
+
+    async with client.get(f"{base}/metrics", **head) as answer:
+        text = await answer.text()
+    assert 'bridged_alarm{name="halted"} 1.0' in text
+    assert 'bridged_alarm{name="expired"} 0.0' in text
+    assert 'bridged_alarms_raised_total{name="halted"} 1.0' in text
+    async with client.get(f"{base}/api/status", **head) as answer:
+        status = await answer.json()
+    assert [alarm["alarm"] for alarm in status["alarms"]] == ["halted"]
+    assert chat.url not in str(status)
+
+    emulator.credentials(token="example-token")
+    await until(lambda: len(chat.got) == 2, "the end")
+    raised, cleared = chat.got
+    assert (raised["alarm"], raised["state"], raised["severity"]) == ("halted", "raised", "critical")
+    assert raised["text"].startswith("Alarm: bridged on ")
+    assert "7 events waiting" in raised["text"]
+    assert "401" in raised["text"]
+    assert raised["waiting"] == 7
+    assert (cleared["alarm"], cleared["state"]) == ("halted", "cleared")
+    assert cleared["text"].startswith("Resolved: ")
+    assert app.watch.alarms.open == []
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_webhook_that_hangs_holds_nobody_up(daemon, emulator, client, chat):
+    """Events go on, the failure is in the status, and the daemon stops in time."""
+    chat.gate = asyncio.Event()
+    app = await daemon(alerts__webhook_url=chat.url)
+    app.reload_problem = "made up"
+    await until(lambda: app.watch.webhook.status.queued == 1, "the notice")
+    await post(client, app, 5)
+    await until(lambda: len(emulator.events()) == 5, "the events")
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_webhook_that_is_not_there_is_in_the_status(daemon, client):
+    """Who looks at the status learns that alarms don't get through, without the address."""
+    url = f"http://127.0.0.1:{free_port()}/s3cr3t"
+    app = await daemon(alerts__webhook_url=url)
+    app.reload_problem = "made up"
+    await until(lambda: app.watch.webhook.last_error, "the failure")
+
+    async with client.get(f"http://{app.config.admin.listen}/api/status") as answer:
+        text = await answer.text()
+    assert "alarms don't reach alerts.webhook_url: ClientConnectorError" in text
+    assert "s3cr3t" not in text
+
+
+async def test_an_outage_is_told(daemon, emulator, client):
+    """Events that wait without a success for long: an alarm whatever the cause; a success is its end."""
+    app = await daemon(alerts__undelivered="200ms")
+    emulator.script([{"status": 503}])
+    await post(client, app, 3)
+    await until(lambda: alarm_facts(app).undelivered_s > 0.5, "the time")
+
+    said = Alarms().look(alarm_facts(app), 0.0)
+    assert [(notice.alarm, "503" in notice.text) for notice in said] == [("undelivered", True)]
+    emulator.script([])
+    await until(lambda: app.backlog.events == 0, "the events", 40)
+    assert alarm_facts(app).undelivered_s == 0.0
+
+
+async def test_the_clock_of_mixpanel_is_looked_at(daemon, emulator, client):
+    """A Date that is far from ours is an alarm; one that is near, none."""
+    app = await daemon()
+    await post(client, app, 1)
+    await until(lambda: app.backlog.events == 0)
+    assert abs(alarm_facts(app).skew_s) < 5
+    emulator.script([{"status": 503, "headers": {"Date": "Mon, 23 Nov 2015 19:53:00 GMT"}}])
+    await post(client, app, 1)
+    await until(lambda: abs(alarm_facts(app).skew_s) > 1e6)
+
+    alarms = Alarms()
+    told = [notice.alarm for at in range(10) for notice in alarms.look(alarm_facts(app), float(at))]
+    assert told == ["clock"]
+
+
+async def test_a_bug_in_the_alarms_ends_nothing(config, emulator, client, monkeypatch):
+    """Whatever the rules do, events go on; and the next look is made."""
+    looks = []
+
+    def broken(self, facts, now):
+        looks.append(now)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Alarms, "look", broken)
+    monkeypatch.setattr("bridged.alarms.watch._LOOK_S", 0.01)
+    async with App(config()) as app:
+        await until(lambda: len(looks) > 3, "some looks")
+        await post(client, app, 5)
+        await until(lambda: len(emulator.events()) == 5, "the events")

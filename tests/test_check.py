@@ -1,0 +1,98 @@
+"""`bridged check --online`: what is wrong, in a person's words, and what to do."""
+
+import ssl
+
+import pytest
+import trustme
+from conftest import free_port
+from test_cli import _Configured, bridged  # noqa: F401  # a fixture
+from test_wire import Proxy, port
+
+from bridged.commands import check
+from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
+from bridged.mixpanel import requests
+from bridged.mixpanel.verdicts import Retry
+
+ACCOUNT = {
+    "mixpanel__service_account": "ada",
+    "mixpanel__service_secret": "wrong",
+    "mixpanel__project_id": "7",
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (ACCOUNT, "not Admin or Owner of project 7"),
+        ({"mixpanel__api_secret": "wrong"}, "no project of region 'us' has this API secret"),
+        ({"mixpanel__token": "wrong"}, "no project of region 'us' has this token"),
+    ],
+)
+async def test_a_wrong_credential(bridged, config, emulator, overrides, word):  # noqa: F811  # the fixture
+    """Each kind is wrong in its own way; the secret isn't quoted."""
+    emulator.credentials(token="right", api_secret="secret", service_account="ada", service_secret="s", project_id="7")
+    code, _, err = await bridged(_Configured(config(**overrides)), "check", "--online")
+
+    assert code == 69
+    assert "refuses us, HTTP 401" in err
+    assert word in err
+    assert "wrong," not in err.replace("secret is wrong,", "")
+
+
+async def test_another_region(bridged, config, emulator, monkeypatch):  # noqa: F811  # the fixture
+    """The project lives in the EU, the configuration says US: the other hosts are asked, and the right one is named."""
+    emulator.credentials(token="elsewhere")
+    async with MixpanelEmulator(EmulatorConfig(port=0, token="ours")) as europe:
+        for region, url in (("us", emulator.url), ("eu", europe.url), ("in", emulator.url)):
+            monkeypatch.setitem(requests.HOSTS, region, url)
+        settings = _Configured(config(mixpanel__url="", mixpanel__token="ours"))
+        code, _, err = await bridged(settings, "check", "--online")
+        assert code == 69
+        assert 'set [mixpanel] region = "eu"' in err
+        settings = _Configured(config(mixpanel__url="", mixpanel__token="ours", mixpanel__region="eu"))
+        assert (await bridged(settings, "check", "--online"))[0] == 0
+        assert europe.events() == []
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("https://mixpanel.invalid", "can't find mixpanel.invalid"),
+        ("http://127.0.0.1:{port}", "127.0.0.1 can't be connected to: does a firewall"),
+    ],
+)
+async def test_no_network(bridged, config, url, word):  # noqa: F811  # the fixture
+    """No name and no connection are two things to look at."""
+    settings = _Configured(config(mixpanel__url=url.format(port=free_port())))
+    code, _, err = await bridged(settings, "check", "--online")
+
+    assert code == 69
+    assert word in err
+
+
+async def test_a_certificate_of_nobody(bridged, config, emulator):  # noqa: F811  # the fixture
+    """A proxy that inspects TLS is the usual reason, and there is a remedy."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    async with Proxy(port(emulator), context=context) as proxy:
+        settings = _Configured(config(mixpanel__url=f"https://127.0.0.1:{proxy.port}"))
+        code, _, err = await bridged(settings, "check", "--online")
+
+    assert code == 69
+    assert "SSL_CERT_FILE" in err
+
+
+@pytest.mark.parametrize(
+    ("verdict", "word"),
+    [
+        (Retry("rate", "429"), "busy"),
+        (Retry("server", "503"), "isn't well"),
+        (Retry("network", "no answer within 15 s"), "says nothing"),
+        (Retry("network", "no connection within 10 s"), "firewall"),
+        (Retry("network", "ClientProxyConnectionError: ..."), "HTTPS_PROXY"),
+        (Retry("network", "something new"), "try again"),
+    ],
+)
+def test_every_trouble_has_advice(config, verdict, word):
+    """Whatever the transport says, somebody can do something."""
+    assert word in check._unreachable(config(), verdict)
