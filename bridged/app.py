@@ -8,6 +8,7 @@ SQLite closes. A task that dies takes the process down, and systemd starts it ag
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 import time
@@ -19,6 +20,7 @@ import structlog
 
 from bridged import __version__
 from bridged.admin.server import AdminServer
+from bridged.admin.status import status
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
@@ -32,6 +34,7 @@ from bridged.errors import ConfigError, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
+from bridged.service import Listeners, Notifier, Progress
 from bridged.sources.http import HttpOptions, HttpSource
 from bridged.sources.stream import StreamOptions, StreamSource
 
@@ -84,9 +87,11 @@ def spool_options(config: Config) -> SpoolOptions:
 class App:
     """The parts of a running daemon, as an async context manager."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
         self.config = config
         self.started_at = time.time()
+        self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
+        self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -128,13 +133,14 @@ class App:
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events)
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
-        self.admin = AdminServer(self)
+        self.admin = AdminServer(self, self._listeners.take(config.admin.listen))
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
             StreamOptions(listen=config.sources.stream.listen, max_line=config.sources.stream.max_line),
             self.intake,
             self.spool,
+            self._listeners.take,
         )
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
@@ -142,14 +148,18 @@ class App:
             host, port = split_address(config.sources.http.listen)
             http = config.sources.http
             options = HttpOptions(host=host, port=port, bearer_token=http.bearer_token, max_body=http.max_body)
-            self.http = await stack.enter_async_context(HttpSource(options, self.intake, self.spool))
+            sockets = self._listeners.take(config.sources.http.listen)
+            self.http = await stack.enter_async_context(HttpSource(options, self.intake, self.spool, sockets))
+        self._listeners.demand_none_left()
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
         if not self._delivering.done() and not self.spool.failed:
             drain = asyncio.create_task(self.delivery.drain(self.config.delivery.grace), name="drain")
-            await asyncio.wait({drain, self._delivering}, return_when=asyncio.FIRST_COMPLETED)
+            hurried = asyncio.create_task(self.hurry.wait(), name="hurry")
+            await asyncio.wait({drain, self._delivering, hurried}, return_when=asyncio.FIRST_COMPLETED)
             drain.cancel()
+            hurried.cancel()
         self._delivering.cancel()
         try:
             await self._delivering
@@ -174,8 +184,21 @@ class App:
             return
         self.transport.target = target(config)
         self.delivery.credentials_changed()
+        self.admin.reload()
         others = config != msgspec.structs.replace(self.config, mixpanel=config.mixpanel)
         log.info("reloaded", restart_needed_for_other_keys=others)
+
+    def sentence(self) -> str:
+        """What it does now, in words."""
+        return status(self, []).sentence
+
+    def writing(self) -> tuple[int, int]:
+        """Bytes that wait for a commit, and commits so far."""
+        return self.spool.pending_bytes, self.spool.commits
+
+    async def ask_the_writer(self) -> None:
+        """Comes back when the spool's thread has done what it was busy with."""
+        await self.spool.run(lambda _db: None)
 
     async def until(self, stop: asyncio.Event) -> None:
         """Returns when `stop` is set. Raises what a part died of."""
@@ -203,13 +226,24 @@ class App:
 
 
 async def run(config: Config, reload: Callable[[], Config]) -> None:
-    """Runs the daemon until SIGTERM or SIGINT. SIGHUP reads the configuration again, for another credential."""
+    """Runs the daemon until SIGTERM or SIGINT; a second one skips the grace. SIGHUP reads the configuration again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    service = Notifier(os.environ, os.getpid())
+    app = App(config, Listeners.handed_over(os.environ, os.getpid()))
+
+    def end() -> None:
+        (app.hurry if stop.is_set() else stop).set()
+
+    def read_again() -> None:
+        service.reloading()
+        app.reload(reload)
+        service.ready(app.sentence())
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end)
     warn(config)
-    async with App(config) as app:
+    async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
         log.info(
             "ready",
             version=__version__,
@@ -219,9 +253,11 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
             mixpanel=app.transport.target.import_url.partition("?")[0],
             waiting=app.backlog.events,
         )
-        loop.add_signal_handler(signal.SIGHUP, app.reload, reload)
+        loop.add_signal_handler(signal.SIGHUP, read_again)
+        service.ready(app.sentence())
         await app.until(stop)
         log.info("stopping", waiting=app.backlog.events)
+        service.stopping(f"Stopping: {app.backlog.events} events waiting, safe on disk")
     log.info("stopped")
 
 

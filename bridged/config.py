@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bridged.errors import ConfigError
+from bridged.redaction import hide
 
 _SIZE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 2**10,
@@ -243,6 +244,19 @@ class Admin(_Section, frozen=True, kw_only=True):
         str, Meta(description="Demanded as `Authorization: Bearer ...`. Required when listen is not loopback.")
     ] = ""
     token_file: Annotated[str, Meta(description="A file that holds token.")] = ""
+    hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description=(
+                "Names by which it may be asked, besides localhost, addresses and that of listen; others are "
+                "answered 421 (DNS rebinding)."
+            )
+        ),
+    ] = ()
+    tls_cert: Annotated[
+        str, Meta(description="A PEM file with its certificate and chain: HTTPS. Read again at SIGHUP.")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="A PEM file with the certificate's private key.")] = ""
 
 
 class Log(_Section, frozen=True, kw_only=True):
@@ -336,6 +350,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     except msgspec.ValidationError as error:
         raise _explained(where, error) from error
     config = _with_secrets(config, environ)
+    hide(_spoken_secrets(config))
     problems = list(_problems(config))
     if problems:
         raise ConfigError(f"{where}: " + "\n  ".join(problems))
@@ -428,6 +443,16 @@ def _with_secrets(config: Config, environ: Mapping[str, str]) -> Config:
     return config
 
 
+def _spoken_secrets(config: Config) -> Iterator[str]:
+    """Every secret, and the pairs that Basic authentication makes of them."""
+    for path in SECRETS:
+        secret: Any = config
+        for name in path:
+            secret = getattr(secret, name)
+        if secret:
+            yield from (secret, f"{secret}:", f"{config.mixpanel.service_account}:{secret}")
+
+
 def _replaced(struct: Any, path: tuple[str, ...], value: object) -> Any:
     if len(path) > 1:
         value = _replaced(getattr(struct, path[0]), path[1:], value)
@@ -461,7 +486,8 @@ def _problems(config: Config) -> Iterator[str]:
         # Not quoted: what stands before an @ is a secret.
         yield "mixpanel.url: expected http(s)://host, without credentials or query"
     if mixpanel.project_id and not mixpanel.project_id.isdecimal():
-        yield f"mixpanel.project_id: expected a number, got {mixpanel.project_id!r}"
+        # Not quoted: it may be the secret, in the wrong line.
+        yield "mixpanel.project_id: expected a number, as the project's settings show it"
     for event_type, name in config.events.names.items():
         if not name.strip():
             yield f"events.names: {event_type} has a blank name"
@@ -471,6 +497,8 @@ def _problems(config: Config) -> Iterator[str]:
     http, stream, admin = config.sources.http, config.sources.stream, config.admin
     if http.listen and not http.bearer_token and _is_remote(http.listen):
         yield "sources.http.listen is reachable from other machines: set sources.http.bearer_token"
+    if bool(admin.tls_cert) != bool(admin.tls_key):
+        yield "admin.tls_cert and admin.tls_key: TLS needs both"
     if admin.listen and not admin.token and _is_remote(admin.listen):
         yield "admin.listen is reachable from other machines: set admin.token"
     for value in stream.listen:

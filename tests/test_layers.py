@@ -18,8 +18,9 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relati
 # this list. From the ground up: what is said, what is sent, what waits, what leaves, what comes in, who looks, who opens.
 LADDER: dict[str, set[str]] = {
     "errors": set(),
-    "logs": set(),
-    "config": {"errors"},
+    "redaction": set(),
+    "logs": {"redaction"},
+    "config": {"errors", "redaction"},
     "currents": set(),
     "mixpanel": {"currents"},
     "backlog": {"errors"},
@@ -27,14 +28,16 @@ LADDER: dict[str, set[str]] = {
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "backlog", "intake"},
     # The admin side looks at everything that runs, and changes only dead letters.
-    "admin": {"errors", "config", "currents", "mixpanel", "backlog", "delivery"},
+    "admin": {"errors", "redaction", "config", "currents", "mixpanel", "backlog", "delivery"},
+    # What a service manager hands over and wants to hear.
+    "service": {"errors"},
     # Knows everyone.
-    "app": {"errors", "config", "currents", "mixpanel", "backlog", "delivery", "intake", "sources", "admin"},
+    "app": {"errors", "config", "currents", "mixpanel", "backlog", "delivery", "intake", "sources", "admin", "service"},
     # Mixpanel as others know it: what it shared with the path could not find the path's mistakes.
     "emulator": {"errors"},
     # Commands talk to a daemon, or open the parts that they check.
     "commands": {"errors", "config", "currents", "mixpanel", "backlog", "delivery", "sources", "admin", "app"},
-    "cli": {"errors", "logs", "config", "app", "emulator", "commands"},
+    "cli": {"errors", "redaction", "logs", "config", "app", "emulator", "commands"},
     "__main__": {"cli"},
 }
 
@@ -62,7 +65,7 @@ CLOCKS = {"now", "utcnow", "today"}
 MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
-    "config.py": (560, "its annotations are the documentation of every key"),
+    "config.py": (600, "its annotations are the documentation of every key"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "backlog/spool.py": (
         600,

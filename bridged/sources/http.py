@@ -13,6 +13,8 @@ Answers, in Braze's terms (what the connector does with each is in its documenta
 
 import asyncio
 import hmac
+import socket
+from collections.abc import Sequence
 from typing import Self
 
 import structlog
@@ -32,6 +34,9 @@ _OK = b'{"status":"ok"}\n'
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
 _ROOM_S = 5.0
 _BODY_S = 60.0
+# At the end: so long an idle connection is kept for a request that is on its way, and a busy one for its answer.
+_LINGER_S = 0.25
+_FINISH_S = 5.0
 _RETRY_AFTER_S = 30
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
@@ -48,22 +53,31 @@ class HttpOptions(Struct, frozen=True, kw_only=True):
 class HttpSource:
     """An aiohttp low-level server: no router and no middlewares between the socket and the intake."""
 
-    def __init__(self, options: HttpOptions, intake: Intake, spool: Spool) -> None:
+    def __init__(
+        self, options: HttpOptions, intake: Intake, spool: Spool, sockets: Sequence[socket.socket] = ()
+    ) -> None:
+        """Listens at `sockets`, which were opened elsewhere and outlive it, else at the options' address."""
         self.requests = 0
         self.answers: dict[int, int] = {}  # by status
         self.port = options.port
         self._options = options
         self._intake = intake
         self._spool = spool
+        self._sockets = sockets
         self._credential = options.bearer_token.encode() or None
+        self._busy = 0  # requests that have no answer yet
+        self._stopping = False
 
     async def __aenter__(self) -> Self:
         server = web.Server(self._handle, access_log=None, keepalive_timeout=75.0, auto_decompress=False)
-        self._runner = web.ServerRunner(server, shutdown_timeout=5.0)
+        self._server = server
+        self._runner = web.ServerRunner(server, shutdown_timeout=_LINGER_S)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._options.host, self._options.port, reuse_address=True, backlog=1024)
+        host, port = self._options.host, self._options.port
+        sites: list[web.BaseSite] = [web.SockSite(self._runner, sock, backlog=1024) for sock in self._sockets]
         try:
-            await site.start()
+            for site in sites or [web.TCPSite(self._runner, host, port, reuse_address=True, backlog=1024)]:
+                await site.start()
         except OSError as error:
             await self._runner.cleanup()
             raise ListenError(
@@ -74,11 +88,28 @@ class HttpSource:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        """Stops accepting, lets requests finish."""
+        """Stops accepting, lets requests finish; one that is on its way is answered too, and told that it is the last."""
+        self._stopping = True
+        for site in self._runner.sites:
+            await site.stop()
+        loop = asyncio.get_running_loop()
+        linger_until, finish_until = loop.time() + _LINGER_S, loop.time() + _FINISH_S
+        while self._server.connections and loop.time() < (finish_until if self._busy else linger_until):
+            await asyncio.sleep(0.005)
         await self._runner.cleanup()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1
+        self._busy += 1
+        try:
+            answer = await self._answer(request)
+        finally:
+            self._busy -= 1
+        if self._stopping:
+            answer.force_close()
+        return answer
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             await self._accept(request)
         except BridgedError as error:

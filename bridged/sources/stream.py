@@ -15,6 +15,7 @@ import io
 import os
 import socket
 import struct
+from collections.abc import Callable
 from functools import partial
 from typing import Self
 
@@ -29,6 +30,9 @@ from bridged.intake import Intake
 log = structlog.get_logger()
 
 _KEPT_OF_OVERSIZED = 4096
+# At the end: so long we wait for commits and acks, and for clients that were told the end to close their side.
+_FINISH_S = 5.0
+_LINGER_S = 0.5
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True):
@@ -45,7 +49,14 @@ class _Handshake(Struct):
 class StreamSource:
     """The listeners and their connections."""
 
-    def __init__(self, options: StreamOptions, intake: Intake, spool: Spool) -> None:
+    def __init__(
+        self,
+        options: StreamOptions,
+        intake: Intake,
+        spool: Spool,
+        handed_over: Callable[[str], list[socket.socket]] = lambda _address: [],
+    ) -> None:
+        """`handed_over` gives the sockets that listen at an address already, and outlive us."""
         self.connections: set[_Connection] = set()
         self.accepted_connections = 0
         self.ports: list[int] = []  # of the TCP listeners, in order
@@ -54,13 +65,18 @@ class StreamSource:
         self.spool = spool
         self.tasks: set[asyncio.Task[None]] = set()
         self._options = options
+        self._handed_over = handed_over
         self._servers: list[asyncio.Server] = []
         self._own: dict[str, int] = {}  # path of a Unix socket that we made: its inode
 
     async def __aenter__(self) -> Self:
         for address in self._options.listen:
             try:
-                self._servers.append(await self._listen(address))
+                if sockets := self._handed_over(address):
+                    for sock in sockets:
+                        self._servers.append(await self._listen_at(sock))
+                else:
+                    self._servers.append(await self._listen(address))
             except OSError as error:
                 for server in self._servers:
                     server.close()
@@ -84,6 +100,14 @@ class StreamSource:
             self.ports.append(server.sockets[0].getsockname()[1])
         return server
 
+    async def _listen_at(self, sock: socket.socket) -> asyncio.Server:
+        loop, protocol = asyncio.get_running_loop(), partial(_Connection, self)
+        if sock.family == socket.AF_UNIX:
+            # Its file belongs to whoever made it. (uvloop has the option in every Python, typeshed since 3.13.)
+            return await loop.create_unix_server(protocol, sock=sock, backlog=1024, cleanup_socket=False)  # type: ignore[call-arg]
+        self.ports.append(sock.getsockname()[1])
+        return await loop.create_server(protocol, sock=sock, backlog=1024)
+
     async def __aexit__(self, *_exc: object) -> None:
         """Stops accepting, commits what was read, sends the last acks, closes."""
         for server in self._servers:
@@ -93,10 +117,13 @@ class StreamSource:
                 _remove(address.removeprefix("unix:"), self._own)
         for connection in list(self.connections):
             connection.stop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                while self.connections:
-                    await asyncio.sleep(0.005)
+        loop = asyncio.get_running_loop()
+        linger_until, finish_until = loop.time() + _LINGER_S, loop.time() + _FINISH_S
+        while self.connections:
+            told = all(connection.told_the_end for connection in self.connections)
+            if loop.time() >= (linger_until if told else finish_until):
+                break
+            await asyncio.sleep(0.005)
         for connection in list(self.connections):
             connection.abort()
         for task in self.tasks:
@@ -137,6 +164,8 @@ class _Connection(asyncio.Protocol):
         self._choked = False  # the client doesn't read its acks
         self._finishing = False  # no more lines are taken: close when everything is on disk
         self._dropped = False  # something came when no more was taken
+        self._stopped = False  # it is we who end it
+        self.told_the_end = False  # the last ack and the end of our side are written
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream server makes nothing else
@@ -245,6 +274,11 @@ class _Connection(asyncio.Protocol):
         if self._finishing and not self._pending and not self._held:
             if (self._tail or self._oversized or self._dropped) and not self._acks:
                 self._cut_off()
+            elif self._stopped and self._acks and not self.told_the_end:
+                # Closing now, with something unread, would be a reset, and could take the last ack with it.
+                self.told_the_end = True
+                self._transport.write_eof()
+                self._transport.resume_reading()
             else:
                 self._transport.close()
 
@@ -314,7 +348,9 @@ class _Connection(asyncio.Protocol):
         if self._held:
             self._fail(SpoolError("the daemon stops"))
         elif not self._transport.is_closing():
-            # What isn't read stays in the kernel, which resets the connection at its close: the client knows.
+            # What isn't read stays in the kernel, which resets the connection at its close: the client knows. One that
+            # reads acks knows already, and gets an orderly end.
+            self._stopped = not self._finishing
             self._transport.pause_reading()
             self.finish()
 
