@@ -9,7 +9,7 @@ What a request has to pass, in this order:
    our own origin: Sec-Fetch-Site and Origin say so, or it is answered 403. A form can't send JSON, and a script elsewhere
    would have to ask first (a CORS preflight), which nobody answers. No cookie is ever a credential here; whoever adds one
    adds a token against forgery with it.
-4. Its body comes in time, and is no larger than 16 MiB.
+4. Its head and its body come in time, and the body is no larger than 16 MiB.
 
 Answers pass the redaction, but for the export of dead letters, which is the events as they are.
 """
@@ -21,6 +21,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import urlsplit
 
@@ -44,6 +45,9 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _MAX_BODY_BYTES: Final = 16 * 2**20
 _BODY_S: Final = 30.0
+# The rest of a body that was refused is read for so long, so that the answer arrives.
+_LINGER_S: Final = 2.0
+_HEAD_S: Final = 30.0  # from the connecting, or the last answer
 _SAFE_METHODS: Final = ("GET", "HEAD")
 _HEADERS: Final = {
     "Cache-Control": "no-store",
@@ -52,6 +56,38 @@ _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's, but for its answer to what is no HTTP: that would repeat the bytes, and a credential with them."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Logs, and answers with the status alone."""
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            message = f"{status}: the request can't be understood ({type(exc).__name__})\n"
+        return super().handle_error(request, status, exc, message)
+
+
+class _Server(web.Server):
+    def __call__(self) -> _Connection:
+        return _Connection(self, loop=self._loop, keepalive_timeout=_HEAD_S, lingering_time=_LINGER_S, access_log=None)  # type: ignore[arg-type]  # none at all
+
+
+class _Runner(web.AppRunner):
+    """aiohttp has no way to say which class its connections are of, so this asks an application for its two functions."""
+
+    async def _make_server(self) -> _Server:
+        await super()._make_server()  # starts the application; what it gives is what we replace
+        app = self._app
+        return _Server(app._handle, request_factory=app._make_request)  # type: ignore[arg-type]  # noqa: SLF001  # as aiohttp does
 
 
 class AdminServer:
@@ -82,7 +118,7 @@ class AdminServer:
         router.add_get("/readyz", self._readyz)
         router.add_get("/metrics", self._metrics_text)
         Api(self._app).add_routes(router)
-        self._runner = web.AppRunner(web_app, access_log=None, shutdown_timeout=2.0, keepalive_timeout=75.0)
+        self._runner = _Runner(web_app, shutdown_timeout=2.0)
         await self._runner.setup()
         try:
             for site in self._sites():
@@ -165,7 +201,7 @@ class AdminServer:
         if request.method not in _SAFE_METHODS:
             site = request.headers.get("Sec-Fetch-Site", "same-origin")
             # Of a page's scheme nothing is asked: a proxy in between may have ended the TLS.
-            theirs = urlsplit(request.headers.get("Origin", f"//{request.host}")).netloc.lower()
+            theirs = request.headers.get("Origin", f"://{request.host}").partition("://")[2].lower()
             if site not in ("same-origin", "none") or theirs != request.host.lower():
                 raise web.HTTPForbidden(text="a page of another origin may not change anything here")
             if request.content_type != "application/json":
@@ -215,9 +251,10 @@ def _is_address(host: str) -> bool:
 def _load(context: ssl.SSLContext, cert: str, key: str) -> None:
     """Raises ConfigError that names the files."""
     try:
-        context.load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as error:
+        # An encrypted key would be asked for at the terminal.
+        context.load_cert_chain(cert, key, password=b"")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
             f"can't use admin.tls_cert = {cert!r} with admin.tls_key = {key!r}: {error}",
-            "both are PEM files; the certificate comes first, then its chain",
+            "PEM files that the daemon may read: the certificate with its chain, and its private key, unencrypted",
         ) from error
