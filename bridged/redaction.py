@@ -25,9 +25,12 @@ def hide(secrets: Iterable[str]) -> None:
     for secret in secrets:
         if len(secret) >= MIN_CHARACTERS:
             encoded = secret.encode("utf-8", "surrogateescape")
-            _forms.update((secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]))
-            _forms.update((repr(secret)[1:-1], repr(encoded)[2:-1], quote(encoded, safe="")))
-            _forms.add(base64.b64encode(encoded).decode().rstrip("="))
+            forms = {secret, repr(secret)[1:-1], repr(encoded)[2:-1], quote(encoded), quote(encoded, safe="")}
+            forms.add(base64.b64encode(encoded).decode().rstrip("="))
+            # Twice: a log line is JSON, and what it tells may have quoted JSON, or Python.
+            for _ in range(2):
+                forms |= {json.dumps(form, ensure_ascii=ascii_)[1:-1] for form in forms for ascii_ in (True, False)}
+            _forms.update(forms)
     if _forms:
         # The longest first: one may be the beginning of another.
         _pattern = re.compile("|".join(map(re.escape, sorted(_forms, key=lambda form: (-len(form), form)))))

@@ -24,7 +24,7 @@ LADDER: dict[str, set[str]] = {
     "currents": set(),
     "mixpanel": {"currents"},
     "backlog": {"errors"},
-    "delivery": {"backlog", "errors", "mixpanel"},
+    "delivery": {"backlog", "errors", "mixpanel", "redaction"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "backlog", "intake"},
     # The admin side looks at everything that runs, and changes only dead letters.
