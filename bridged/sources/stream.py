@@ -274,8 +274,8 @@ class _Connection(asyncio.Protocol):
         if self._finishing and not self._pending and not self._held:
             if (self._tail or self._oversized or self._dropped) and not self._acks:
                 self._cut_off()
-            elif self._stopped and self._acks and not self.told_the_end:
-                # Closing now, with something unread, would be a reset, and could take the last ack with it.
+            elif self._stopped and self._acks and not self.told_the_end and self._transport.can_write_eof():
+                # Closing now, with something unread, would be a reset, and could take the last ack with it. (TLS has its own.)
                 self.told_the_end = True
                 self._transport.write_eof()
                 self._transport.resume_reading()
