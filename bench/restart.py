@@ -225,13 +225,13 @@ class Ledger:
                     self.trouble[f"{name}: {answer.decode().splitlines()[0]}"] += 1
                 if not answer or not keep_alive or b"connection: close" in answer.lower():
                     self.ends += keep_alive
-                    writer.close()
+                    await _closed(writer)
                     connection = None
             self.acked.update(event["id"] for event in batch)
             self.longest_s = max(self.longest_s, time.monotonic() - began)
             await asyncio.sleep(0.002)
         if connection is not None:
-            connection[1].close()
+            await _closed(connection[1])
 
     async def stream(self, name: str, open_: Callable[[], Any]) -> None:
         """Lines without a pause; what has no ack when the connection ends is sent again."""
@@ -259,7 +259,7 @@ class Ledger:
             sending.cancel()
             with contextlib.suppress(asyncio.CancelledError, OSError):
                 await sending
-            writer.close()
+            await _closed(writer)
 
     async def _send(self, writer: asyncio.StreamWriter, waiting: list[dict[str, Any]]) -> None:
         while not self.stopped:
@@ -269,6 +269,12 @@ class Ledger:
             await writer.drain()
             await asyncio.sleep(0.002)
         writer.write_eof()
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 def _lines(events: list[dict[str, Any]]) -> bytes:
