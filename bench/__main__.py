@@ -9,7 +9,10 @@ QUESTIONS = {
     "floor": "the least that an event can cost: decode, map, encode, gzip, in one process with nothing around them",
     "decode": "what decoding costs: one tagged union, one decoder a type, an event at a time",
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
+    "restart": "what a restart costs the senders: the daemon restarted under load, its sockets held by a service manager",
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
+    "hostile": "what slow, endless, explosive and deaf clients cost: the daemon's memory, and an honest client's p99",
+    "fuzz": "inputs that nobody sends, by the million, into decoder, framer and mapping: executions, and what broke",
 }
 
 

@@ -8,7 +8,9 @@ SQLite closes. A task that dies takes the process down, and systemd starts it ag
 
 import asyncio
 import contextlib
+import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +21,7 @@ import structlog
 
 from bridged import __version__, reloading
 from bridged.admin.server import AdminServer
-from bridged.admin.status import alarm_facts
+from bridged.admin.status import alarm_facts, status
 from bridged.alarms.watch import Watch
 from bridged.alarms.webhook import Hook, Webhook
 from bridged.backlog.archive import Archive
@@ -35,7 +37,9 @@ from bridged.errors import BridgedError, ConfigError, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
+from bridged.service import Listeners, Notifier, Progress
 from bridged.sources.http import HttpOptions, HttpSource
+from bridged.sources.http_connections import HttpLimits
 from bridged.sources.stream import StreamOptions, StreamSource
 
 log = structlog.get_logger()
@@ -107,16 +111,44 @@ def pace_limits(config: Config) -> PaceLimits:
     )
 
 
+def _http_options(config: Config) -> HttpOptions:
+    http = config.sources.http
+    host, port = split_address(http.listen)
+    return HttpOptions(
+        host=host,
+        port=port,
+        bearer_token=http.bearer_token,
+        max_body=http.max_body,
+        tls_cert=http.tls_cert,
+        tls_key=http.tls_key,
+        limits=HttpLimits(max_connections=http.max_connections, max_in_flight=http.max_in_flight),
+    )
+
+
+def _stream_options(config: Config) -> StreamOptions:
+    stream = config.sources.stream
+    return StreamOptions(
+        listen=stream.listen,
+        max_line=stream.max_line,
+        max_connections=stream.max_connections,
+        max_unfinished=stream.max_unfinished,
+        tls_cert=stream.tls_cert,
+        tls_key=stream.tls_key,
+    )
+
+
 class App:
     """The parts of a running daemon, as an async context manager. `config` is what is in force."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
         self.config = config
         self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before the configuration
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
         self._configured = config  # what the configuration last said
         self.started_at = time.time()
+        self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
+        self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -146,28 +178,32 @@ class App:
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
-        self.admin = AdminServer(self)
+        self.admin = AdminServer(self, self._listeners.take(config.admin.listen))
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
-            StreamOptions(listen=config.sources.stream.listen, max_line=config.sources.stream.max_line),
+            _stream_options(config),
             self.intake,
             self.spool,
+            self._listeners.take,
         )
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
         if config.sources.http.listen:
-            host, port = split_address(config.sources.http.listen)
-            http = config.sources.http
-            options = HttpOptions(host=host, port=port, bearer_token=http.bearer_token, max_body=http.max_body)
-            self.http = await stack.enter_async_context(HttpSource(options, self.intake, self.spool))
+            sockets = self._listeners.take(config.sources.http.listen)
+            self.http = await stack.enter_async_context(
+                HttpSource(_http_options(config), self.intake, self.spool, sockets)
+            )
+        self._listeners.demand_none_left()
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
         if not self._delivering.done() and not self.spool.failed:
             drain = asyncio.create_task(self.delivery.drain(self.config.delivery.grace), name="drain")
-            await asyncio.wait({drain, self._delivering}, return_when=asyncio.FIRST_COMPLETED)
+            hurried = asyncio.create_task(self.hurry.wait(), name="hurry")
+            await asyncio.wait({drain, self._delivering, hurried}, return_when=asyncio.FIRST_COMPLETED)
             drain.cancel()
+            hurried.cancel()
         self._delivering.cancel()
         try:
             await self._delivering
@@ -200,6 +236,7 @@ class App:
             log.error("reload_failed", error=str(error), hint="the configuration in force is the old one")
             return
         self.reload_problem = ""
+        self.admin.reload()
         self._configured, self.given, self.restart_needed = said, given, restart
         if asked or changed:
             log.info("reloaded", changed=changed, restart_needed_for=restart)
@@ -237,6 +274,18 @@ class App:
         """Reads the configuration again when a file of a secret has changed. Until it is cancelled."""
         files: Callable[[], list[Path]] = lambda: secret_files(self._configured)  # noqa: E731  # typed, and once
         await reloading.watch(files, lambda: self.reload(read, asked=False))
+
+    def sentence(self) -> str:
+        """What it does now, in words."""
+        return status(self, []).sentence
+
+    def writing(self) -> tuple[int, int]:
+        """Bytes that wait for a commit, and commits so far."""
+        return self.spool.pending_bytes, self.spool.commits
+
+    async def ask_the_writer(self) -> None:
+        """Comes back when the spool's thread has done what it was busy with."""
+        await self.spool.run(lambda _db: None)
 
     async def until(self, stop: asyncio.Event) -> None:
         """Returns when `stop` is set. Raises what a part died of."""
@@ -279,13 +328,28 @@ async def _end(task: "asyncio.Task[None]") -> None:
 
 
 async def run(config: Config, reload: Callable[[], Config]) -> None:
-    """Runs the daemon until SIGTERM or SIGINT. SIGHUP reads the configuration again, and so does a changed secret."""
+    """Runs the daemon until SIGTERM or SIGINT; a second one skips the grace.
+
+    SIGHUP reads the configuration again, and so does a changed secret.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    service = Notifier(os.environ, os.getpid())
+    app = App(config, Listeners.handed_over(os.environ, os.getpid()))
+
+    def end() -> None:
+        (app.hurry if stop.is_set() else stop).set()
+
+    def read_again() -> None:
+        service.reloading()
+        app.reload(reload)
+        service.ready(app.sentence())
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end)
     warn(config)
-    async with App(config) as app:
+    _allow_connections(config)
+    async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
         log.info(
             "ready",
             version=__version__,
@@ -295,14 +359,30 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
             mixpanel=app.transport.target.import_url.partition("?")[0],
             waiting=app.backlog.events,
         )
-        loop.add_signal_handler(signal.SIGHUP, app.reload, reload)
+        loop.add_signal_handler(signal.SIGHUP, read_again)
+        service.ready(app.sentence())
         watching = asyncio.create_task(app.watch_secrets(reload), name="secrets")
         try:
             await app.until(stop)
         finally:
             await _end(watching)
         log.info("stopping", waiting=app.backlog.events)
+        service.stopping(f"Stopping: {app.backlog.events} events waiting, safe on disk")
     log.info("stopped")
+
+
+def _allow_connections(config: Config) -> None:
+    """Raises the limit of open files to what the doors may need; systems start with 1,024."""
+    needed = config.sources.http.max_connections + config.sources.stream.max_connections + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning(
+            "few_open_files", allowed=allowed, needed=needed, hint="raise LimitNOFILE, or lower max_connections"
+        )
 
 
 def warn(config: Config) -> None:

@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from bridged import __version__
 from bridged.errors import BridgedError
+from bridged.redaction import redacted
 
 # name -> the module with its add_arguments and main (none: it is here), one line for people
 _COMMANDS = {
@@ -55,10 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BridgedError as error:
-        print(f"bridged: {error}", file=sys.stderr)
+        print(redacted(f"bridged: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        # A bug. As Python would tell it, but for what nobody shall read.
+        sys.stderr.write(redacted(traceback.format_exc()))
+        return 1
     return code
 
 

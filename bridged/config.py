@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bridged.errors import ConfigError
+from bridged.redaction import hide
 
 _SIZE_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 2**10,
@@ -89,6 +90,16 @@ class HttpSource(_Section, frozen=True, kw_only=True):
     max_body: Annotated[Size, Meta(description="Larger bodies (after gunzip) are answered 413; Braze splits them.")] = (
         Size(16 * 2**20)
     )
+    max_connections: Annotated[
+        int, Meta(ge=1, description="More are answered 503, unless one that asked for nothing yet can make room.")
+    ] = 1000
+    max_in_flight: Annotated[
+        Size, Meta(description="Bytes of all bodies not yet handed on. Beyond it the slowest body is answered 503.")
+    ] = Size(24 * 2**20)
+    tls_cert: Annotated[
+        str, Meta(description="PEM file: the certificate and its chain. Set, the door speaks HTTPS.")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="PEM file: the private key of tls_cert, unencrypted.")] = ""
 
 
 class StreamSource(_Section, frozen=True, kw_only=True):
@@ -105,6 +116,17 @@ class StreamSource(_Section, frozen=True, kw_only=True):
         bool,
         Meta(description="Permits tcp: addresses beyond loopback. The stream has no authentication of its own."),
     ] = False
+    max_connections: Annotated[
+        int, Meta(ge=1, description="More are closed at once, unless one that never sent a line can make room.")
+    ] = 1000
+    max_unfinished: Annotated[
+        Size,
+        Meta(
+            description="Bytes of all lines without their end, or waiting for room. Beyond it the oldest are cut off."
+        ),
+    ] = Size(12 * 2**20)
+    tls_cert: Annotated[str, Meta(description="PEM file: the certificate and its chain, for the tcp: addresses.")] = ""
+    tls_key: Annotated[str, Meta(description="PEM file: the private key of tls_cert, unencrypted.")] = ""
 
 
 class Sources(_Section, frozen=True, kw_only=True):
@@ -266,6 +288,19 @@ class Admin(_Section, frozen=True, kw_only=True):
         str, Meta(description="Demanded as `Authorization: Bearer ...`. Required when listen is not loopback.")
     ] = ""
     token_file: Annotated[str, Meta(description="A file that holds token.")] = ""
+    hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description=(
+                "Names by which it may be asked, besides localhost, addresses and that of listen; others are "
+                "answered 421 (DNS rebinding)."
+            )
+        ),
+    ] = ()
+    tls_cert: Annotated[
+        str, Meta(description="A PEM file with its certificate and chain: HTTPS. Read again at SIGHUP.")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="A PEM file with the certificate's private key.")] = ""
 
 
 class Log(_Section, frozen=True, kw_only=True):
@@ -362,6 +397,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     except msgspec.ValidationError as error:
         raise _explained(where, error) from error
     config = _with_secrets(config, environ)
+    hide(_spoken_secrets(config))
     problems = list(_problems(config))
     if problems:
         raise ConfigError(f"{where}: " + "\n  ".join(problems))
@@ -473,6 +509,13 @@ def value_at(config: Config, path: tuple[str, ...]) -> Any:
     return value
 
 
+def _spoken_secrets(config: Config) -> Iterator[str]:
+    """Every secret, and the pairs that Basic authentication makes of them."""
+    for path in SECRETS:
+        if secret := value_at(config, path):
+            yield from (secret, f"{secret}:", f"{config.mixpanel.service_account}:{secret}")
+
+
 def replaced(struct: Any, path: tuple[str, ...], value: object) -> Any:
     """A copy of a section with another value at a path."""
     if len(path) > 1:
@@ -485,6 +528,8 @@ def with_credentials(config: Config, changes: Mapping[str, str]) -> Config:
     config = msgspec.structs.replace(config, mixpanel=msgspec.structs.replace(config.mixpanel, **changes))
     if problems := list(_problems(config)):
         raise ConfigError("; ".join(problems))
+    hide(_spoken_secrets(config))
+    hide(_spoken_secrets(config))
     return config
 
 
@@ -517,7 +562,8 @@ def _problems(config: Config) -> Iterator[str]:
     if config.alerts.webhook_url and not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", config.alerts.webhook_url):
         yield "alerts.webhook_url: expected http(s)://host/path, without a user and password"
     if mixpanel.project_id and not mixpanel.project_id.isdecimal():
-        yield f"mixpanel.project_id: expected a number, got {mixpanel.project_id!r}"
+        # Not quoted: it may be the secret, in the wrong line.
+        yield "mixpanel.project_id: expected a number, as the project's settings show it"
     for event_type, name in config.events.names.items():
         if not name.strip():
             yield f"events.names: {event_type} has a blank name"
@@ -527,6 +573,8 @@ def _problems(config: Config) -> Iterator[str]:
     http, stream, admin = config.sources.http, config.sources.stream, config.admin
     if http.listen and not http.bearer_token and _is_remote(http.listen):
         yield "sources.http.listen is reachable from other machines: set sources.http.bearer_token"
+    if bool(admin.tls_cert) != bool(admin.tls_key):
+        yield "admin.tls_cert and admin.tls_key: TLS needs both"
     if admin.listen and not admin.token and _is_remote(admin.listen):
         yield "admin.listen is reachable from other machines: set admin.token"
     for value in stream.listen:
@@ -541,6 +589,13 @@ def _problems(config: Config) -> Iterator[str]:
         yield "delivery.max_batch_bytes: between 1MiB (the largest single event) and 10MiB"
     if stream.max_line < 1024:
         yield "sources.stream.max_line: at least 1KiB"
+    if http.max_in_flight < 1.5 * http.max_body:
+        yield "sources.http.max_in_flight: at least one and a half times sources.http.max_body"
+    if stream.max_unfinished < 2 * stream.max_line:
+        yield "sources.stream.max_unfinished: at least twice sources.stream.max_line"
+    for name, door in (("sources.http", http), ("sources.stream", stream)):
+        if bool(door.tls_cert) != bool(door.tls_key):
+            yield f"{name}: tls_cert and tls_key go together"
     if config.spool.max_bytes < 16 * 2**20:
         yield "spool.max_bytes: at least 16MiB"
 

@@ -6,10 +6,13 @@ from typing import Any, Literal
 
 import structlog
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
+
+from bridged.redaction import redacted
 
 
 def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
-    """Sets up logging for the process."""
+    """Sets up logging for the process. The last step takes the secrets out of each line, whatever brought them in."""
     console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -18,12 +21,13 @@ def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
         structlog.processors.StackInfoRenderer(),
     ]
     renderer: list[Any] = (
-        [structlog.dev.ConsoleRenderer()]
+        # Never with local variables, which hold secrets in pieces that nothing recognises.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
-        processors=[*shared, *renderer],
+        processors=[*shared, *renderer, _redact],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
@@ -39,10 +43,25 @@ class _Structlog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger()
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
+        if _quotes_a_request(error):
             # A malformed request. Its message and its traceback quote header bytes, and so may hold a credential.
             log.warning("bad_request", error=type(error).__name__)
             return
         # structlog knows the five standard levels only.
         level = max(logging.DEBUG, min(logging.CRITICAL, record.levelno // 10 * 10))
         log.log(level, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+
+
+def _quotes_a_request(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is about bytes that a client sent."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, HttpProcessingError | RequestPayloadError):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _redact(_logger: Any, _name: str, line: Any) -> str:
+    return redacted(str(line))

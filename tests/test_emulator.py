@@ -21,7 +21,7 @@ import pytest
 from bridged.emulator.command import add_arguments, read_faults
 from bridged.emulator.faults import Fault
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
-from bridged.errors import ConfigError
+from bridged.errors import ConfigError, ListenError
 
 NDJSON = "application/x-ndjson"
 FORM = "application/x-www-form-urlencoded"
@@ -549,7 +549,7 @@ async def test_a_client_that_leaves_half_way_is_no_trouble(client):
 async def test_an_address_in_use_is_a_configuration_error(client):
     """The error says which address and what to do."""
     port = int(client.mixpanel.url.rsplit(":", 1)[1])
-    with pytest.raises(ConfigError, match=rf"can't listen on 127\.0\.0\.1:{port}"):
+    with pytest.raises(ListenError, match=rf"can't listen on 127\.0\.0\.1:{port}"):
         async with MixpanelEmulator(EmulatorConfig(port=port)):
             pass
 

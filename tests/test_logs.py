@@ -7,7 +7,7 @@ import pytest
 import structlog
 from aiohttp.http_exceptions import BadStatusLine
 
-from bridged import logs
+from bridged import logs, redaction
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +81,34 @@ def test_console_is_for_people(capsys):
     text = capsys.readouterr().err
     assert "batch_delivered" in text
     assert not text.startswith("{")
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_secrets_are_masked_in_every_line(capsys, format_):
+    """Wherever one stands: in a value, in a library's message, in a traceback; and no local variable is shown at all."""
+    secret = "canary'0123456789\\abcdef"
+    redaction.hide([secret])
+    logs.setup("info", format_)
+    structlog.get_logger().info("said", value=secret, nested={"of": [secret.encode()]})
+    logging.getLogger("some.library").warning("it is %s", secret)
+    try:
+        local = [secret[:-1]]  # a piece, which nothing would recognise
+        raise RuntimeError(secret + str(len(local)))  # noqa: TRY301  # its frame has the local
+    except RuntimeError:
+        logging.getLogger("asyncio").exception("a bug")
+
+    output = capsys.readouterr().err
+    assert output.count(redaction.MASK) >= 4
+    assert "canary" not in output
+    assert "test_logs.py" in output
+
+
+def test_errors_that_come_of_a_malformed_request(capsys):
+    """One that was raised while another was handled: its traceback would quote both."""
+    logs.setup("debug", "json")
+    error = RuntimeError("then this")
+    error.__cause__ = BadStatusLine("Authorization: Bearer hunter2")
+    logging.getLogger("aiohttp.server").error("Error handling request", exc_info=error)
+
+    (line,) = lines(capsys)
+    assert line["event"] == "bad_request"

@@ -1,22 +1,40 @@
 """The admin listener: who may ask, and where each question goes.
 
-With [admin] token set, every path but /healthz wants it as `Authorization: Bearer ...`.
+What a request has to pass, in this order:
+
+1. Its Host is one of ours: localhost, any IP address, the host of [admin] listen, or one of [admin] hosts; else 421. A page whose
+   own name is made to point at this machine (DNS rebinding) comes under that name, and cannot come under an address.
+2. With [admin] token set, it comes with it, as `Authorization: Bearer ...`; else 401. /healthz needs neither.
+3. What changes something (anything but GET and HEAD) is JSON, declared as such, and if a browser sent it, it comes from
+   our own origin: Sec-Fetch-Site and Origin say so, or it is answered 403. A form can't send JSON, and a script elsewhere
+   would have to ask first (a CORS preflight), which nobody answers. No cookie is ever a credential here; whoever adds one
+   adds a token against forgery with it.
+4. Its head and its body come in time, and the body is no larger than 16 MiB.
+
+Answers pass the redaction, but for the export of dead letters, which is the events as they are.
 """
 
+import asyncio
 import hmac
+import ipaddress
+import socket
+import ssl
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Self
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final, Self
+from urllib.parse import urlsplit
 
 import structlog
 from aiohttp import web
 
 from bridged import __version__
-from bridged.admin import metrics
+from bridged.admin import metrics, openapi
 from bridged.admin.api import Api, json
 from bridged.admin.status import health
 from bridged.config import split_address
-from bridged.errors import BridgedError, ListenError
+from bridged.errors import BridgedError, ConfigError, ListenError
+from bridged.redaction import redacted_bytes
 
 if TYPE_CHECKING:
     from bridged.app import App
@@ -25,48 +43,124 @@ log = structlog.get_logger()
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_MAX_BODY_BYTES: Final = 16 * 2**20
+_BODY_S: Final = 30.0
+# The rest of a body that was refused is read for so long, so that the answer arrives.
+_LINGER_S: Final = 2.0
+_HEAD_S: Final = 30.0  # from the connecting, or the last answer
+_SAFE_METHODS: Final = ("GET", "HEAD")
+_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's, but for its answer to what is no HTTP: that would repeat the bytes, and a credential with them."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Logs, and answers with the status alone."""
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            message = f"{status}: the request can't be understood ({type(exc).__name__})\n"
+        return super().handle_error(request, status, exc, message)
+
+
+class _Server(web.Server):
+    def __call__(self) -> _Connection:
+        return _Connection(self, loop=self._loop, keepalive_timeout=_HEAD_S, lingering_time=_LINGER_S, access_log=None)  # type: ignore[arg-type]  # none at all
+
+
+class _Runner(web.AppRunner):
+    """aiohttp has no way to say which class its connections are of, so this asks an application for its two functions."""
+
+    async def _make_server(self) -> _Server:
+        await super()._make_server()  # starts the application; what it gives is what we replace
+        app = self._app
+        return _Server(app._handle, request_factory=app._make_request)  # type: ignore[arg-type]  # noqa: SLF001  # as aiohttp does
+
 
 class AdminServer:
     """Serves /healthz, /readyz, /metrics and the API."""
 
-    def __init__(self, app: "App") -> None:
+    def __init__(self, app: "App", sockets: Sequence[socket.socket] = ()) -> None:
+        """Listens at `sockets`, which were opened elsewhere, else at [admin] listen."""
         self.port = 0  # known once it listens
         self._app = app
+        self._sockets = sockets
         self._metrics = metrics.Metrics(app)
-        token = app.config.admin.token
-        self._credential = f"Bearer {token}".encode() if token else None
+        admin = app.config.admin
+        self._credential = admin.token.encode() or None
+        self._hosts = {"localhost", *(host.lower() for host in admin.hosts)}
+        if admin.listen:
+            self._hosts.add(split_address(admin.listen)[0].lower())
+        self._tls: ssl.SSLContext | None = None
 
     async def __aenter__(self) -> Self:
-        web_app = web.Application(middlewares=[self._errors, self._authentication], client_max_size=16 * 2**20)
+        admin = self._app.config.admin
+        if admin.tls_cert:
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            _load(self._tls, admin.tls_cert, admin.tls_key)
+        around = [self._answers, self._host, self._authentication, self._origin, self._body]
+        web_app = web.Application(middlewares=around, client_max_size=_MAX_BODY_BYTES)
         router = web_app.router
         router.add_get("/healthz", self._healthz)
         router.add_get("/readyz", self._readyz)
         router.add_get("/metrics", self._metrics_text)
+        router.add_get("/openapi.json", self._openapi)
         Api(self._app).add_routes(router)
-        self._runner = web.AppRunner(web_app, access_log=None, shutdown_timeout=2.0)
+        self._runner = _Runner(web_app, shutdown_timeout=2.0)
         await self._runner.setup()
-        host, port = split_address(self._app.config.admin.listen)
         try:
-            await web.TCPSite(self._runner, host, port, reuse_address=True).start()
+            for site in self._sites():
+                await site.start()
         except OSError as error:
             await self._runner.cleanup()
             raise ListenError(
-                f"can't listen on admin.listen = {self._app.config.admin.listen!r}: {error}",
+                f"can't listen on admin.listen = {admin.listen!r}: {error}",
                 "is another bridged running? choose another port",
             ) from error
         self.port = self._runner.addresses[0][1]
         return self
 
+    def _sites(self) -> Iterator[web.BaseSite]:
+        for sock in self._sockets:
+            yield web.SockSite(self._runner, sock, ssl_context=self._tls)
+        if not self._sockets:
+            host, port = split_address(self._app.config.admin.listen)
+            yield web.TCPSite(self._runner, host, port, reuse_address=True, ssl_context=self._tls)
+
     async def __aexit__(self, *_exc: object) -> None:
         await self._runner.cleanup()
+
+    def reload(self) -> None:
+        """Reads the certificate again, for connections to come. One that can't be used is logged; the old one stays."""
+        if self._tls is not None:
+            admin = self._app.config.admin
+            try:
+                # Into an empty one first: a half-loaded pair would be of no use to anybody.
+                _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), admin.tls_cert, admin.tls_key)
+                _load(self._tls, admin.tls_cert, admin.tls_key)
+            except ConfigError as error:
+                log.error("reload_failed", error=str(error), hint="the certificate in force is the old one")
 
     # -- around every request -----------------------------------------------------------------------------------------
 
     @web.middleware
-    async def _errors(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Every refusal as JSON: what happened, and what to do."""
+    async def _answers(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Every refusal as JSON: what happened, and what to do. No answer holds a secret."""
         try:
-            return await handler(request)
+            answer = await handler(request)
         except BridgedError as error:
             answer = json({"error": error.args[0], "hint": error.hint}, error.http_status)
         except web.HTTPException as error:
@@ -74,17 +168,55 @@ class AdminServer:
             for name in ("Allow", "WWW-Authenticate"):
                 if name in error.headers:
                     answer.headers[name] = error.headers[name]
+        if isinstance(answer, web.Response) and isinstance(answer.body, bytes):
+            answer.body = redacted_bytes(answer.body)
+        if not answer.prepared:
+            answer.headers.update(_HEADERS)
         return answer
+
+    @web.middleware
+    async def _host(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if request.path != "/healthz":
+            for given in request.headers.getall("Host", []):
+                host = _host_of(f"//{given}")
+                if host not in self._hosts and not _is_address(host):
+                    raise web.HTTPMisdirectedRequest(
+                        text=f"this is not {host[:80]!r}: ask for it by its address, or add the name to [admin] hosts"
+                    )
+        return await handler(request)
 
     @web.middleware
     async def _authentication(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         if self._credential is not None and request.path != "/healthz":
-            given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-            if not hmac.compare_digest(given, self._credential):
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            token = given.strip().encode("utf-8", "surrogateescape")
+            if not hmac.compare_digest(token, self._credential) or scheme.lower() != "bearer":
                 raise web.HTTPUnauthorized(
                     text="wrong or missing token: send [admin] token as `Authorization: Bearer ...`",
                     headers={"WWW-Authenticate": 'Bearer realm="bridged"'},
                 )
+        return await handler(request)
+
+    @web.middleware
+    async def _origin(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if request.method not in _SAFE_METHODS:
+            site = request.headers.get("Sec-Fetch-Site", "same-origin")
+            # Of a page's scheme nothing is asked: a proxy in between may have ended the TLS.
+            theirs = request.headers.get("Origin", f"://{request.host}").partition("://")[2].lower()
+            if site not in ("same-origin", "none") or theirs != request.host.lower():
+                raise web.HTTPForbidden(text="a page of another origin may not change anything here")
+            if request.content_type != "application/json":
+                raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
+        return await handler(request)
+
+    @web.middleware
+    async def _body(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if request.can_read_body:
+            try:
+                async with asyncio.timeout(_BODY_S):
+                    await request.read()  # which keeps it, for the handler
+            except TimeoutError:
+                raise web.HTTPRequestTimeout(text=f"the body didn't come within {_BODY_S:g} s") from None
         return await handler(request)
 
     # -- for machines -------------------------------------------------------------------------------------------------
@@ -97,5 +229,36 @@ class AdminServer:
         answer = health(self._app)
         return json(answer, 200 if answer.ready else 503)
 
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return json(openapi.document())
+
     async def _metrics_text(self, request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+def _host_of(url: str) -> str:
+    """The host of a URL without its port; what is no URL is its own host, and nobody's."""
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return url
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _load(context: ssl.SSLContext, cert: str, key: str) -> None:
+    """Raises ConfigError that names the files."""
+    try:
+        # An encrypted key would be asked for at the terminal.
+        context.load_cert_chain(cert, key, password=b"")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"can't use admin.tls_cert = {cert!r} with admin.tls_key = {key!r}: {error}",
+            "PEM files that the daemon may read: the certificate with its chain, and its private key, unencrypted",
+        ) from error

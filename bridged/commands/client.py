@@ -1,6 +1,7 @@
 """What commands use to talk to the running daemon: plain blocking HTTP, never through a proxy."""
 
 import http.client
+import ssl
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
@@ -26,22 +27,24 @@ class Answer(msgspec.Struct):
 class Daemon:
     """One listener of the running daemon: its admin API or its HTTP door."""
 
-    def __init__(self, address: str, token: str, name: str) -> None:
+    def __init__(self, address: str, token: str, name: str, tls_cert: str = "") -> None:
+        """`tls_cert`: the certificate that it listens with; no other is taken. Without one it is plain HTTP."""
         host, self._port = split_address(address)
         self._host = _EVERYWHERE.get(host, host)
         self._token = token
         self._name = name
+        self._tls_cert = tls_cert
 
     @classmethod
     def admin(cls, config: Config) -> "Daemon":
         """The admin API. Raises ConfigError when the configuration closes it."""
         if not config.admin.listen:
             raise ConfigError("admin.listen is empty: the daemon has no admin API to ask", "set [admin] listen")
-        return cls(config.admin.listen, config.admin.token, "[admin] listen")
+        return cls(config.admin.listen, config.admin.token, "[admin] listen", config.admin.tls_cert)
 
     def call(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = _TIMEOUT_S) -> Answer:
         """One request. Raises UpstreamError when nobody answers."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        connection = self._connection(timeout_s)
         try:
             response = self._send(connection, method, path, body)
             return Answer(response.status, response.read())
@@ -62,7 +65,7 @@ class Daemon:
     def stream(self, path: str, **query: object) -> Iterator[bytes]:
         """A long answer, piece by piece. Raises UpstreamError when it breaks off."""
         given = {key: value for key, value in query.items() if value not in (None, "")}
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_S)
+        connection = self._connection(_TIMEOUT_S)
         try:
             response = self._send(connection, "GET", f"{path}?{urlencode(given)}" if given else path, None)
             if response.status != 200:
@@ -73,6 +76,18 @@ class Daemon:
             raise self._silent(error) from error
         finally:
             connection.close()
+
+    def _connection(self, timeout_s: float | None) -> http.client.HTTPConnection:
+        if not self._tls_cert:
+            return http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        try:
+            context = ssl.create_default_context(cafile=self._tls_cert)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"can't read admin.tls_cert = {self._tls_cert!r}: {error}") from error
+        # Exactly this certificate, whoever signed it; so its name, which is not the address that we ask, says no more.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.check_hostname = False
+        return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=context)
 
     def _send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: object

@@ -14,6 +14,7 @@ from bridged import __version__
 from bridged.errors import ConfigError
 from bridged.mixpanel.requests import Target
 from bridged.mixpanel.verdicts import Retry, Verdict, clean, clock_skew_s, judge
+from bridged.redaction import redacted, redacted_bytes
 
 # An answer larger than this is no answer of Mixpanel's; 2,000 failed records are some 400 kB.
 _MAX_ANSWER_BYTES = 8 * 2**20
@@ -65,7 +66,9 @@ class Transport:
                 timeout=timeout,
             ) as response:
                 self.clock_skew_s = clock_skew_s(response.headers, time.time())
-                return judge(response.status, response.headers, await _read(response), insert_ids, events)
+                # Before anything quotes it, and cuts the quotation off within a secret.
+                said = redacted_bytes(await _read(response))
+                return judge(response.status, response.headers, said, insert_ids, events)
         except aiohttp.ConnectionTimeoutError:
             return Retry("network", f"no connection within {_CONNECT_S:g} s")
         except TimeoutError:
@@ -73,9 +76,9 @@ class Transport:
             return Retry("network", f"no answer within {total_s:g} s" if total_s else "no answer in time")
         except aiohttp.ClientError as error:
             # The class is our own word: a long one isn't to be taken for a secret.
-            return Retry("network", f"{type(error).__name__}: {clean(str(error))}")
+            return Retry("network", f"{type(error).__name__}: {clean(redacted(str(error)))}")
         except (OSError, ConfigError) as error:
-            return Retry("network", clean(str(error)))
+            return Retry("network", clean(redacted(str(error))))
 
 
 def _timeout(total_s: float) -> aiohttp.ClientTimeout:

@@ -18,7 +18,7 @@ from bridged.emulator.faults import Fault, Script, parse_faults
 from bridged.emulator.project import Limits, Project
 from bridged.emulator.reading import Call
 from bridged.emulator.store import Summary
-from bridged.errors import ConfigError
+from bridged.errors import ListenError
 
 _ENDPOINTS: Final = ("/import", "/track", "/engage", "/groups")
 
@@ -64,7 +64,7 @@ class MixpanelEmulator:
             await web.TCPSite(self._runner, self.config.host, self.config.port, backlog=1024).start()
         except OSError as error:
             await self._runner.cleanup()
-            raise ConfigError(
+            raise ListenError(
                 f"the emulator can't listen on {self.config.host}:{self.config.port}: {error}",
                 "choose another --listen, or 0 for any free port",
             ) from error

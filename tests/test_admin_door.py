@@ -1,0 +1,376 @@
+"""Who may ask the admin side what: names, tokens, origins, TLS, and what nobody gets beyond loopback without saying so."""
+
+import asyncio
+import contextlib
+import io
+import os
+import ssl
+import tomllib
+from pathlib import Path
+
+import aiohttp
+import pytest
+import trustme
+from conftest import SLOW, balanced, currents, free_port, until
+
+from bench import restart
+from bridged.admin import server
+from bridged.commands.client import Daemon
+from bridged.config import default_toml, load
+from bridged.errors import ConfigError, UpstreamError
+
+PURGE = "/api/dead-letters/purge"
+
+
+async def answer(client, app, method, path, headers, body=None):
+    """Status, and what went wrong."""
+    url = f"http://{app.config.admin.listen}{path}"
+    async with client.request(method, url, headers=headers, data=body) as response:
+        return response.status, (await response.json()).get("error", "")
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_name_of_ours(daemon, client):
+    """What a browser or a tool calls us by: localhost, any address, and what [admin] hosts names."""
+    app = await daemon(admin__hosts='["Bridged.lan"]')
+    hosts = ["localhost", "LOCALHOST:8481", "localhost.", "127.0.0.1", "127.0.0.1:1", "[::1]:8481", "10.1.2.3:8481"]
+
+    for host in (*hosts, "bridged.lan", "BRIDGED.lan:80"):
+        assert (await answer(client, app, "GET", "/api/status", {"Host": host})) == (200, ""), host
+
+
+async def test_a_name_that_is_not_ours(daemon, client):
+    """A page that makes its own name point at this machine (DNS rebinding) learns nothing; the answer names the key."""
+    app = await daemon()
+    hosts = [
+        "evil.example",
+        "evil.example:8481",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "[::1",
+        "",
+        "a@[::1@b",
+    ]
+
+    for host in hosts:
+        for path in ("/api/status", "/metrics", "/readyz", "/nowhere"):
+            status, error = await answer(client, app, "GET", path, {"Host": host})
+            assert (status, "[admin] hosts" in error) == (421, True), (host, path)
+
+
+async def test_a_probe_of_life_needs_no_name(daemon, client):
+    """/healthz says nothing that anybody may not know, and load balancers ask by names of their own."""
+    app = await daemon(admin__token="0123456789abcdef")
+
+    assert (await answer(client, app, "GET", "/healthz", {"Host": "balancer.example"}))[0] == 200
+
+
+# -- the token ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_wrong_token(daemon, client):
+    """Everything but /healthz wants the token, questions and orders alike; a wrong name is told before a wrong token."""
+    app = await daemon(admin__token="0123456789abcdef")
+    wrong = [
+        "",
+        "Bearer",
+        "Bearer 0123456789abcde",
+        "Bearer 0123456789abcdefg",
+        "Basic 0123456789abcdef",
+        "Bearer \u00e9",
+    ]
+
+    for given in wrong:
+        headers = {"Authorization": given, "Content-Type": "application/json"}
+        for method, path in (
+            ("GET", "/api/status"),
+            ("GET", "/metrics"),
+            ("GET", "/readyz"),
+            ("POST", PURGE),
+            ("GET", "/x"),
+        ):
+            status, error = await answer(client, app, method, path, headers)
+            assert (status, "0123456789abcdef" in error) == (401, False), (given, path)
+        assert (await answer(client, app, "GET", "/api/status", headers | {"Host": "evil.example"}))[0] == 421
+    right = {"Authorization": "bearer 0123456789abcdef"}
+    assert (await answer(client, app, "GET", "/api/status", right))[0] == 200
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:8481", "[::]:8481", "192.0.2.1:8481", "bridged.example:8481"])
+def test_beyond_loopback_only_with_a_token(listen):
+    """A configuration that shows the admin side to other machines must have a token, from wherever."""
+    environ = {"BRIDGED__MIXPANEL__TOKEN": "t", "BRIDGED__ADMIN__LISTEN": listen}
+
+    with pytest.raises(ConfigError, match=r"set admin\.token"):
+        load(None, environ)
+    assert load(None, environ | {"BRIDGED__ADMIN__TOKEN": "0123456789abcdef"}).admin.listen == listen
+
+
+# -- orders ------------------------------------------------------------------------------------------------------------
+
+
+async def purge(client, app, headers):
+    """The order to purge everything, with the headers that a browser adds; {host} is ours."""
+    headers = {name: value.format(host=app.config.admin.listen) for name, value in headers.items()}
+    return await answer(client, app, "POST", PURGE, headers | {"Content-Type": "application/json"}, b'{"all": true}')
+
+
+async def dead_letter(client, app):
+    """Makes one."""
+    async with client.post(
+        f"http://{app.config.sources.http.listen}/v1/currents", json={"events": [{"x": 1}]}
+    ) as posted:
+        assert posted.status == 200
+
+
+async def test_a_page_elsewhere_changes_nothing(daemon, client):
+    """An order that a browser sends for another origin's page is refused, and has no effect."""
+    app = await daemon()
+    await dead_letter(client, app)
+
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://[::1"},
+        {"Origin": "http://{host}", "Sec-Fetch-Site": "cross-site"},
+    ):
+        refusal = (403, "a page of another origin may not change anything here")
+        assert await purge(client, app, headers) == refusal, headers
+    assert app.spool.dead_letters == 1
+
+
+async def test_our_own_page_and_tools_may(daemon, client):
+    """Tools send neither header, our own page the right ones; a proxy in front may have ended the TLS."""
+    app = await daemon()
+
+    for headers in (
+        {},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "http://{host}"},
+        {"Sec-Fetch-Site": "none"},
+        {"Origin": "https://{host}"},
+    ):
+        await dead_letter(client, app)
+        assert await purge(client, app, headers) == (200, ""), headers
+        assert app.spool.dead_letters == 0
+    balanced(app)
+
+
+async def test_a_form_is_no_order(daemon, client):
+    """What a form can send is refused by its type; and nobody answers the question that comes before other requests."""
+    app = await daemon()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        status, error = await answer(client, app, "POST", PURGE, {"Content-Type": kind}, b'{"all": true}')
+        assert (status, "application/json" in error) == (415, True), kind
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    async with client.options(f"http://{app.config.admin.listen}{PURGE}", headers=preflight) as asked:
+        assert asked.status == 403
+        assert not [name for name in asked.headers if name.startswith("Access-Control-")]
+
+
+async def test_answers_are_nobodys_to_embed(daemon, client):
+    """No page may frame an answer, guess its type or keep it."""
+    app = await daemon()
+    for path in ("/api/status", "/nowhere", "/healthz"):
+        async with client.get(f"http://{app.config.admin.listen}{path}") as got:
+            assert got.headers["X-Frame-Options"] == "DENY"
+            assert got.headers["X-Content-Type-Options"] == "nosniff"
+            assert got.headers["Cache-Control"] == "no-store"
+            assert got.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+# -- size and time -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_body_that_is_too_large(daemon, client):
+    """16 MiB and no more, told in the API's own words."""
+    app = await daemon()
+    headers = {"Content-Type": "application/json"}
+    status, error = await answer(client, app, "POST", "/api/replay", headers, io.BytesIO(b" " * (16 * 2**20 + 1)))
+
+    assert status == 413
+    assert error
+
+
+@pytest.mark.parametrize(
+    ("sent", "end"),
+    [
+        (
+            b"POST /api/replay HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n[",
+            b" 408 ",
+        ),
+        (b"GET /api/status HTTP/1.1\r\nHost: local", b""),
+        (b"", b""),
+    ],
+)
+async def test_who_is_slow_is_sent_away(daemon, monkeypatch, sent, end):
+    """A body that doesn't come is answered 408; a head that doesn't is the end of the connection."""
+    monkeypatch.setattr(server, "_BODY_S", 0.2)
+    monkeypatch.setattr(server, "_HEAD_S", 0.2)
+    app = await daemon()
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+    writer.write(sent)
+
+    got = await asyncio.wait_for(reader.read(), 20 * SLOW)
+    assert got[8 : 8 + len(end)] == end
+    assert bool(got) == bool(end)
+    writer.close()
+
+
+async def test_what_is_no_http_is_not_repeated(daemon):
+    """The answer of aiohttp itself to a malformed request quotes it."""
+    app = await daemon()
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer hunter2\x00\r\n\r\n")
+    got = await reader.read()
+    writer.close()
+
+    assert got.partition(b" ")[2].startswith(b"400 ")
+    assert b"hunter2" not in got
+
+
+# -- TLS ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """Writes a certificate of a private authority: for a name, of which nobody on this machine has heard."""
+
+    def write(name="bridged.example"):
+        authority = trustme.CA()
+        issued = authority.issue_cert(name)
+        issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+        issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        return context
+
+    return write
+
+
+async def test_tls(daemon, certificate, tmp_path):
+    """Browsers come with the name and the authority, commands know the certificate itself; plain HTTP gets nothing."""
+    trusted = certificate()
+    app = await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=str(tmp_path / "key.pem"))
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", app.admin.port, ssl=trusted, server_hostname="bridged.example"
+    )
+    writer.write(b"GET /api/status HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+    commands = Daemon.admin(app.config)
+    assert (await asyncio.to_thread(commands.ask, "/api/status", dict))["state"] == "idle"
+    async with aiohttp.ClientSession() as plain:
+        with pytest.raises(aiohttp.ClientError):
+            await plain.get(f"http://{app.config.admin.listen}/healthz")
+
+
+async def test_commands_take_no_other_certificate(daemon, certificate, tmp_path):
+    """Who stands at our address with another certificate doesn't get the token."""
+    certificate()
+    app = await daemon(
+        admin__tls_cert=str(tmp_path / "cert.pem"),
+        admin__tls_key=str(tmp_path / "key.pem"),
+        admin__token="0123456789abcdef",
+    )
+    commands = Daemon.admin(app.config)
+    certificate()
+
+    with pytest.raises(UpstreamError, match="CERTIFICATE_VERIFY_FAILED"):
+        await asyncio.to_thread(commands.ask, "/api/status", dict)
+
+
+async def test_a_renewed_certificate_is_taken_over(daemon, certificate, tmp_path):
+    """At SIGHUP, without a restart; files that don't fit together leave the old one in force."""
+    certificate()
+    app = await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=str(tmp_path / "key.pem"))
+    certificate()
+    commands = Daemon.admin(app.config)
+    app.reload(lambda: app.config)
+    assert (await asyncio.to_thread(commands.ask, "/api/status", dict))["state"] == "idle"
+
+    old = (tmp_path / "cert.pem").read_bytes()
+    certificate()
+    (tmp_path / "cert.pem").write_bytes(old)
+    app.reload(lambda: app.config)
+    assert (await asyncio.to_thread(commands.ask, "/api/status", dict))["state"] == "idle"
+
+
+@pytest.mark.parametrize("broken", ["cert.pem", "key.pem", "both", "half"])
+async def test_files_that_are_no_certificate(daemon, certificate, tmp_path, broken):
+    """A configuration that can't be used is told with the names of the keys and the files."""
+    certificate()
+    for name in ("cert.pem", "key.pem"):
+        if broken in (name, "both"):
+            (tmp_path / name).write_text("nothing")
+    key = "" if broken == "half" else str(tmp_path / "key.pem")
+
+    with pytest.raises(ConfigError, match=r"admin\.tls_cert"):
+        await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=key)
+
+
+# -- what listens ------------------------------------------------------------------------------------------------------
+
+
+def listening(pid):
+    """Every address at which a process listens or takes datagrams, from the kernel's own tables."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(entry).removeprefix("socket:[").rstrip("]"))  # noqa: PTH115
+    found = set()
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = row.split()
+            # 0A: listening. A datagram socket that isn't connected (07) takes from anybody.
+            if fields[9] in inodes and fields[3] in ("0A", "07"):
+                address, _, port = fields[1].partition(":")
+                found.add((table, address, int(port, 16)))
+    return found
+
+
+async def test_nothing_listens_beyond_loopback(tmp_path_factory, emulator):
+    """With every address at its default but for free ports, only 127.0.0.1 is listened at: so says the kernel."""
+    folder = tmp_path_factory.mktemp("d")
+    defaults = tomllib.loads(default_toml())
+    hosts = [
+        defaults["sources"]["http"]["listen"],
+        defaults["admin"]["listen"],
+        *defaults["sources"]["stream"]["listen"],
+    ]
+    assert {host.removeprefix("tcp:").rpartition(":")[0] for host in hosts if not host.startswith("unix:")} == {
+        "127.0.0.1"
+    }
+    async with restart.Manager(folder, emulator.url) as manager:
+        await manager.start(handed_over=False)
+        await manager.hears("READY=1")
+        event = currents()
+        event["user"]["external_user_id"] = "ada"
+        async with (
+            aiohttp.ClientSession() as client,
+            client.post(f"http://127.0.0.1:{manager.ports['http']}/v1/currents", json={"events": [event]}) as posted,
+        ):
+            assert posted.status == 200
+        await until(emulator.events, "the event")
+        seen = listening(manager.process.pid)
+        await manager.stop()
+
+    assert seen == {("tcp", "0100007F", port) for port in manager.ports.values()}
+
+
+@pytest.mark.parametrize("key", ["sources__http__listen", "sources__stream__listen"])
+def test_doors_beyond_loopback_must_be_meant(key):
+    """The HTTP door demands a bearer token then, the stream door that it is said twice."""
+    address = f"0.0.0.0:{free_port()}"
+    value = f'["tcp:{address}"]' if "stream" in key else address
+    environ = {"BRIDGED__MIXPANEL__TOKEN": "t", f"BRIDGED__{key.upper()}": value}
+
+    with pytest.raises(ConfigError, match="reachable from other machines"):
+        load(None, environ)
