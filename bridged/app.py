@@ -9,6 +9,7 @@ SQLite closes. A task that dies takes the process down, and systemd starts it ag
 import asyncio
 import contextlib
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
 from bridged.sources.http import HttpOptions, HttpSource
+from bridged.sources.http_connections import HttpLimits
 from bridged.sources.stream import StreamOptions, StreamSource
 
 log = structlog.get_logger()
@@ -78,6 +80,32 @@ def spool_options(config: Config) -> SpoolOptions:
         max_dead_letters=config.spool.max_dead_letters,
         max_segment_events=config.delivery.max_batch_events,
         max_segment_bytes=config.delivery.max_batch_bytes,
+    )
+
+
+def _http_options(config: Config) -> HttpOptions:
+    http = config.sources.http
+    host, port = split_address(http.listen)
+    return HttpOptions(
+        host=host,
+        port=port,
+        bearer_token=http.bearer_token,
+        max_body=http.max_body,
+        tls_cert=http.tls_cert,
+        tls_key=http.tls_key,
+        limits=HttpLimits(max_connections=http.max_connections, max_in_flight=http.max_in_flight),
+    )
+
+
+def _stream_options(config: Config) -> StreamOptions:
+    stream = config.sources.stream
+    return StreamOptions(
+        listen=stream.listen,
+        max_line=stream.max_line,
+        max_connections=stream.max_connections,
+        max_unfinished=stream.max_unfinished,
+        tls_cert=stream.tls_cert,
+        tls_key=stream.tls_key,
     )
 
 
@@ -132,17 +160,14 @@ class App:
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
-            StreamOptions(listen=config.sources.stream.listen, max_line=config.sources.stream.max_line),
+            _stream_options(config),
             self.intake,
             self.spool,
         )
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
         if config.sources.http.listen:
-            host, port = split_address(config.sources.http.listen)
-            http = config.sources.http
-            options = HttpOptions(host=host, port=port, bearer_token=http.bearer_token, max_body=http.max_body)
-            self.http = await stack.enter_async_context(HttpSource(options, self.intake, self.spool))
+            self.http = await stack.enter_async_context(HttpSource(_http_options(config), self.intake, self.spool))
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -209,6 +234,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     warn(config)
+    _allow_connections(config)
     async with App(config) as app:
         log.info(
             "ready",
@@ -223,6 +249,20 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         await app.until(stop)
         log.info("stopping", waiting=app.backlog.events)
     log.info("stopped")
+
+
+def _allow_connections(config: Config) -> None:
+    """Raises the limit of open files to what the doors may need; systems start with 1,024."""
+    needed = config.sources.http.max_connections + config.sources.stream.max_connections + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning(
+            "few_open_files", allowed=allowed, needed=needed, hint="raise LimitNOFILE, or lower max_connections"
+        )
 
 
 def warn(config: Config) -> None:

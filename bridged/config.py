@@ -89,6 +89,16 @@ class HttpSource(_Section, frozen=True, kw_only=True):
     max_body: Annotated[Size, Meta(description="Larger bodies (after gunzip) are answered 413; Braze splits them.")] = (
         Size(16 * 2**20)
     )
+    max_connections: Annotated[
+        int, Meta(ge=1, description="More are answered 503, unless one that asked for nothing yet can make room.")
+    ] = 1000
+    max_in_flight: Annotated[
+        Size, Meta(description="Bytes of all bodies not yet handed on. Beyond it the slowest body is answered 503.")
+    ] = Size(40 * 2**20)
+    tls_cert: Annotated[
+        str, Meta(description="PEM file: the certificate and its chain. Set, the door speaks HTTPS.")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="PEM file: the private key of tls_cert, unencrypted.")] = ""
 
 
 class StreamSource(_Section, frozen=True, kw_only=True):
@@ -105,6 +115,17 @@ class StreamSource(_Section, frozen=True, kw_only=True):
         bool,
         Meta(description="Permits tcp: addresses beyond loopback. The stream has no authentication of its own."),
     ] = False
+    max_connections: Annotated[
+        int, Meta(ge=1, description="More are closed at once, unless one that never sent a line can make room.")
+    ] = 1000
+    max_unfinished: Annotated[
+        Size,
+        Meta(
+            description="Bytes of all lines without their end, or waiting for room. Beyond it the oldest are cut off."
+        ),
+    ] = Size(16 * 2**20)
+    tls_cert: Annotated[str, Meta(description="PEM file: the certificate and its chain, for the tcp: addresses.")] = ""
+    tls_key: Annotated[str, Meta(description="PEM file: the private key of tls_cert, unencrypted.")] = ""
 
 
 class Sources(_Section, frozen=True, kw_only=True):
@@ -485,6 +506,13 @@ def _problems(config: Config) -> Iterator[str]:
         yield "delivery.max_batch_bytes: between 1MiB (the largest single event) and 10MiB"
     if stream.max_line < 1024:
         yield "sources.stream.max_line: at least 1KiB"
+    if http.max_in_flight < 2 * http.max_body + 2**21:
+        yield "sources.http.max_in_flight: at least twice sources.http.max_body and 2MiB: a body, and the same expanded"
+    if stream.max_unfinished < 2 * stream.max_line:
+        yield "sources.stream.max_unfinished: at least twice sources.stream.max_line"
+    for name, door in (("sources.http", http), ("sources.stream", stream)):
+        if bool(door.tls_cert) != bool(door.tls_key):
+            yield f"{name}: tls_cert and tls_key go together"
     if config.spool.max_bytes < 16 * 2**20:
         yield "spool.max_bytes: at least 16MiB"
 

@@ -62,7 +62,7 @@ CLOCKS = {"now", "utcnow", "today"}
 MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
-    "config.py": (560, "its annotations are the documentation of every key"),
+    "config.py": (620, "its annotations are the documentation of every key"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "backlog/spool.py": (
         600,

@@ -276,6 +276,9 @@ class Transport(asyncio.Transport):
 
     resume_reading = pause_reading
 
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
 
 @settings(max_examples=60, deadline=None)
 @given(cuts=st.lists(st.integers(0, sum(map(len, CHUNKED))), max_size=30))

@@ -117,6 +117,9 @@ class _BridgedCollector(Collector):
         if http is not None:
             by_status = {str(status): count for status, count in http.answers.items()}
             yield _counters("requests", "Requests at the HTTP door, by answer.", "status", by_status)
+            yield _gauge("http_connections", "Connections at the HTTP door.", len(http.connections.alive))
+            yield _counter("http_connections_refused", "Closed because there were too many.", http.connections.refused)
+            yield _gauge("http_held_bytes", "Bytes of bodies that aren't handed on yet.", http.connections.held)
         if stream is not None:
             yield _gauge("stream_connections", "Connections at the stream door.", len(stream.connections))
             yield _counter(
@@ -124,6 +127,8 @@ class _BridgedCollector(Collector):
                 "Connections that were made to the stream door.",
                 stream.accepted_connections,
             )
+            yield _counter("stream_connections_refused", "Closed because there were too many.", stream.refused)
+            yield _gauge("stream_unfinished_bytes", "Of lines without an end, or waiting for room.", stream.unfinished)
         unknown = CounterMetricFamily(
             "bridged_unknown_fields",
             "Fields that Braze sends and this version doesn't forward, seen in samples.",

@@ -6,24 +6,30 @@ Answers, in Braze's terms (what the connector does with each is in its documenta
     400  the body is not JSON at all. Braze then sends its events one by one and drops those that are answered 400 again
     401  no token or a wrong one
     404, 405  not this address, not this method
-    413  larger than max_body. Braze splits the batch
+    408  the head or the body didn't come in time
+    413  larger than max_body, or compressed more than a hundredfold. Braze splits the batch
     415  compressed with anything but gzip or deflate
-    503  the spool is near its cap, or can't be written. Braze keeps the events and tries again
+    431  the head is too large
+    503  the spool is near its cap, or can't be written, or too much comes at once. Braze keeps the events and tries again
 """
 
 import asyncio
 import hmac
+from collections import Counter
 from typing import Self
 
+import msgspec
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError
-from isal import isal_zlib
 from msgspec import Struct
 
 from bridged.backlog.spool import Spool
 from bridged.errors import BadRequest, BridgedError, ListenError, SpoolFull, TooLarge, Unauthorized
 from bridged.intake import Intake
+from bridged.sources.expansion import WINDOW_BITS, expanded
+from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
+from bridged.sources.tls import HANDSHAKE_S, server_context
 
 log = structlog.get_logger()
 
@@ -31,9 +37,7 @@ PATH = "/v1/currents"
 _OK = b'{"status":"ok"}\n'
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
 _ROOM_S = 5.0
-_BODY_S = 60.0
-_RETRY_AFTER_S = 30
-_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+_CLOSE_S = 5.0
 
 
 class HttpOptions(Struct, frozen=True, kw_only=True):
@@ -43,14 +47,19 @@ class HttpOptions(Struct, frozen=True, kw_only=True):
     port: int = 8480
     bearer_token: str = ""
     max_body: int = 16 * 2**20
+    tls_cert: str = ""
+    tls_key: str = ""
+    limits: HttpLimits = HttpLimits()
 
 
 class HttpSource:
     """An aiohttp low-level server: no router and no middlewares between the socket and the intake."""
 
+    connections: HttpConnections
+
     def __init__(self, options: HttpOptions, intake: Intake, spool: Spool) -> None:
         self.requests = 0
-        self.answers: dict[int, int] = {}  # by status
+        self.answers: Counter[int] = Counter()  # by status
         self.port = options.port
         self._options = options
         self._intake = intake
@@ -58,41 +67,59 @@ class HttpSource:
         self._credential = options.bearer_token.encode() or None
 
     async def __aenter__(self) -> Self:
-        server = web.Server(self._handle, access_log=None, keepalive_timeout=75.0, auto_decompress=False)
-        self._runner = web.ServerRunner(server, shutdown_timeout=5.0)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._options.host, self._options.port, reuse_address=True, backlog=1024)
+        options = self._options
+        tls = server_context("sources.http", options.tls_cert, options.tls_key)
+        # As it came and expanded, and some for the head and the sizes of chunks.
+        limits = msgspec.structs.replace(options.limits, max_request=2 * options.max_body + 2**21)
+        self.connections = HttpConnections(self._handle, limits, self.answers)
         try:
-            await site.start()
+            self._server = await asyncio.get_running_loop().create_server(
+                self.connections,
+                options.host,
+                options.port,
+                reuse_address=True,
+                backlog=1024,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_S if tls else None,
+            )
         except OSError as error:
-            await self._runner.cleanup()
+            await self.connections.close(0)
             raise ListenError(
-                f"can't listen on sources.http.listen = {self._options.host}:{self._options.port}: {error}",
+                f"can't listen on sources.http.listen = {options.host}:{options.port}: {error}",
                 "is another bridged running? choose another port",
             ) from error
-        self.port = self._runner.addresses[0][1]
+        self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
         """Stops accepting, lets requests finish."""
-        await self._runner.cleanup()
+        self._server.close()
+        await self.connections.close(_CLOSE_S)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1
+        connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         try:
-            await self._accept(request)
+            await self._accept(request, connection)
         except BridgedError as error:
-            return self._refusal(error)
+            response = self._refusal(error)
         except web.HTTPException as error:
-            self.answers[error.status] = self.answers.get(error.status, 0) + 1
+            self.answers[error.status] += 1
             # Its Content-Type is that of its own text.
             headers = {name: value for name, value in error.headers.items() if name.lower() == "allow"}
-            return web.json_response({"error": error.text}, status=error.status, headers=headers)
-        self.answers[200] = self.answers.get(200, 0) + 1
-        return web.Response(body=_OK, content_type="application/json")
+            response = web.json_response({"error": error.text}, status=error.status, headers=headers)
+        else:
+            self.answers[200] += 1
+            response = web.Response(body=_OK, content_type="application/json")
+        finally:
+            connection.release(request.content.total_bytes)
+        if connection.last_answer or not request.content.is_eof():
+            # Nothing more comes, or the rest of a body that was refused: it is read for a while, so that the answer arrives.
+            response.force_close()
+        return response
 
-    async def _accept(self, request: web.BaseRequest) -> None:
-        """Takes one request up to its commit. Raises what its answer says."""
+    async def _accept(self, request: web.BaseRequest, connection: HttpConnection) -> None:
+        """Takes one request up to its commit. Raises what its answer says, ConnectionError when the client is gone."""
         if request.path.rstrip("/") != PATH:
             raise web.HTTPNotFound(text=f"nothing here; Currents events go to POST {PATH}")
         if self._credential is not None:
@@ -107,52 +134,66 @@ class HttpSource:
         if not self._spool.room.is_set():
             # Before the body is read: until then TCP holds it, not we.
             await self._wait_for_room()
-        body = self._decoded(request, await self._read(request))
+        body = await self._read(request)
+        if "Content-Encoding" in request.headers:
+            body = await self._decoded(request, connection, body)
+        if len(body) > self._options.max_body:
+            raise TooLarge(f"the body is larger than {self._options.max_body} bytes")
         if not self._spool.room.is_set():
             await self._wait_for_room()
-        await self._intake.accept_body(body)
+        if connection.transport is None:
+            # Refused or gone meanwhile: what nobody can be told of is not taken.
+            raise ConnectionResetError
+        written = self._intake.accept_body(body)
+        # The spool holds the events now.
+        del body
+        connection.release(request.content.total_bytes)
+        await written
 
     async def _read(self, request: web.BaseRequest) -> bytes:
         if not request.can_read_body:
             return b""
         try:
             if request.content.is_eof():
-                # Small bodies come with their head: no waiting, no timer.
+                # Small bodies come with their head: no waiting.
                 return request.content.read_nowait(-1)
-            async with asyncio.timeout(_BODY_S):
-                return await self._read_slowly(request)
-        except TimeoutError:
-            raise web.HTTPRequestTimeout(text=f"the body didn't come within {_BODY_S:g} s") from None
+            return await self._read_slowly(request)
         except (web.RequestPayloadError, HttpProcessingError) as error:
             raise BadRequest(f"the body can't be read: {type(error).__name__}") from error
 
-    def _decoded(self, request: web.BaseRequest, body: bytes) -> bytes:
+    async def _decoded(self, request: web.BaseRequest, connection: HttpConnection, body: bytes) -> bytes:
         """The body without its Content-Encoding; never more of it in memory than max_body."""
         coding = request.headers.get("Content-Encoding", "identity").strip().lower()
-        limit = self._options.max_body
-        if coding in _WINDOW_BITS and body:
-            body = _expanded(body, _WINDOW_BITS[coding], limit)
-        elif coding != "identity" and body:
+        if coding == "identity" or not body:
+            return body
+        if coding not in WINDOW_BITS:
             raise web.HTTPUnsupportedMediaType(
                 text=f"Content-Encoding {coding[:40]!r}: gzip and deflate are understood"
             )
-        if len(body) > limit:
-            raise TooLarge(f"the body is larger than {limit} bytes")
-        return body
+        pieces: list[bytes] = []
+        for piece in expanded(body, WINDOW_BITS[coding], self._options.max_body):
+            if pieces:
+                # Others get their turn between two pieces.
+                await asyncio.sleep(0)
+            if not connection.hold(len(piece)):
+                raise ConnectionResetError
+            pieces.append(piece)
+        return b"".join(pieces)
 
     async def _read_slowly(self, request: web.BaseRequest) -> bytes:
+        """A body that comes in pieces. How long it may take is the connections' business: they end it."""
         limit = self._options.max_body
         if (request.content_length or 0) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
-        if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        asks = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+        if asks and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        chunks, size = [], 0
+        body = bytearray()
         while chunk := await request.content.readany():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > limit:
+            body += chunk
+            if len(body) > limit:
                 raise TooLarge(f"the body is larger than {limit} bytes")
-        return b"".join(chunks)
+        return bytes(body)
 
     async def _wait_for_room(self) -> None:
         try:
@@ -164,27 +205,10 @@ class HttpSource:
             raise SpoolFull("the spool's writer is behind") from None
 
     def _refusal(self, error: BridgedError) -> web.Response:
-        self.answers[error.http_status] = self.answers.get(error.http_status, 0) + 1
-        headers = {"Retry-After": str(_RETRY_AFTER_S)} if error.http_status == 503 else {}
+        self.answers[error.http_status] += 1
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else {}
         if error.http_status == 401:
             headers["WWW-Authenticate"] = 'Bearer realm="bridged"'
         return web.json_response(
             {"error": error.args[0], "hint": error.hint}, status=error.http_status, headers=headers
         )
-
-
-def _expanded(body: bytes, window_bits: int, limit: int) -> bytes:
-    """One or more compressed members. Raises BadRequest for damaged ones, TooLarge for more than `limit` bytes."""
-    expanded = b""
-    try:
-        while body:
-            member = isal_zlib.decompressobj(window_bits)
-            expanded += member.decompress(body, limit + 1 - len(expanded))
-            if len(expanded) > limit:
-                raise TooLarge(f"the body is larger than {limit} bytes")
-            if not member.eof:
-                raise BadRequest("the compressed body is cut off")
-            body = member.unused_data
-    except isal_zlib.IsalError as error:  # type: ignore[misc]  # a class, which its stub calls an instance
-        raise BadRequest(f"the compressed body is damaged: {error}") from error
-    return expanded

@@ -7,12 +7,17 @@ ends then. Who sends no handshake learns the same, over TCP, from an orderly clo
 else the connection is reset.
 
 A connection reads on only while the spool has room; otherwise TCP makes the client wait.
+
+A client may be silent for hours, so nothing here is timed. What is bounded is the number of connections, and the sum of lines
+without their end and of lines that wait for room: beyond it, whose have been there for longest are cut off. TLS knows no
+half-closed connections: a client that speaks it waits for its last ack before it closes.
 """
 
 import asyncio
 import contextlib
 import io
 import os
+import select
 import socket
 import struct
 from functools import partial
@@ -25,10 +30,17 @@ from msgspec import Struct
 from bridged.backlog.spool import Spool
 from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
+from bridged.sources.tls import HANDSHAKE_S, server_context
 
 log = structlog.get_logger()
 
 _KEPT_OF_OVERSIZED = 4096
+_LOOK_S = 1.0
+# Who came just now isn't slow; who has sent no line for so long may be closed when others need the place.
+_NEW_S = 1.0
+_SPARE_S = 10.0
+# A client's machine that is gone is noticed after two minutes.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True):
@@ -36,6 +48,10 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
 
     listen: tuple[str, ...] = ()
     max_line: int = 2**20
+    max_connections: int = 1000
+    max_unfinished: int = 16 * 2**20
+    tls_cert: str = ""
+    tls_key: str = ""
 
 
 class _Handshake(Struct):
@@ -46,8 +62,11 @@ class StreamSource:
     """The listeners and their connections."""
 
     def __init__(self, options: StreamOptions, intake: Intake, spool: Spool) -> None:
-        self.connections: set[_Connection] = set()
+        self.connections: dict[_Connection, None] = {}  # oldest first
         self.accepted_connections = 0
+        self.refused = 0  # connections, for want of room
+        self.unfinished = 0  # bytes of lines without their end, or that wait for room
+        self.now = 0.0  # monotonic, as of the last look
         self.ports: list[int] = []  # of the TCP listeners, in order
         self.max_line = options.max_line
         self.intake = intake
@@ -58,10 +77,13 @@ class StreamSource:
         self._own: dict[str, int] = {}  # path of a Unix socket that we made: its inode
 
     async def __aenter__(self) -> Self:
+        self._tls = server_context("sources.stream", self._options.tls_cert, self._options.tls_key)
+        self._look_at_all()
         for address in self._options.listen:
             try:
                 self._servers.append(await self._listen(address))
             except OSError as error:
+                self._look.cancel()
                 for server in self._servers:
                     server.close()
                 raise ListenError(
@@ -80,7 +102,14 @@ class StreamSource:
             self._own[rest] = os.stat(rest).st_ino  # noqa: PTH116
         else:
             host, _, port = rest.rpartition(":")
-            server = await loop.create_server(partial(_Connection, self), host.strip("[]"), int(port), backlog=1024)
+            server = await loop.create_server(
+                partial(_Connection, self),
+                host.strip("[]"),
+                int(port),
+                backlog=1024,
+                ssl=self._tls,
+                ssl_handshake_timeout=HANDSHAKE_S if self._tls else None,
+            )
             self.ports.append(server.sockets[0].getsockname()[1])
         return server
 
@@ -99,9 +128,47 @@ class StreamSource:
                     await asyncio.sleep(0.005)
         for connection in list(self.connections):
             connection.abort()
+        self._look.cancel()
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    # -- what all connections share -----------------------------------------------------------------------------------
+
+    def admit(self, connection: "_Connection") -> bool:
+        """Whether there is a place for one more; one that never sent a line may have to give up its own."""
+        if len(self.connections) >= self._options.max_connections:
+            self.refused += 1
+            spare = next((c for c in self.connections if c.unused and self.now - c.since >= _SPARE_S), None)
+            if spare is None:
+                return False
+            spare.refuse("too many connections")
+            self.connections.pop(spare, None)
+        self.connections[connection] = None
+        self.accepted_connections += 1
+        return True
+
+    def hold(self, size: int) -> None:
+        """Counts unfinished bytes; cuts off whose have been there for longest when they are too many."""
+        self.unfinished += size
+        while size > 0 and self.unfinished > self._options.max_unfinished:
+            slow = [c for c in self.connections if c.unfinished and self.now - c.since >= _NEW_S]
+            # If nobody is slow, who holds most.
+            chosen = min(slow, key=lambda c: c.since) if slow else max(self.connections, key=lambda c: c.unfinished)
+            chosen.refuse("too many lines without an end, or too many that wait for room")
+
+    def _look_at_all(self) -> None:
+        """Once a second: ends connections whose clients are gone. Those that are paused don't read, and so don't see it."""
+        loop = asyncio.get_running_loop()
+        self.now = loop.time()
+        poll, by_fd = select.poll(), {}
+        for connection in self.connections:
+            if (fd := connection.paused_fd()) >= 0:
+                poll.register(fd, 0)  # errors and the end of both directions are told unasked
+                by_fd[fd] = connection
+        for fd, _ in poll.poll(0) if by_fd else ():
+            by_fd[fd].abort()
+        self._look = loop.call_later(_LOOK_S, self._look_at_all)
 
 
 def _demand_nobody_listens(path: str) -> None:
@@ -124,10 +191,13 @@ class _Connection(asyncio.Protocol):
     def __init__(self, source: StreamSource) -> None:
         self._source = source
         self._transport: asyncio.Transport
-        self._tail = b""  # the beginning of a line whose end hasn't come
+        self.since = source.now  # connected, or the oldest of its unfinished bytes came
+        self.unfinished = 0  # bytes
+        self._tail: bytes | bytearray = b""  # the beginning of a line whose end hasn't come
         self._oversized = b""  # the beginning of a line too long to keep; its end is being skipped
         self._held: list[tuple[list[bytes], bool]] = []  # calls of _accept that wait for room in the spool
-        self._paused = False  # a task waits for room, and reads on then
+        self._held_bytes = 0
+        self._resuming: asyncio.Task[None] | None = None  # waits for room, and reads on then
         self._lines = 0  # handed to the intake
         self._committed = 0  # on disk
         self._told = 0  # acked to the client
@@ -140,11 +210,32 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream server makes nothing else
-        self._source.connections.add(self)
-        self._source.accepted_connections += 1
+        if not self._source.admit(self):
+            self._cut_off()
+            return
+        # Acks that aren't read stay few: the next one says more.
+        self._transport.set_write_buffer_limits(high=1024)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._source.connections.discard(self)
+        self._source.connections.pop(self, None)
+        self._forget()
+        if self._resuming is not None:
+            self._resuming.cancel()
+
+    @property
+    def unused(self) -> bool:
+        """Whether it has never sent a line."""
+        return self._acks is None
+
+    def paused_fd(self) -> int:
+        """The file descriptor of a TCP connection that doesn't read; -1 for any other."""
+        sock = self._transport.get_extra_info("socket") if self._resuming is not None else None
+        return sock.fileno() if sock is not None and sock.family != socket.AF_UNIX else -1
 
     # -- framing ------------------------------------------------------------------------------------------------------
 
@@ -153,23 +244,51 @@ class _Connection(asyncio.Protocol):
             # Read already, but never to be taken: the end must not look as if it were on disk.
             self._dropped = True
             return
-        # The fastest way to find the lines; a split would copy as much, and a count alone costs more.
-        lines = io.BytesIO(data).readlines()
-        lines[0] = self._tail + lines[0]
-        self._tail = b"" if lines[-1].endswith(b"\n") else lines.pop()
-        if lines:
-            self._take(lines)
+        if (self._tail or self._oversized) and b"\n" not in data:
+            self._lengthen(data)
+        else:
+            # The fastest way to find the lines; a split would copy as much, and a count alone costs more.
+            lines = io.BytesIO(data).readlines()
+            if self._tail:
+                lines[0] = b"".join((self._tail, lines[0]))
+            self._tail = b"" if lines[-1].endswith(b"\n") else lines.pop()
+            if lines:
+                self._take(lines)
         if len(self._tail) > self._source.max_line + 1:  # the one may be the \r of a line that isn't too long
-            self._oversized = self._oversized or self._tail[:_KEPT_OF_OVERSIZED]
+            self._oversized = bytes(self._tail[:_KEPT_OF_OVERSIZED])
             self._tail = b""
+        if self._tail or self.unfinished:
+            self._weigh()
+
+    def _lengthen(self, data: bytes) -> None:
+        """One more piece of a line: in place, since adding bytes would copy the line for each piece."""
+        if self._oversized:
+            return
+        if not isinstance(self._tail, bytearray):
+            self._tail = bytearray(self._tail)
+        self._tail += data
+
+    def _weigh(self) -> None:
+        """Tells the source what is unfinished here."""
+        size, before = len(self._tail) + self._held_bytes, self.unfinished
+        if not before:
+            self.since = self._source.now
+        self.unfinished = size
+        self._source.hold(size - before)
+
+    def _forget(self) -> None:
+        """Nothing of what is unfinished will be taken."""
+        self._held, self._held_bytes, self._tail = [], 0, b""
+        self._source.unfinished -= self.unfinished
+        self.unfinished = 0
 
     def eof_received(self) -> bool:
         """A last line may lack its newline. Keeps our side open until everything is on disk."""
         if (self._tail or self._oversized) and not self._finishing:
             line, self._tail = self._tail, b""
-            self._take([line])
+            self._take([bytes(line)])
         self.finish()
-        return True
+        return self._transport.get_extra_info("sslcontext") is None
 
     def _take(self, lines: list[bytes]) -> None:
         """Hands on whole lines, in order. The first may be the handshake, or the end of an oversized one."""
@@ -201,7 +320,7 @@ class _Connection(asyncio.Protocol):
     def _accept(self, lines: list[bytes], *, oversized: bool = False) -> None:
         """Hands on some lines, or the beginning of an oversized one; holds them, in order, while there is no room."""
         if self._held:
-            self._held.append((lines, oversized))
+            self._hold(lines, oversized=oversized)
             return
         if self._transport.is_closing():
             return
@@ -209,7 +328,7 @@ class _Connection(asyncio.Protocol):
         try:
             future = intake.accept_oversized(lines[0], limit) if oversized else intake.accept_lines(lines)
         except SpoolFull:
-            self._held.append((lines, oversized))
+            self._hold(lines, oversized=oversized)
             self._pause()
             return
         except SpoolError as error:
@@ -217,6 +336,11 @@ class _Connection(asyncio.Protocol):
             return
         self._lines += len(lines)
         self._follow(future)
+
+    def _hold(self, lines: list[bytes], *, oversized: bool) -> None:
+        self._held.append((lines, oversized))
+        self._held_bytes += sum(map(len, lines))
+        self._weigh()
 
     def _follow(self, future: "asyncio.Future[None]") -> None:
         self._pending += 1
@@ -253,7 +377,7 @@ class _Connection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self._finishing = True
-        self._held = []
+        self._forget()
         if self._acks and not self._choked:
             message = str(error.args[0]) if error is not None and error.args else "stopped"
             self._transport.write(msgspec.json.encode({"error": message}) + b"\n")
@@ -271,13 +395,12 @@ class _Connection(asyncio.Protocol):
     # -- back-pressure ------------------------------------------------------------------------------------------------
 
     def _pause(self) -> None:
-        if self._paused:
+        if self._resuming is not None:
             return
-        self._paused = True
         self._transport.pause_reading()
-        task = asyncio.get_running_loop().create_task(self._resume_with_room(), name="paused stream")
-        self._source.tasks.add(task)
-        task.add_done_callback(self._source.tasks.discard)
+        self._resuming = asyncio.get_running_loop().create_task(self._resume_with_room(), name="paused stream")
+        self._source.tasks.add(self._resuming)
+        self._resuming.add_done_callback(self._source.tasks.discard)
 
     async def _resume_with_room(self) -> None:
         room = self._source.spool.room
@@ -286,14 +409,16 @@ class _Connection(asyncio.Protocol):
                 # All who wait are woken at once, and the first may take all the room there is: look again.
                 await room.wait()
                 continue
-            held, self._held = self._held, []
+            held, self._held, self._held_bytes = self._held, [], 0
             for lines, oversized in held:
                 self._accept(lines, oversized=oversized)
             if not self._held and room.is_set():
                 break
-        self._paused = False
-        if not self._finishing and not self._transport.is_closing():
-            self._transport.resume_reading()
+        self._resuming = None
+        if not self._transport.is_closing():
+            self._weigh()
+            if not self._finishing:
+                self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         self._choked = True
@@ -317,6 +442,11 @@ class _Connection(asyncio.Protocol):
             # What isn't read stays in the kernel, which resets the connection at its close: the client knows.
             self._transport.pause_reading()
             self.finish()
+
+    def refuse(self, why: str) -> None:
+        """Ends it for the sake of the others: what isn't acked stays with the client."""
+        self._forget()
+        self._fail(SpoolError(why))
 
     def abort(self) -> None:
         """Closes at once."""

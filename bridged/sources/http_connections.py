@@ -1,0 +1,302 @@
+"""The HTTP door's connections: how long each may take, how many there may be, and how much they may hold.
+
+aiohttp frames the requests; it has no timers for slow clients and no caps. These are here, without a timer or a task for any
+request: one look at every connection a second, at a clock that is as coarse.
+
+    a head     must be complete head_s after the connection was made, or after its first byte
+    a body     must be complete body_s after its head, plus a second for each min_bytes_per_s that came
+    an answer  must be taken before as long has passed
+    the sum    of all bytes that came and aren't handed on, compressed and expanded, is at most max_in_flight. Beyond it
+               the body that has been coming for longest is refused: who is slow pays, not who comes last
+    the count  is at most max_connections. Beyond it a connection that has asked for nothing yet makes room
+"""
+
+import asyncio
+from collections import Counter
+from http import HTTPStatus
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+from msgspec import Struct, json
+
+RETRY_AFTER_S: Final = 30
+# Who came just now isn't slow.
+_NEW_S: Final = 1.0
+# An idle connection for so long may be closed when others need it.
+_SPARE_S: Final = 10.0
+# Of a head. aiohttp bounds each line and their number, which makes 1 MiB.
+_MAX_HEAD_BYTES: Final = 64 * 2**10
+_MAX_UNWANTED_BYTES: Final = 64 * 2**20
+_WHY: Final = {
+    400: "this is not HTTP as it should be",
+    408: "the request didn't come in time",
+    413: "the request is larger than can be taken",
+    431: "the request's head is too large",
+    503: "too much is coming in at once",
+}
+
+
+def _canned(status: int, why: str) -> bytes:
+    body = json.encode({"error": why, "hint": ""}) + b"\n"
+    retry = f"Retry-After: {RETRY_AFTER_S}\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n{retry}"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+_CANNED: Final = {status: _canned(status, why) for status, why in _WHY.items()}
+
+
+class HttpLimits(Struct, frozen=True, kw_only=True):
+    """What a connection and all of them may take: seconds and bytes."""
+
+    max_connections: int = 1000
+    max_in_flight: int = 40 * 2**20
+    max_request: int = 34 * 2**20  # of one request: its bytes as they came, and expanded
+    head_s: float = 10.0
+    body_s: float = 30.0
+    idle_s: float = 65.0
+    min_bytes_per_s: int = 64 * 2**10
+    look_s: float = 1.0
+
+
+class HttpConnections(web.Server):
+    """All connections of the door. Owns the sum of what they hold, and the clock that they are judged by."""
+
+    def __init__(self, handler: Any, limits: HttpLimits, answers: Counter[int]) -> None:
+        super().__init__(handler)
+        self.limits = limits
+        self.answers = answers  # by status
+        self.alive: dict[HttpConnection, None] = {}  # oldest first
+        self.held = 0
+        self.refused = 0  # connections, for want of room
+        self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time()
+        self._look = self._loop.call_later(limits.look_s, self._look_at_all)
+
+    def __call__(self) -> Any:
+        """The protocol of a new connection."""
+        if len(self.alive) >= self.limits.max_connections and not self._spare_one():
+            self.refused += 1
+            return _Refusal()
+        connection = HttpConnection(self, self._loop)
+        self.alive[connection] = None
+        return connection
+
+    def _spare_one(self) -> bool:
+        """Ends a connection that nobody would miss."""
+        spare = None
+        for connection in self.alive:
+            if connection.unused and self.now - connection.since >= _NEW_S:
+                spare = connection
+                break
+            if spare is None and connection.idle and self.now - connection.since >= _SPARE_S:
+                spare = connection
+        if spare is None:
+            return False
+        self.refused += 1
+        spare.refuse(None)
+        return True
+
+    def make_room(self, asking: "HttpConnection") -> bool:
+        """Refuses whose body has been coming for longest until there is room; whether `asking` may go on."""
+        while self.held > self.limits.max_in_flight:
+            slow = [each for each in self.alive if each.arriving and self.now - each.since >= _NEW_S]
+            longest = min(slow, key=lambda each: each.since, default=asking)
+            longest.refuse(503)
+            if longest is asking:
+                return False
+        return True
+
+    def _look_at_all(self) -> None:
+        try:
+            self.now = self._loop.time()
+            for connection in list(self.alive):
+                connection.judge(self.now)
+        finally:
+            self._look = self._loop.call_later(self.limits.look_s, self._look_at_all)
+
+    async def close(self, grace_s: float) -> None:
+        """Ends the idle connections, and the others when their requests are answered or the grace is over."""
+        # What came before the listener was closed is being handled after this.
+        await asyncio.sleep(0)
+        self.pre_shutdown()
+        await self.shutdown(grace_s)
+        self._look.cancel()
+
+
+class HttpConnection(RequestHandler):
+    """One client."""
+
+    __slots__ = ("_half_closed", "_room", "_unwanted", "held", "since")
+
+    def __init__(self, room: HttpConnections, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            room,
+            loop=loop,
+            access_log=None,  # type: ignore[arg-type]  # none at all, as its own code has it
+            keepalive_timeout=room.limits.idle_s,
+            auto_decompress=False,
+            lingering_time=room.limits.body_s,
+            read_bufsize=2**15,
+            max_headers=64,
+        )
+        self.held = 0  # bytes that came, or were expanded, and aren't handed on
+        self.since = room.now  # connected, or the first byte of a head, or its last
+        self._room = room
+        self._half_closed = False
+        self._unwanted = 0  # bytes of a refused body
+
+    @property
+    def unused(self) -> bool:
+        """Whether it has never asked for anything."""
+        return not self._request_count
+
+    @property
+    def idle(self) -> bool:
+        """Whether it asks for nothing."""
+        return not self.held and self._waits_for_a_head()
+
+    def _waits_for_a_head(self) -> bool:
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def arriving(self) -> bool:
+        """Whether a head or a body is on its way."""
+        if self._messages or self._current_request is not None:
+            return self._body_is_coming()
+        return self.held > 0
+
+    def _body_is_coming(self) -> bool:
+        payload = self._messages[-1][1] if self._messages else None
+        if payload is None and self._current_request is not None:
+            payload = self._current_request.content
+        return payload is not None and not payload.is_eof()
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Counts what came, and hands it to the parser."""
+        count = self._request_count
+        if not self.held:
+            self.since = self._room.now
+        if self._request_count and self._waiter is None and self._current_request is None and not self._messages:
+            # The rest of a body that has its answer already: it is read, so that the answer arrives, and dropped.
+            self._unwanted += len(data)
+            if self._unwanted > _MAX_UNWANTED_BYTES:
+                self.refuse(None)
+                return
+        elif not self.hold(len(data)):
+            return
+        super().data_received(data)
+        if self._request_count != count:
+            self.since = self._room.now
+            self._unwanted = 0
+        elif self.held > _MAX_HEAD_BYTES and self._waits_for_a_head():
+            self.refuse(431)
+
+    def hold(self, size: int) -> bool:
+        """Counts bytes. False: they are too many, the client has been told so, and the connection is closing."""
+        if self.transport is None:
+            return False
+        room, self.held = self._room, self.held + size
+        room.held += size
+        if self.held > room.limits.max_request:
+            self.refuse(413)
+            return False
+        return room.held <= room.limits.max_in_flight or room.make_room(self)
+
+    def release(self, size: int) -> None:
+        """A request is done with: `size` bytes are gone, and if no other has come behind it, all are."""
+        size = min(self.held, size) if self._messages else self.held
+        self.held -= size
+        self._room.held -= size
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio lets it answer; aiohttp always closes
+        """A client that has said all it wants to say still wants its answers. (TLS knows no half-closed connections.)"""
+        asked = bool(self._messages) or self._current_request is not None
+        if not asked or self._body_is_coming() or self.ssl_context is not None:
+            return None
+        self._half_closed = True
+        return True
+
+    @property
+    def last_answer(self) -> bool:
+        """Whether nothing more can be asked on it."""
+        return self._half_closed and not self._messages
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def judge(self, now: float) -> None:
+        """Ends what takes too long."""
+        limits, age = self._room.limits, now - self.since
+        if self.transport is None:
+            # A handshake of TLS that came to nothing: asyncio has forgotten it.
+            if age > 2 * limits.head_s:
+                self._forget()
+        elif self.writing_paused:
+            if age > limits.body_s:
+                self.transport.abort()
+        elif self._waits_for_a_head():
+            if self._half_closed or (self.unused and not self.held and age > limits.head_s):
+                self.refuse(None)
+            elif self.held and age > limits.head_s:
+                self.refuse(408)
+        elif self._body_is_coming() and age > limits.body_s + self.held / limits.min_bytes_per_s:
+            self.refuse(408)
+
+    def refuse(self, status: int | None) -> None:
+        """Says why (None: nothing, to who has asked nothing), closes, and forgets what came."""
+        transport = self.transport
+        if transport is not None:
+            if status is not None:
+                self._room.answers[status] += 1
+                transport.write(_CANNED[status])
+            self.force_close()
+            if transport.get_write_buffer_size():
+                transport.abort()
+        self._forget()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """What it held is gone with it."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _forget(self) -> None:
+        self._room.held -= self.held
+        self.held = 0
+        self._room.alive.pop(self, None)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is no HTTP, or to a bug of ours. aiohttp would log and repeat the bytes of the former."""
+        if isinstance(exc, ConnectionError):
+            # The client is gone, or was refused: nobody is there to be told.
+            raise exc
+        self._room.answers[status] += 1
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return super().handle_error(request, status, exc, message)
+        response = web.Response(
+            status=status,
+            body=json.encode({"error": _WHY[400], "hint": type(exc).__name__}) + b"\n",
+            content_type="application/json",
+        )
+        response.force_close()
+        return response
+
+
+class _Refusal(asyncio.Protocol):
+    """A connection too many: an answer, and the end."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(_CANNED[503])
+        transport.close()
