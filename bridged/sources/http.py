@@ -99,6 +99,7 @@ class HttpSource:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
+        connection.answered = False
         try:
             await self._accept(request, connection)
         except BridgedError as error:
@@ -112,6 +113,7 @@ class HttpSource:
             self.answers[200] += 1
             response = web.Response(body=_OK, content_type="application/json")
         finally:
+            connection.answered = True
             connection.release(request.content.total_bytes)
         if connection.last_answer or not request.content.is_eof():
             # Nothing more comes, or the rest of a body that was refused: it is read for a while, so that the answer arrives.

@@ -131,7 +131,7 @@ class HttpConnections(web.Server):
 class HttpConnection(RequestHandler):
     """One client."""
 
-    __slots__ = ("_half_closed", "_room", "_unwanted", "held", "since")
+    __slots__ = ("_half_closed", "_room", "_unwanted", "answered", "held", "since")
 
     def __init__(self, room: HttpConnections, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -147,6 +147,7 @@ class HttpConnection(RequestHandler):
         self.held = 0  # bytes that came, or were expanded, and aren't handed on
         self.since = room.now  # connected, or the first byte of a head, or its last
         self._room = room
+        self.answered = False  # its last request, whose body may still be coming
         self._half_closed = False
         self._unwanted = 0  # bytes of a refused body
 
@@ -183,7 +184,7 @@ class HttpConnection(RequestHandler):
         count = self._request_count
         if not self.held:
             self.since = self._room.now
-        if self._request_count and self._waiter is None and self._current_request is None and not self._messages:
+        if self.answered and self._waiter is None and not self._messages:
             # The rest of a body that has its answer already: it is read, so that the answer arrives, and dropped.
             self._unwanted += len(data)
             if self._unwanted > _MAX_UNWANTED_BYTES:
@@ -217,7 +218,7 @@ class HttpConnection(RequestHandler):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio lets it answer; aiohttp always closes
         """A client that has said all it wants to say still wants its answers. (TLS knows no half-closed connections.)"""
-        asked = bool(self._messages) or self._current_request is not None
+        asked = bool(self._messages) or not self._waits_for_a_head()
         if not asked or self._body_is_coming() or self.ssl_context is not None:
             return None
         self._half_closed = True
@@ -297,6 +298,5 @@ class _Refusal(asyncio.Protocol):
     """A connection too many: an answer, and the end."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(_CANNED[503])
+        transport.write(_CANNED[503])  # type: ignore[attr-defined]  # a stream server makes nothing else
         transport.close()
