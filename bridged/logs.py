@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import structlog
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 
 def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
@@ -39,10 +40,21 @@ class _Structlog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger()
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
+        if _quotes_a_request(error):
             # A malformed request. Its message and its traceback quote header bytes, and so may hold a credential.
             log.warning("bad_request", error=type(error).__name__)
             return
         # structlog knows the five standard levels only.
         level = max(logging.DEBUG, min(logging.CRITICAL, record.levelno // 10 * 10))
         log.log(level, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+
+
+def _quotes_a_request(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is about bytes that a client sent."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, HttpProcessingError | RequestPayloadError):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

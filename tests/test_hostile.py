@@ -18,6 +18,7 @@ import time
 import msgspec
 import pytest
 import structlog
+import trustme
 from conftest import NAMES, currents, ndjson, until
 
 from bridged import logs
@@ -387,50 +388,164 @@ def smuggled():
     chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(good), good)
     te = b"Transfer-Encoding: "
     # Both lengths, in either order and in every spelling of chunked.
-    for spelling in (b"chunked", b"Chunked", b"CHUNKED", b" chunked", b"chunked ", b"chunked, chunked", b"gzip, chunked"):
+    for spelling in (
+        b"chunked",
+        b"Chunked",
+        b"CHUNKED",
+        b" chunked",
+        b"chunked ",
+        b"chunked, chunked",
+        b"gzip, chunked",
+    ):
         for lengths in (b"Content-Length: " + size, b"Content-Length: 0", b"Content-Length: 4"):
             yield start + te + spelling + b"\r\n" + lengths + b"\r\n\r\n" + chunk
             yield start + lengths + b"\r\n" + te + spelling + b"\r\n\r\n" + chunk
     # Encodings that aren't, alone.
     for spelling in (
-        *(b"xchunked", b"chunked, identity", b"identity, chunked, x", b"chunked;q=1", b"\x0bchunked", b"chu\x00nked", b'"chunked"'),
+        *(
+            b"xchunked",
+            b"chunked, identity",
+            b"identity, chunked, x",
+            b"chunked;q=1",
+            b"\x0bchunked",
+            b"chu\x00nked",
+            b'"chunked"',
+        ),
         *(b"gzip", b"identity", b"chunked\x00", b"", b",", b"chunked\xff"),
     ):
         yield start + te + spelling + b"\r\n\r\n" + chunk
-    for name in (b"Transfer-Encoding :", b" Transfer-Encoding:", b"Transfer\x00-Encoding:", b"Transfer-Encoding\t:", b"Transfer Encoding:"):
+    for name in (
+        b"Transfer-Encoding :",
+        b" Transfer-Encoding:",
+        b"Transfer\x00-Encoding:",
+        b"Transfer-Encoding\t:",
+        b"Transfer Encoding:",
+    ):
         yield start + name + b" chunked\r\n\r\n" + chunk
     # Lengths that aren't, or two of them.
     for length in (
-        *(b"-1", b"+3", b"0x10", b"1e2", b"3.0", b"3,3", b"3, 4", b"", b" ", b"3 3", b"\xb2", b"9" * 30, b"1_0", b"0b1", b"3;", b"'3'"),
+        *(
+            b"-1",
+            b"+3",
+            b"0x10",
+            b"1e2",
+            b"3.0",
+            b"3,3",
+            b"3, 4",
+            b"",
+            b" ",
+            b"3 3",
+            b"\xb2",
+            b"9" * 30,
+            b"1_0",
+            b"0b1",
+            b"3;",
+            b"'3'",
+        ),
         *(b"\x003", b"3\x00", b"\x0b3", b"NaN", b"infinity", b"0o3", b"--3", b"3-"),
     ):
         yield start + b"Content-Length: " + length + b"\r\n\r\n" + good
     for first, second in itertools.product((b"0", b"3", size, b"+3", b"x"), repeat=2):
         yield start + b"Content-Length: " + first + b"\r\nContent-Length: " + second + b"\r\n\r\n" + good
-    for name in (b"Content-Length :", b" Content-Length:", b"Content\x00-Length:", b"Content-Length\x0b:", b"Content Length:", b"(Content-Length):"):
+    for name in (
+        b"Content-Length :",
+        b" Content-Length:",
+        b"Content\x00-Length:",
+        b"Content-Length\x0b:",
+        b"Content Length:",
+        b"(Content-Length):",
+    ):
         yield start + name + b" " + size + b"\r\n\r\n" + good
     # Chunks whose sizes or ends are wrong.
     for bad in (
-        *(b"-1\r\n", b"+5\r\nhello\r\n", b"0x5\r\nhello\r\n", b"5\nhello\r\n", b"5\rhello\r\n", b"g\r\n", b"\r\n", b" 5\r\nhello\r\n"),
-        *(b"5\r\nhelloX\r\n", b"5\r\nhello\n", b"5\r\nhel\r\n0\r\n\r\n", b"f" * 17 + b"\r\n", b"5_0\r\n", b"5;\x00\r\nhello\r\n", b"5 5\r\nhello\r\n"),
+        *(
+            b"-1\r\n",
+            b"+5\r\nhello\r\n",
+            b"0x5\r\nhello\r\n",
+            b"5\nhello\r\n",
+            b"5\rhello\r\n",
+            b"g\r\n",
+            b"\r\n",
+            b" 5\r\nhello\r\n",
+        ),
+        *(
+            b"5\r\nhelloX\r\n",
+            b"5\r\nhello\n",
+            b"5\r\nhel\r\n0\r\n\r\n",
+            b"f" * 17 + b"\r\n",
+            b"5_0\r\n",
+            b"5;\x00\r\nhello\r\n",
+            b"5 5\r\nhello\r\n",
+        ),
         *(b"5;a=b\nhello\r\n", b"\x005\r\nhello\r\n", b"5\x0b\r\nhello\r\n", b"1" * 40 + b"\r\n", b"5\r\r\nhello\r\n"),
     ):
         yield start + te + b"chunked\r\n\r\n" + bad + b"0\r\n\r\n"
         yield start + te + b"chunked\r\n\r\n" + b"2\r\n{}\r\n" + bad + b"0\r\n\r\n"
     # Lines: folded, bare, with bytes that no header has.
     for line in (
-        *(b"X: a\r\n b", b"X: a\r\n\tb", b"X: a\nY: b", b"X: a\rY: b", b"X: \x00", b"X\x00: a", b"X: a\x01", b"X : a", b": a", b"X", b" X: a"),
-        *(b"X\x7f: a", b"X: \x7f", b"X(: a", b'X": a', b"X,: a", b"X/: a", b"X[: a", b"X{: a", b"X\xe9: a", b"\x0bX: a", b"X@: a", b"X;: a"),
+        *(
+            b"X: a\r\n b",
+            b"X: a\r\n\tb",
+            b"X: a\nY: b",
+            b"X: a\rY: b",
+            b"X: \x00",
+            b"X\x00: a",
+            b"X: a\x01",
+            b"X : a",
+            b": a",
+            b"X",
+            b" X: a",
+        ),
+        *(
+            b"X\x7f: a",
+            b"X: \x7f",
+            b"X(: a",
+            b'X": a',
+            b"X,: a",
+            b"X/: a",
+            b"X[: a",
+            b"X{: a",
+            b"X\xe9: a",
+            b"\x0bX: a",
+            b"X@: a",
+            b"X;: a",
+        ),
     ):
         yield start + line + b"\r\nContent-Length: " + size + b"\r\n\r\n" + good
         yield b"POST /v1/currents HTTP/1.1\r\n" + line + b"\r\nHost: x\r\nContent-Length: " + size + b"\r\n\r\n" + good
     # The line: versions, spaces, targets, hosts.
     for line in (
-        *(b"POST /v1/currents HTTP/1.1\n", b"POST /v1/currents HTTP/1.2\r\n", b"POST /v1/currents HTTP/2.0\r\n", b"POST /v1/currents HTTP/01.1\r\n"),
-        *(b"POST /v1/currents HTTP/1.1 x\r\n", b"POST /v1/currents  HTTP/1.1\r\n", b"POST  /v1/currents HTTP/1.1\r\n", b"POST\t/v1/currents HTTP/1.1\r\n"),
-        *(b"POST /v1/currents HTTP/1.\r\n", b"POST /v1/currents http/1.1\r\n", b"POST /v1/\x00currents HTTP/1.1\r\n", b"P\x00ST /v1/currents HTTP/1.1\r\n"),
-        *(b"POST /v1/cur rents HTTP/1.1\r\n", b"POST HTTP/1.1\r\n", b"POST\r\n", b"post /v1/currents HTTP/1.1\r\n", b"POST /v1/currents\r\n"),
-        *(b" POST /v1/currents HTTP/1.1\r\n", b"\x00POST /v1/currents HTTP/1.1\r\n", b"POST /v1/currents XTTP/1.1\r\n", b"POST /v1/currents HTTP/1,1\r\n"),
+        *(
+            b"POST /v1/currents HTTP/1.1\n",
+            b"POST /v1/currents HTTP/1.2\r\n",
+            b"POST /v1/currents HTTP/2.0\r\n",
+            b"POST /v1/currents HTTP/01.1\r\n",
+        ),
+        *(
+            b"POST /v1/currents HTTP/1.1 x\r\n",
+            b"POST /v1/currents  HTTP/1.1\r\n",
+            b"POST  /v1/currents HTTP/1.1\r\n",
+            b"POST\t/v1/currents HTTP/1.1\r\n",
+        ),
+        *(
+            b"POST /v1/currents HTTP/1.\r\n",
+            b"POST /v1/currents http/1.1\r\n",
+            b"POST /v1/\x00currents HTTP/1.1\r\n",
+            b"P\x00ST /v1/currents HTTP/1.1\r\n",
+        ),
+        *(
+            b"POST /v1/cur rents HTTP/1.1\r\n",
+            b"POST HTTP/1.1\r\n",
+            b"POST\r\n",
+            b"post /v1/currents HTTP/1.1\r\n",
+            b"POST /v1/currents\r\n",
+        ),
+        *(
+            b" POST /v1/currents HTTP/1.1\r\n",
+            b"\x00POST /v1/currents HTTP/1.1\r\n",
+            b"POST /v1/currents XTTP/1.1\r\n",
+            b"POST /v1/currents HTTP/1,1\r\n",
+        ),
     ):
         yield line + b"Host: x\r\nContent-Length: " + size + b"\r\n\r\n" + good
     for number in range(33):
@@ -442,7 +557,16 @@ def smuggled():
             yield b"POST /v1/currents" + byte + b" HTTP/1.1\r\nHost: x\r\nContent-Length: " + size + b"\r\n\r\n" + good
     yield b"POST /v1/currents HTTP/1.1\r\nContent-Length: " + size + b"\r\n\r\n" + good
     for one, other in itertools.product((b"x", b"y", b"", b"x, y"), repeat=2):
-        yield b"POST /v1/currents HTTP/1.1\r\nHost: " + one + b"\r\nHost: " + other + b"\r\nContent-Length: " + size + b"\r\n\r\n" + good
+        yield (
+            b"POST /v1/currents HTTP/1.1\r\nHost: "
+            + one
+            + b"\r\nHost: "
+            + other
+            + b"\r\nContent-Length: "
+            + size
+            + b"\r\n\r\n"
+            + good
+        )
     # Bodies that are longer or shorter than they say, by one: what follows must not be a request.
     for off in (-3, -1, 1):
         yield start + b"Content-Length: %d\r\n\r\n" % (len(good) + off) + good + b"\r\n" * 3 + b"G"
@@ -489,3 +613,232 @@ async def test_requests_that_two_parsers_would_cut_differently(tmp_path):
         assert b"\n\t" not in head, data
         assert head.count(b"\n") == head.count(b"\r\n"), data
     assert len(understood) <= len(SMUGGLED) // 10
+
+
+# -- what is logged ----------------------------------------------------------------------------------------------------
+
+
+async def test_no_byte_of_a_request_is_logged(doors, capsys):
+    """Whatever is malformed, in a head, a chunk or a trailer, and whoever leaves in between: no log line quotes it."""
+    logs.setup("debug", "json")
+    try:
+        secret = b"Authorization: Bearer hunter2-canary"
+        start = b"POST /v1/currents HTTP/1.1\r\nHost: x\r\n"
+        chunked = start + secret + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for data in (
+            start + b" " + secret + b"\r\n\r\n",
+            start + secret + b"\x00\r\n\r\n",
+            start + secret + b"\r\nContent-Length: hunter2-canary\r\n\r\n",
+            secret + b"\r\n\r\n",
+            b"POST /hunter2-canary\r\nx",
+            start + secret * 1000 + b"\r\n\r\n",
+            chunked + b"hunter2-canary\r\n",
+            chunked + b"2\r\n{}\r\n0\r\n" + secret + b"\x00\r\n\r\n",
+            chunked.replace(b"currents", b"nowhere") + b"hunter2-canary\r\n",
+            chunked.replace(b"currents", b"nowhere") + b"5\r\nhello\r\nhunter2-canary\r\n",
+            request(body(), secret.decode())[:-10],
+        ):
+            await doors.raw(data)
+            for cut in (len(data) // 2, len(data) - 3):
+                _, writer = await doors.connect()
+                writer.write(data[:cut])
+                await asyncio.sleep(0.01)
+                writer.write(data[cut:])
+                reset(writer)
+        await until(lambda: not doors.http.connections.alive)
+    finally:
+        structlog.reset_defaults()
+    told = capsys.readouterr()
+    assert "hunter2" not in told.err + told.out
+    assert "Traceback" not in told.err
+
+
+def reset(writer):
+    """Ends a connection without a goodbye."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+# -- the stream door ----------------------------------------------------------------------------------------------------
+
+
+async def test_endless_lines_cost_little(tmp_path):
+    """Lines without an end, many at once: their sum is bounded, the slowest are cut off, and an honest client isn't."""
+    stream = {"max_line": 100_000, "max_unfinished": 400_000}
+    async with opened(tmp_path, stream=stream) as doors:
+        clients = [await doors.connect("stream") for _ in range(20)]
+        for n, (_, writer) in enumerate(clients):
+            writer.write(b"x" * 90_000)
+            await until(lambda n=n: doors.stream.unfinished >= 90_000 * min(n + 1, 4))
+            doors.stream.now += 2
+            assert doors.stream.unfinished <= 400_000
+        reader, writer = await doors.connect("stream")
+        writer.write(ACKS + ndjson([currents()]))
+        assert await asyncio.wait_for(reader.readline(), 10) == b'{"acked":1}\n'
+        assert len(doors.stream.connections) == 5
+        for _, each in [*clients, (reader, writer)]:
+            each.transport.abort()
+        await until(lambda: not doors.stream.connections)
+        assert doors.stream.unfinished == 0
+
+
+@pytest.mark.parametrize("size", [1, 100])
+async def test_a_long_line_in_small_pieces_takes_no_quadratic_time(tmp_path, size):
+    """A piece costs the same whether it is the first or the last of a line: the line isn't copied for each."""
+    async with opened(tmp_path, stream={"max_line": 4 * MIB, "max_unfinished": 16 * MIB}) as doors:
+        _, writer = await doors.connect("stream")
+        await until(lambda: doors.stream.connections)
+        (connection,) = doors.stream.connections
+        connection.data_received(b"x" * 3 * MIB)
+        copied = connection._tail
+        for _ in range(1000):
+            connection.data_received(b"y" * size)
+        # In place: the very object grew (but for the first time, when it became one that can grow).
+        assert isinstance(connection._tail, bytearray)
+        grown = connection._tail
+        connection.data_received(b"z")
+        assert connection._tail is grown
+        assert len(grown) == len(copied) + 1000 * size + 1
+        writer.transport.abort()
+        await until(lambda: not doors.stream.connections)
+
+
+async def test_the_stream_has_a_cap(tmp_path):
+    """One connection too many is reset at once, unless one that never sent a line can make room."""
+    async with opened(tmp_path, stream={"max_connections": 3}) as doors:
+        clients = [await doors.connect("stream") for _ in range(3)]
+        for _, writer in clients[:2]:
+            writer.write(ndjson([currents()]))
+        await until(lambda: doors.spool.accounts.total("accepted") == 2)
+        reader, writer = await doors.connect("stream")
+        with pytest.raises(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 10) == b"no goodbye"
+        doors.stream._look.cancel()
+        doors.stream.now += 60
+        answers = []
+        async with contextlib.AsyncExitStack():
+            reader, writer = await doors.connect("stream")
+            writer.write(ACKS + ndjson([currents(seed=1)]))
+            answers.append(await asyncio.wait_for(reader.readline(), 10))
+        assert answers == [b'{"acked":1}\n']
+        assert doors.stream.refused == 2
+        assert len(doors.stream.connections) == 3
+        for _, each in [*clients, (reader, writer)]:
+            each.transport.abort()
+
+
+async def test_a_client_that_vanishes_while_paused_is_noticed(tmp_path):
+    """Nobody reads from a paused connection, so nobody would see its end: a look a second does, and frees what it held."""
+    async with opened(tmp_path) as doors:
+        doors.spool.room.clear()
+        reader, writer = await doors.connect("stream")
+        writer.write(ACKS + ndjson([currents()]))
+        await until(lambda: any(c._resuming for c in doors.stream.connections))
+        tasks = set(doors.stream.tasks)
+        reset(writer)
+        await until(lambda: not doors.stream.connections, "the connection's end")
+        await until(lambda: not doors.stream.tasks, "its task's end")
+        assert tasks
+        assert doors.stream.unfinished == 0
+        doors.spool.room.set()
+
+
+async def test_a_silent_client_is_kept(tmp_path):
+    """A sidecar may have nothing to say for hours: it is kept, and TCP looks whether its machine is still there."""
+    async with opened(tmp_path) as doors:
+        reader, writer = await doors.connect("stream")
+        await until(lambda: doors.stream.connections)
+        (connection,) = doors.stream.connections
+        sock = connection._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        doors.stream.now += 86_400
+        await asyncio.sleep(1.2)
+        writer.write(ACKS + ndjson([currents()]))
+        assert await asyncio.wait_for(reader.readline(), 10) == b'{"acked":1}\n'
+        writer.close()
+
+
+async def test_paused_clients_hold_a_bounded_sum(tmp_path):
+    """While the spool has no room, what was read of many clients is bounded; who is cut off was acked none of it."""
+    async with opened(tmp_path, stream={"max_unfinished": 200_000, "max_line": 100_000}, max_bytes=16 * MIB) as doors:
+        doors.spool._options = msgspec.structs.replace(doors.spool._options, max_bytes=0)  # near its cap
+        assert doors.spool.near_cap
+        clients = [await doors.connect("stream") for _ in range(10)]
+        lines = ndjson([currents(seed=seed) for seed in range(60)])
+        for _, writer in clients:
+            writer.write(ACKS + lines)
+        await until(lambda: len(doors.stream.connections) < 10)
+        await asyncio.sleep(0.1)
+        assert doors.stream.unfinished <= 200_000
+        assert doors.spool.accounts.total("accepted") == 0
+        for _, writer in clients:
+            reset(writer)
+        await until(lambda: not doors.stream.connections)
+        assert doors.stream.unfinished == 0
+
+
+# -- TLS ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for the loopback, its key, and a context of a client that trusts it."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1", "localhost")
+    issued.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    issued.private_key_pem.write_to_path(str(folder / "key.pem"))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return {"tls_cert": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}, context
+
+
+async def test_both_doors_speak_tls(tmp_path, certificate):
+    """With a certificate each door speaks TLS and nothing else; the events arrive, and the acks."""
+    keys, trust = certificate
+    async with opened(tmp_path, http=keys, stream=keys) as doors:
+        reader, writer = await asyncio.open_connection("127.0.0.1", doors.http.port, ssl=trust)
+        writer.write(request(body(20), close=False) + request(body(20, 20)))
+        assert statuses(await read_all(reader)) == [200, 200]
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", doors.stream.ports[0], ssl=trust)
+        writer.write(ACKS + ndjson([currents(seed=seed) for seed in range(40, 60)]))
+        while await asyncio.wait_for(reader.readline(), 10) != b'{"acked":20}\n':
+            pass
+        writer.write(ndjson([currents(seed=60)]))
+        assert await asyncio.wait_for(reader.readline(), 10) == b'{"acked":21}\n'
+        writer.close()
+        assert 200 not in statuses(await doors.raw(request(body())))
+        assert await doors.events() == 61
+
+
+async def test_old_tls_and_no_handshake(tmp_path, certificate):
+    """TLS 1.1 is refused; a client that begins no handshake holds nothing for long and is counted."""
+    keys, trust = certificate
+    async with opened(tmp_path, http=keys) as doors:
+        old = ssl.create_default_context()
+        old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        with pytest.warns(DeprecationWarning):
+            old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.raises((ssl.SSLError, ConnectionError, OSError)):
+            await asyncio.open_connection("127.0.0.1", doors.http.port, ssl=old)
+        _, silent = await doors.connect()
+        reader, writer = await asyncio.open_connection("127.0.0.1", doors.http.port, ssl=trust)
+        writer.write(request(body()))
+        assert statuses(await read_all(reader)) == [200]
+        writer.close()
+        silent.transport.abort()
+        await until(lambda: not doors.http.connections.alive, "forgotten handshakes")
+
+
+async def test_a_certificate_that_cannot_be_used(tmp_path, certificate, config):
+    """The error names the section, both keys and what to do; one key without the other is refused with the configuration."""
+    keys, _ = certificate
+    swapped = {"tls_cert": keys["tls_key"], "tls_key": keys["tls_cert"]}
+    for bad in (swapped, keys | {"tls_key": "/nowhere.pem"}):
+        with pytest.raises(ConfigError, match=r"\[sources\.http\] tls_cert"):
+            async with opened(tmp_path / "http", http=bad):
+                pass
+    with pytest.raises(ConfigError, match="go together"):
+        config(sources__stream__tls_cert=keys["tls_cert"])

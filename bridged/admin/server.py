@@ -12,7 +12,7 @@ import structlog
 from aiohttp import web
 
 from bridged import __version__
-from bridged.admin import metrics
+from bridged.admin import metrics, openapi
 from bridged.admin.api import Api, json
 from bridged.admin.status import health
 from bridged.config import split_address
@@ -42,6 +42,7 @@ class AdminServer:
         router.add_get("/healthz", self._healthz)
         router.add_get("/readyz", self._readyz)
         router.add_get("/metrics", self._metrics_text)
+        router.add_get("/openapi.json", self._openapi)
         Api(self._app).add_routes(router)
         self._runner = web.AppRunner(web_app, access_log=None, shutdown_timeout=2.0)
         await self._runner.setup()
@@ -96,6 +97,9 @@ class AdminServer:
     async def _readyz(self, request: web.Request) -> web.Response:
         answer = health(self._app)
         return json(answer, 200 if answer.ready else 503)
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return json(openapi.document())
 
     async def _metrics_text(self, request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
