@@ -93,7 +93,7 @@ async def _attack(kind: str, http_port: int, stream_port: int) -> None:
         request = _HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(_BOMB) + _BOMB
         sending = asyncio.ensure_future(_send_slowly(writer, b"", request, 2.0))
     elif kind == "deaf":
-        sending = asyncio.ensure_future(_send_slowly(writer, b"", (_HEAD + b"Content-Length: 0\r\n\r\n") * 50, 0.5))
+        sending = asyncio.ensure_future(_send_slowly(writer, b"", (_HEAD + b"Content-Length: 0\r\n\r\n") * 5, 2.0))
     elif kind == "line":
         sending = asyncio.ensure_future(_send_slowly(writer, b'{"acks":true}\n{"event', b"x", 1.0))
     elif kind == "held line":
@@ -126,11 +126,11 @@ KINDS: Final = (
 _BOMB = b""
 
 
-async def _attack_with(connections: int, http_port: int, stream_port: int) -> None:
+async def _attack_with(kinds: Sequence[str], connections: int, http_port: int, stream_port: int) -> None:
     made: Counter[str] = Counter()
 
     async def one(number: int) -> None:
-        kind = KINDS[number % len(KINDS)]
+        kind = kinds[number % len(kinds)]
         while True:
             made[kind] += 1
             with contextlib.suppress(OSError):
@@ -147,8 +147,8 @@ async def _attack_with(connections: int, http_port: int, stream_port: int) -> No
 
 
 class _Attackers(Child):
-    def __init__(self, at: Path, connections: int, daemon: Daemon) -> None:
-        arguments = [str(connections), str(daemon.http_port), str(daemon.stream_port)]
+    def __init__(self, at: Path, kinds: Sequence[str], connections: int, daemon: Daemon) -> None:
+        arguments = [",".join(kinds), str(connections), str(daemon.http_port), str(daemon.stream_port)]
         super().__init__("attackers", ["-m", "bench.hostile", "--attack", *arguments], at)
 
 
@@ -217,7 +217,7 @@ class _Memory:
             self.peak_mb = max(self.peak_mb, self._of.memory_mb("VmRSS"))
 
 
-def measure(connections: int, seconds: float, baseline_s: float) -> Report:
+def measure(connections: int, seconds: float, baseline_s: float, kinds: Sequence[str] = KINDS) -> Report:
     """One run. Raises BenchError when a process doesn't do what it should."""
     with folder() as at, Sink(at, check=True) as sink:
         sink.ready()
@@ -228,7 +228,7 @@ def measure(connections: int, seconds: float, baseline_s: float) -> Report:
             calm.post(baseline_s)
             before_mb = daemon.memory_mb("VmRSS")
             honest = _Honest(daemon.http_port, 2 * 10**6)
-            with _Memory(daemon) as memory, _Attackers(at, connections, daemon) as attackers:
+            with _Memory(daemon) as memory, _Attackers(at, kinds, connections, daemon) as attackers:
                 attackers.hear(30)
                 honest.post(seconds)
                 attackers.say()
@@ -257,10 +257,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench hostile", description=__doc__)
     parser.add_argument("--connections", type=int, default=1000, help="hostile ones, of all kinds alike (1000)")
     parser.add_argument("--seconds", type=float, default=60.0, help="under attack (60)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"which attacks, of: {', '.join(KINDS)}")
     arguments = parser.parse_args(argv)
     _allow_files(arguments.connections)
     with ended_by_signals():
-        report = measure(arguments.connections, arguments.seconds, min(20.0, arguments.seconds))
+        report = measure(arguments.connections, arguments.seconds, min(20.0, arguments.seconds), arguments.kinds.split(","))
     made = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report.attacks.items()))
     print(
         f"{report.connections:,} hostile connections for {arguments.seconds:g} s, made {sum(report.attacks.values()):,} times: {made}"
@@ -292,7 +293,7 @@ def _allow_files(connections: int) -> None:
 
 
 if __name__ == "__main__":
-    _, _, count, http_port, stream_port = sys.argv
+    _, _, kinds, count, http_port, stream_port = sys.argv
     _allow_files(int(count))
     _BOMB = gzip.compress(bytes(2**24), 9)
-    asyncio.run(_attack_with(int(count), int(http_port), int(stream_port)))
+    asyncio.run(_attack_with(kinds.split(","), int(count), int(http_port), int(stream_port)))

@@ -287,6 +287,7 @@ class _Connection(asyncio.Protocol):
         if (self._tail or self._oversized) and not self._finishing:
             line, self._tail = self._tail, b""
             self._take([bytes(line)])
+            self._weigh()
         self.finish()
         return self._transport.get_extra_info("sslcontext") is None
 
