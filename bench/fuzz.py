@@ -33,13 +33,92 @@ _RULES: Final = validation.Rules(token="t")  # noqa: S106  # no secret: the proj
 _BOM: Final = b"\xef\xbb\xbf"
 
 TOKENS: Final = (
-    *(b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"1e-400", b"1" * 400, b"-" + b"9" * 30, b"0.1e1", b"-0", b"01", b"0x10"),
-    *(b"18446744073709551616", b"9223372036854775807", b"-9223372036854775809", b"1.0", b"1e3", b"true", b"null", b'""', b"{}", b"[]"),
-    *(b'"\\ud800"', b'"\\udc00\\ud800"', b'"\\u0000"', b"\x00", b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x80\xa8", _BOM),
-    *(b'"' + b"x" * 300 + b'"', b"[" * 600, b'{"a":' * 600, b"[[[[[1]]]]]", b'{"a":{"a":{"a":{"a":1}}}}', b"[" + b"1," * 300 + b"1]"),
-    *(b'"time":', b'"id":', b'"user":', b'"event_type":', b'"properties":', b'"external_user_id":', b'"custom_properties":', b'"events":'),
-    *(b'"unknown"', b'"anon"', b'"$insert_id"', b'"distinct_id"', b'"$identify"', b"\n", b"\r\n", b"\r", b" ", b"\t", b"\x1a", b"\x7f"),
-    *(b",", b":", b'"', b"\\", b"\\u", b"{", b"}", b"[", b"]", b"1790003599", b"1790003601", b"31535999", b"31536000", b"1790000000000"),
+    *(
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+        b"1e400",
+        b"-1e400",
+        b"1e-400",
+        b"1" * 400,
+        b"-" + b"9" * 30,
+        b"0.1e1",
+        b"-0",
+        b"01",
+        b"0x10",
+    ),
+    *(
+        b"18446744073709551616",
+        b"9223372036854775807",
+        b"-9223372036854775809",
+        b"1.0",
+        b"1e3",
+        b"true",
+        b"null",
+        b'""',
+        b"{}",
+        b"[]",
+    ),
+    *(
+        b'"\\ud800"',
+        b'"\\udc00\\ud800"',
+        b'"\\u0000"',
+        b"\x00",
+        b"\xff",
+        b"\xc0\xaf",
+        b"\xed\xa0\x80",
+        b"\xf4\x90\x80\x80",
+        b"\xe2\x80\xa8",
+        _BOM,
+    ),
+    *(
+        b'"' + b"x" * 300 + b'"',
+        b"[" * 600,
+        b'{"a":' * 600,
+        b"[[[[[1]]]]]",
+        b'{"a":{"a":{"a":{"a":1}}}}',
+        b"[" + b"1," * 300 + b"1]",
+    ),
+    *(
+        b'"time":',
+        b'"id":',
+        b'"user":',
+        b'"event_type":',
+        b'"properties":',
+        b'"external_user_id":',
+        b'"custom_properties":',
+        b'"events":',
+    ),
+    *(
+        b'"unknown"',
+        b'"anon"',
+        b'"$insert_id"',
+        b'"distinct_id"',
+        b'"$identify"',
+        b"\n",
+        b"\r\n",
+        b"\r",
+        b" ",
+        b"\t",
+        b"\x1a",
+        b"\x7f",
+    ),
+    *(
+        b",",
+        b":",
+        b'"',
+        b"\\",
+        b"\\u",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b"1790003599",
+        b"1790003601",
+        b"31535999",
+        b"31536000",
+        b"1790000000000",
+    ),
 )
 
 
@@ -251,7 +330,9 @@ def _atheris(seconds: float, seed: int, settings: dict[str, Any]) -> int:
 
     for module in ("bridged.currents.schema", "bridged.mixpanel.mapping", "bridged.intake", "bridged.sources.stream"):
         for name, thing in list(vars(sys.modules[module]).items()):
-            for method_name, method in list(vars(thing).items()) if isinstance(thing, type) and thing.__module__ == module else ():
+            for method_name, method in (
+                list(vars(thing).items()) if isinstance(thing, type) and thing.__module__ == module else ()
+            ):
                 if callable(method) and hasattr(method, "__code__"):
                     setattr(thing, method_name, atheris.instrument_func(method))
             if callable(thing) and hasattr(thing, "__code__") and thing.__module__ == module:
@@ -265,7 +346,10 @@ def _atheris(seconds: float, seed: int, settings: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for number, example in enumerate(corpus(seed)):
             Path(folder, f"{number}.json").write_bytes(bytes([number % 3]) + example)
-        atheris.Setup([sys.argv[0], folder, f"-max_total_time={int(seconds)}", f"-seed={seed}", "-max_len=4096", "-verbosity=1"], one)
+        atheris.Setup(
+            [sys.argv[0], folder, f"-max_total_time={int(seconds)}", f"-seed={seed}", "-max_len=4096", "-verbosity=1"],
+            one,
+        )
         atheris.Fuzz()  # ends the process
     return 0
 
@@ -275,7 +359,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--engine", choices=("own", "atheris"), default="own", help="atheris follows the coverage, slower")
+    parser.add_argument(
+        "--engine", choices=("own", "atheris"), default="own", help="atheris follows the coverage, slower"
+    )
     parser.add_argument("--unknown", choices=("dead_letter", "forward", "skip"), default="dead_letter")
     parser.add_argument("--anonymous", choices=("skip", "device", "dead_letter"), default="skip")
     arguments = parser.parse_args(argv)

@@ -261,7 +261,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     _allow_files(arguments.connections)
     with ended_by_signals():
-        report = measure(arguments.connections, arguments.seconds, min(20.0, arguments.seconds), arguments.kinds.split(","))
+        report = measure(
+            arguments.connections, arguments.seconds, min(20.0, arguments.seconds), arguments.kinds.split(",")
+        )
     made = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report.attacks.items()))
     print(
         f"{report.connections:,} hostile connections for {arguments.seconds:g} s, made {sum(report.attacks.values()):,} times: {made}"

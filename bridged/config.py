@@ -94,7 +94,7 @@ class HttpSource(_Section, frozen=True, kw_only=True):
     ] = 1000
     max_in_flight: Annotated[
         Size, Meta(description="Bytes of all bodies not yet handed on. Beyond it the slowest body is answered 503.")
-    ] = Size(40 * 2**20)
+    ] = Size(24 * 2**20)
     tls_cert: Annotated[
         str, Meta(description="PEM file: the certificate and its chain. Set, the door speaks HTTPS.")
     ] = ""
@@ -123,7 +123,7 @@ class StreamSource(_Section, frozen=True, kw_only=True):
         Meta(
             description="Bytes of all lines without their end, or waiting for room. Beyond it the oldest are cut off."
         ),
-    ] = Size(16 * 2**20)
+    ] = Size(12 * 2**20)
     tls_cert: Annotated[str, Meta(description="PEM file: the certificate and its chain, for the tcp: addresses.")] = ""
     tls_key: Annotated[str, Meta(description="PEM file: the private key of tls_cert, unencrypted.")] = ""
 
@@ -506,8 +506,8 @@ def _problems(config: Config) -> Iterator[str]:
         yield "delivery.max_batch_bytes: between 1MiB (the largest single event) and 10MiB"
     if stream.max_line < 1024:
         yield "sources.stream.max_line: at least 1KiB"
-    if http.max_in_flight < 2 * http.max_body + 2**21:
-        yield "sources.http.max_in_flight: at least twice sources.http.max_body and 2MiB: a body, and the same expanded"
+    if http.max_in_flight < 1.5 * http.max_body:
+        yield "sources.http.max_in_flight: at least one and a half times sources.http.max_body"
     if stream.max_unfinished < 2 * stream.max_line:
         yield "sources.stream.max_unfinished: at least twice sources.stream.max_line"
     for name, door in (("sources.http", http), ("sources.stream", stream)):

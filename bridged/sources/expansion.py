@@ -13,7 +13,7 @@ WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _MAX_RATIO: Final = 100
 _FREE_BYTES: Final = 2**20
 # A piece takes some 0.2 ms: between two of them others get their turn.
-_PIECE_BYTES: Final = 2**18
+PIECE_BYTES: Final = 2**18
 _SLICE_BYTES: Final = 2**16
 # Tools that compress in parallel make a member of each 64 KiB or more. Each costs a decompressor of its own.
 _MAX_MEMBERS: Final = 1000
@@ -36,7 +36,7 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
                     if members > _MAX_MEMBERS:
                         raise BadRequest(f"the compressed body has more than {_MAX_MEMBERS} members")
                     member = isal_zlib.decompressobj(window_bits)
-                piece = member.decompress(rest, min(_PIECE_BYTES, most + 1 - size))
+                piece = member.decompress(rest, min(PIECE_BYTES, most + 1 - size))
                 size += len(piece)
                 if size > most:
                     raise TooLarge(
@@ -50,7 +50,7 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
                     member = None
         while member is not None and not member.eof:
             # What the decompressor still holds of its last input.
-            piece = member.decompress(b"", min(_PIECE_BYTES, most + 1 - size))
+            piece = member.decompress(b"", min(PIECE_BYTES, most + 1 - size))
             size += len(piece)
             if size > most:
                 raise TooLarge(f"the body is larger than {most} bytes")

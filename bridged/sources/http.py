@@ -27,7 +27,7 @@ from msgspec import Struct
 from bridged.backlog.spool import Spool
 from bridged.errors import BadRequest, BridgedError, ListenError, SpoolFull, TooLarge, Unauthorized
 from bridged.intake import Intake
-from bridged.sources.expansion import WINDOW_BITS, expanded
+from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
 from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
 from bridged.sources.tls import HANDSHAKE_S, server_context
 
@@ -64,6 +64,7 @@ class HttpSource:
         self._options = options
         self._intake = intake
         self._spool = spool
+        self._large = asyncio.Semaphore()  # who expands a large body
         self._credential = options.bearer_token.encode() or None
 
     async def __aenter__(self) -> Self:
@@ -172,15 +173,25 @@ class HttpSource:
             raise web.HTTPUnsupportedMediaType(
                 text=f"Content-Encoding {coding[:40]!r}: gzip and deflate are understood"
             )
-        pieces: list[bytes] = []
+        whole = bytearray()
         for piece in expanded(body, WINDOW_BITS[coding], self._options.max_body):
-            if pieces:
+            whole += piece
+            if len(whole) >= PIECE_BYTES:
+                break
+        else:
+            return bytes(whole)
+        # One large body at a time, begun anew so that those who wait hold nothing: a thousand bombs take no more than one.
+        del piece, whole
+        whole = bytearray()
+        async with self._large:
+            for piece in expanded(body, WINDOW_BITS[coding], self._options.max_body):
+                if not connection.hold(len(piece)):
+                    whole.clear()
+                    raise ConnectionResetError
+                whole += piece
                 # Others get their turn between two pieces.
                 await asyncio.sleep(0)
-            if not connection.hold(len(piece)):
-                raise ConnectionResetError
-            pieces.append(piece)
-        return b"".join(pieces)
+            return bytes(whole)
 
     async def _read_slowly(self, request: web.BaseRequest) -> bytes:
         """A body that comes in pieces. How long it may take is the connections' business: they end it."""
@@ -191,10 +202,16 @@ class HttpSource:
         if asks and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        while chunk := await request.content.readany():
-            body += chunk
-            if len(body) > limit:
-                raise TooLarge(f"the body is larger than {limit} bytes")
+        try:
+            while chunk := await request.content.readany():
+                body += chunk
+                del chunk  # while the next is waited for, it would be held twice
+                if len(body) > limit:
+                    raise TooLarge(f"the body is larger than {limit} bytes")
+        except BaseException:
+            # aiohttp keeps the error with its traceback, and so this frame, until the next collection of garbage.
+            body.clear()
+            raise
         return bytes(body)
 
     async def _wait_for_room(self) -> None:

@@ -54,7 +54,7 @@ class HttpLimits(Struct, frozen=True, kw_only=True):
     """What a connection and all of them may take: seconds and bytes."""
 
     max_connections: int = 1000
-    max_in_flight: int = 40 * 2**20
+    max_in_flight: int = 24 * 2**20
     max_request: int = 34 * 2**20  # of one request: its bytes as they came, and expanded
     head_s: float = 10.0
     body_s: float = 30.0
@@ -102,14 +102,16 @@ class HttpConnections(web.Server):
         return True
 
     def make_room(self, asking: "HttpConnection") -> bool:
-        """Refuses whose body has been coming for longest until there is room; whether `asking` may go on."""
+        """Refuses whose body has been coming for longest, or if nobody is slow whose is largest, until there is room.
+
+        Whether `asking` may go on.
+        """
         while self.held > self.limits.max_in_flight:
-            slow = [each for each in self.alive if each.arriving and self.now - each.since >= _NEW_S]
-            longest = min(slow, key=lambda each: each.since, default=asking)
-            longest.refuse(503)
-            if longest is asking:
-                return False
-        return True
+            coming = [each for each in self.alive if each.held and (each is asking or each.arriving)]
+            slow = [each for each in coming if self.now - each.since >= _NEW_S]
+            chosen = min(slow, key=lambda each: each.since) if slow else max(coming, key=lambda each: each.held)
+            chosen.refuse(503)
+        return asking.transport is not None
 
     def _look_at_all(self) -> None:
         try:
@@ -267,6 +269,9 @@ class HttpConnection(RequestHandler):
         super().connection_lost(exc)
 
     def _forget(self) -> None:
+        for payload in [message[1] for message in self._messages] + [r.content for r in (self._current_request,) if r]:
+            # Nobody will read it, and aiohttp holds it until the next collection of garbage.
+            payload._buffer.clear()  # noqa: SLF001  # nothing public drops what a reader holds
         self._room.held -= self.held
         self.held = 0
         self._room.alive.pop(self, None)

@@ -49,7 +49,7 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     listen: tuple[str, ...] = ()
     max_line: int = 2**20
     max_connections: int = 1000
-    max_unfinished: int = 16 * 2**20
+    max_unfinished: int = 12 * 2**20
     tls_cert: str = ""
     tls_key: str = ""
 
