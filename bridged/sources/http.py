@@ -207,11 +207,13 @@ class HttpSource:
                 body += chunk
                 del chunk  # while the next is waited for, it would be held twice
                 if len(body) > limit:
-                    raise TooLarge(f"the body is larger than {limit} bytes")
+                    break
         except BaseException:
             # aiohttp keeps the error with its traceback, and so this frame, until the next collection of garbage.
             body.clear()
             raise
+        if len(body) > limit:
+            raise TooLarge(f"the body is larger than {limit} bytes")
         return bytes(body)
 
     async def _wait_for_room(self) -> None:
