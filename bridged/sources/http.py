@@ -153,7 +153,6 @@ class HttpSource:
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         connection.answered = False
-        response: web.StreamResponse
         try:
             await self._accept(request, connection)
         except BridgedError as error:
@@ -166,12 +165,15 @@ class HttpSource:
         else:
             self.answers[200] += 1
             plain = request.keep_alive and request.version == HttpVersion11 and not self._last(request, connection)
-            response = self._ok if plain else web.Response(body=_OK, content_type="application/json")
+            # Who doesn't read his answers gets the kind that waits until he does.
+            if plain and not connection.writing_paused:
+                return self._ok
+            response = web.Response(body=_OK, content_type="application/json")
         finally:
             self._busy -= 1
             connection.answered = True
             connection.release(request.content.total_bytes)
-        if response is not self._ok and self._last(request, connection):
+        if self._last(request, connection):
             response.force_close()
         return response
 
@@ -268,11 +270,13 @@ class HttpSource:
                 body += chunk
                 del chunk  # while the next is waited for, it would be held twice
                 if len(body) > limit:
-                    raise TooLarge(f"the body is larger than {limit} bytes")
+                    break
         except BaseException:
             # aiohttp keeps the error with its traceback, and so this frame, until the next collection of garbage.
             body.clear()
             raise
+        if len(body) > limit:
+            raise TooLarge(f"the body is larger than {limit} bytes")
         return bytes(body)
 
     async def _wait_for_room(self) -> None:

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler
 from msgspec import Struct, json
 
@@ -271,7 +272,8 @@ class HttpConnection(RequestHandler):
     def _forget(self) -> None:
         for payload in [message[1] for message in self._messages] + [r.content for r in (self._current_request,) if r]:
             # Nobody will read it, and aiohttp holds it until the next collection of garbage.
-            payload._buffer.clear()  # noqa: SLF001  # nothing public drops what a reader holds
+            if payload is not EMPTY_PAYLOAD:
+                payload._buffer.clear()  # noqa: SLF001  # nothing public drops what a reader holds
         self._room.held -= self.held
         self.held = 0
         self._room.alive.pop(self, None)
