@@ -9,6 +9,7 @@ QUESTIONS = {
     "floor": "the least that an event can cost: decode, map, encode, gzip, in one process with nothing around them",
     "decode": "what decoding costs: one tagged union, one decoder a type, an event at a time",
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
+    "corrupt": "what damage costs: bits flipped and bytes cut off in a spool's files, and a start for each",
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
 }
 

@@ -18,6 +18,7 @@ from bridged.backlog.tables import PAGE_BYTES
 _WAL_HEADER: Final = 32
 _FRAME_HEADER: Final = 24
 _FRAME: Final = _FRAME_HEADER + PAGE_BYTES
+_INDEX_HEADER: Final = 48  # twice, then how much of the WAL is in the file
 _MAGIC: Final = {0x377F0682: "<", 0x377F0683: ">"}
 _LEAF: Final = 0x0D
 _FREE_PAGE: Final = 2  # in a pointer map
@@ -39,9 +40,30 @@ class _Wal:
     def __init__(self, path: Path) -> None:
         self.data = path.read_bytes() if path.is_file() else b""
         self.frames: list[_Frame] = []
+        self.valid = 0  # frames that SQLite will read
+        self._read()
+        self.missing = self._missing(Path(f"{str(path).removesuffix('-wal')}-shm"))
+
+    def _missing(self, index: Path) -> int:
+        """Frames that were committed, as the WAL's index says, and are neither here nor in the file.
+
+        The index is written after the frames are on disk, so it never promises too much.
+        """
+        head = b""
+        if index.is_file():
+            with index.open("rb") as file:
+                head = file.read(_INDEX_HEADER * 2 + 4)
+        if len(head) < _INDEX_HEADER * 2 + 4 or head[:_INDEX_HEADER] != head[_INDEX_HEADER : 2 * _INDEX_HEADER]:
+            return 0
+        frames, in_file = *struct.unpack_from("=I", head, 16), *struct.unpack_from("=I", head, 2 * _INDEX_HEADER)
+        of_another_wal = len(self.data) >= _WAL_HEADER and head[32:40] != self.data[16:24]
+        if not head[12] or of_another_wal or in_file > frames:
+            return 0
+        return int(max(0, frames - max(self.valid, in_file)))
+
+    def _read(self) -> None:
         header = self.data[:_WAL_HEADER]
         whole = (len(self.data) - _WAL_HEADER) // _FRAME
-        self.valid = 0  # frames that SQLite will read
         if whole <= 0:
             return
         magic, *_, salt_1, salt_2, sum_1, sum_2 = struct.unpack(">8I", header)
@@ -79,7 +101,7 @@ class _Wal:
     def certain(self) -> bool:
         """Whether it was damaged: something was committed after it, so it was once whole on disk."""
         ends = [n for n, frame in enumerate(self.tail) if frame.size]
-        return bool(ends) and any(frame.intact for frame in self.tail[ends[0] + 1 :])
+        return self.missing > 0 or (bool(ends) and any(frame.intact for frame in self.tail[ends[0] + 1 :]))
 
 
 def _sum(order: str, data: bytes, one: int, two: int) -> tuple[int, int]:

@@ -64,10 +64,11 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
         if pages.wal.torn:
             found.strays, found.letters = pages.strays()
         reason = ""
-        if path.stat().st_size:
+        if (size := path.stat().st_size) >= PAGE_BYTES:
             reason = _examine(path, found, in_full=known.startswith(DISTRUSTED))
-        elif pages.wal.frames:
-            reason = "it is empty, and its WAL is not"
+        elif size or pages.wal.frames or known:
+            # SQLite would take it for a new one, and delete its WAL.
+            reason = f"it has only {size} bytes"
         if reason:
             if not pages.is_spool() and not known:
                 raise SpoolError(
@@ -77,9 +78,17 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
             _salvage(path, pages, names, reason, found)
             found.damaged_rows, found.damaged = [], pages.damaged
         elif pages.wal.certain:
-            aside = f"{path}.corrupt-{_stamp()}-wal"
-            shutil.copyfile(f"{path}-wal", aside)
-            log.error("wal_damaged", kept_as=aside, segments_found=len(found.strays), hint="check the disk")
+            aside = f"{path}.corrupt-{_stamp()}"
+            for suffix in _SUFFIXES[1:]:
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(f"{path}{suffix}", f"{aside}{suffix}")
+            log.error(
+                "wal_damaged",
+                kept_as=f"{aside}-wal",
+                frames_missing=pages.wal.missing,
+                segments_found=len(found.strays),
+                hint="check the disk: the newest commits were damaged or cut off, and what isn't found of them is lost",
+            )
     return found
 
 
