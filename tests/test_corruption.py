@@ -189,11 +189,9 @@ async def test_corruption_that_shows_later(tmp_path):
             file.seek((pages_ // 2) * 32768)
             file.write(bytes(range(256)) * 128 * 8)
         await spool.run(lambda db: db.execute("PRAGMA cache_size = 1").fetchall())
+        await spool.run(lambda db: db.execute("PRAGMA shrink_memory").fetchall())
         with pytest.raises(SpoolError):
-            for _ in range(3):
-                await spool.read_after(0, 2**40)
-                await spool.run(lambda db: db.execute("PRAGMA shrink_memory").fetchall())
-                assert not spool.damaged, "seen as damaged rows: no page of the tree was hit"
+            await spool.read_after(0, 2**40)
         with pytest.raises(SpoolError, match="damaged"):
             await asyncio.wait_for(spool.ended(), 10)
         assert spool.failed

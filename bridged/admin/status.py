@@ -224,7 +224,8 @@ def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal:
             "%H:%M" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M", time.localtime(halted.since)
         )
         http = f", HTTP {halted.status}" if halted.status else ""
-        return "halted", f"Halted since {since}{http}: {halted.reason}. {waiting} safe on disk"
+        refused = f". New events are refused: {refusal}" if refusal else ""
+        return "halted", f"Halted since {since}{http}: {halted.reason}. {waiting} safe on disk{refused}"
     if refusal:
         return "refusing", f"Refusing new events: {refusal}; {waiting} waiting"
     if not well.ready:

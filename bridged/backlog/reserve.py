@@ -32,6 +32,13 @@ def reserve_of(max_bytes: int) -> int:
     return min(64 * _MIB, max(4 * _MIB, max_bytes // 10))
 
 
+def room_to_open(spool: Path) -> None:
+    """Lets the ballast go if there is not even room for the WAL's index, without which SQLite opens nothing."""
+    disk = os.statvfs(spool.parent)
+    if disk.f_bavail * disk.f_frsize < _MIB:
+        Path(f"{spool}.reserve").unlink(missing_ok=True)
+
+
 class Reserve:
     """The ballast `<spool>.reserve` and the free space beside it. Used in the connection's thread; its figures are for all."""
 

@@ -24,6 +24,7 @@ from msgspec import Struct
 from bridged.backlog import tables
 from bridged.backlog.accounts import ENDS, Accounts
 from bridged.backlog.pages import Pages, Row
+from bridged.backlog.reserve import room_to_open
 from bridged.backlog.segment import Segment
 from bridged.backlog.tables import MIGRATIONS, PAGE_BYTES, SEGMENT_COLUMNS
 from bridged.errors import SpoolError
@@ -56,6 +57,7 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
     if not path.is_file():
         return Found()
     try:
+        room_to_open(path)
         pages = Pages(path)
     except OSError as error:
         raise SpoolError(f"can't open the spool {path}: {error}", "is it readable?") from error

@@ -194,12 +194,7 @@ class Spool:
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Makes or checks the file and reads what it holds. Runs in the connection's thread, before anything else."""
         options, path = self._options, Path(self._options.path)
-        try:
-            tables.set_up(db, options.synchronous, options.max_bytes, self._reserve.wal_bytes)
-        except sqlite3.Error:
-            # Not even the WAL's index has room, perhaps.
-            self._reserve.release()
-            tables.set_up(db, options.synchronous, options.max_bytes, self._reserve.wal_bytes)
+        tables.set_up(db, options.synchronous, options.max_bytes, self._reserve.wal_bytes)
         tables.migrate(db, path, self._names, tables.MIGRATIONS)
         if self._found.damaged_rows or self._found.strays or self._found.letters:
             salvage.repair(db, self._found)
@@ -481,13 +476,15 @@ class Spool:
 
     async def _shrink(self) -> None:
         """Looks for room on the disk, and gives it a little of the free space back; for when there is nothing else to do."""
-        kept = _KEPT_FREE_PAGES if self._idle_s < _QUIET_S else 0
+        short = self._reserve.short(0)  # then it needs it now, and has little for the WAL that moves the pages
+        kept = 0 if short or self._idle_s >= _QUIET_S else _KEPT_FREE_PAGES
+        step = self._reserve.wal_bytes // tables.PAGE_BYTES if short else _SHRINK_PAGES
 
         def shrink(db: sqlite3.Connection) -> None:
             self._reserve.measure()
             if db.execute("PRAGMA freelist_count").fetchone()[0] > kept:
                 # As a script: `execute` takes one step of a statement without columns, which is one page.
-                db.executescript(f"PRAGMA incremental_vacuum({_SHRINK_PAGES})")
+                db.executescript(f"PRAGMA incremental_vacuum({step})")
                 # The file itself is cut by a checkpoint only.
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
