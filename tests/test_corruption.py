@@ -161,6 +161,20 @@ async def test_a_wal_whose_middle_is_damaged(tmp_path):
         assert len(spool.set_aside) == 1
 
 
+async def test_a_wal_without_its_file(tmp_path):
+    """The file is gone, the WAL isn't: what was committed last is in it, and SQLite would delete it."""
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        for n in range(4):
+            await spool.append(Intaken([batch(f"e{n}", size=50_000)]))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "spool.db").unlink()
+    async with Spool(options(tmp_path / "b"), NAMES) as spool:
+        assert await stored(spool) == ["e0", "e1", "e2", "e3"]
+        assert balances_by_type(spool)
+        assert len(spool.set_aside) == 1
+
+
 async def test_commits_that_were_cut_off_are_noticed(tmp_path):
     """The WAL's index remembers how many frames were committed: a WAL that has fewer was damaged."""
     (tmp_path / "a").mkdir()

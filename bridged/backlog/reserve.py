@@ -55,6 +55,9 @@ class Reserve:
         self._try_again_at = 0.0  # monotonic: an attempt that failed is not repeated with every commit
         self._held = self._is_whole()
         self.measure()
+        if self.free_bytes < max_bytes - (spool.stat().st_size if spool.exists() else 0):
+            hint = "new events are refused when it is full; set spool.max_bytes to what there is"
+            log.warning("disk_smaller_than_cap", free_bytes=self.free_bytes, max_bytes=max_bytes, hint=hint)
 
     @property
     def held(self) -> bool:

@@ -54,6 +54,10 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
     Raises SpoolError when it was written by a newer version, is no spool at all, or can't be salvaged for want of room.
     """
     _finish(path)
+    wal = Path(f"{path}-wal")
+    if not path.exists() and wal.is_file() and wal.stat().st_size:
+        # Its file is gone. SQLite would make a new one and delete the WAL, and with it what was committed last.
+        path.touch(0o600)
     if not path.is_file():
         return Found()
     try:
