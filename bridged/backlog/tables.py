@@ -106,6 +106,8 @@ def set_up(db: sqlite3.Connection, synchronous: str, max_bytes: int, wal_bytes: 
     db.execute(f"PRAGMA journal_size_limit = {4 * wal_bytes}")
     db.execute(f"PRAGMA wal_autocheckpoint = {wal_bytes // PAGE_BYTES}")
     db.execute("PRAGMA temp_store = MEMORY")
+    # Debian's SQLite overwrites what it deletes, through the WAL: every segment would be written twice as often.
+    db.execute("PRAGMA secure_delete = OFF")
     db.execute("PRAGMA cache_size = -4096")
     page = db.execute("PRAGMA page_size").fetchone()[0]
     db.execute(f"PRAGMA max_page_count = {max_bytes // page}")
