@@ -35,6 +35,8 @@ class EventType(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
+# Where Braze puts the properties of the customer's own.
+CUSTOM_MEMBERS: Final = {"event": "custom_properties", "purchase": "purchase_properties"}
 # What customer-made names begin with.
 CUSTOM_EVENT_PREFIX: Final = "[Braze Custom Event] "
 CUSTOM_PROPERTY_PREFIX: Final = "[Custom event property] "

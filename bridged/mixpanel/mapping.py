@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
-from msgspec import Raw, Struct, field
+from msgspec import Struct, field
 
 from bridged.currents.schema import (
     UNKNOWN_CODE,
@@ -23,11 +23,13 @@ from bridged.currents.schema import (
     Refusal,
     Schema,
     event_struct,
+    properties_dict,
     properties_struct,
 )
 from bridged.currents.table import (
     CURRENT_PROPERTY_NAMES,
     CUSTOM_EVENT_PREFIX,
+    CUSTOM_MEMBERS,
     CUSTOM_PROPERTY_PREFIX,
     PURCHASE_PROPERTY_PREFIX,
     SEED_PROPERTY_NAMES,
@@ -44,6 +46,7 @@ from bridged.mixpanel.limits import (
 )
 
 _NESTED: Final = frozenset({dict, list})
+_ODD_VALUES: Final = _NESTED | {type(None)}
 _INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 _ODD_DISTINCT_IDS: Final = REFUSED_IDS | {None, ""}
@@ -59,7 +62,10 @@ _ENVELOPE: Final[list[tuple[Any, ...]]] = [
 ]
 
 
+# From properties that were decoded into a Struct, with the envelope set in them ...
 _Form: TypeAlias = Callable[[Any], Struct]
+# ... or into a dict, without it.
+_CustomForm: TypeAlias = Callable[[dict[str, Any], Event], Struct]
 
 
 class MappingSettings(Struct, frozen=True, kw_only=True):
@@ -124,7 +130,7 @@ class EventMapping:
         structs, forms = zip(*(_struct(row, code, settings) for code, row in enumerate(rows)), strict=True)
         self.schema = Schema(rows, structs)
         # By code: what makes decoded properties into what is encoded for Mixpanel.
-        self._forms: tuple[_Form, ...] = forms
+        self._forms: tuple[Any, ...] = forms
         self._settings = settings
         self._rows = rows
         self._deselected = frozenset(code for code, row in enumerate(rows) if not selected(row, settings))
@@ -186,6 +192,15 @@ class EventMapping:
                     _file(outcome, code, forms, codes, skips, refusals)
                     continue
             properties = event.properties
+            if type(properties) is dict:
+                try:
+                    forms.append(make[code](properties, event))
+                    codes.append(code)
+                except Refused as reason:
+                    originals = originals or decoded.originals()
+                    event_type = self._rows[code].event_type
+                    refusals.append(Refusal(code, event_type, str(reason), originals[index].strip()))
+                continue
             properties.distinct_id = user.external_user_id
             properties.insert_id = event.id
             properties.time = event.time
@@ -193,12 +208,8 @@ class EventMapping:
             properties.partner_id = partner_id
             properties.ip = 0
             properties.device_id = user.device_id
-            try:
-                forms.append(make[code](properties))
-                codes.append(code)
-            except Refused as reason:
-                originals = originals or decoded.originals()
-                refusals.append(Refusal(code, self._rows[code].event_type, str(reason), originals[index].strip()))
+            forms.append(make[code](properties))
+            codes.append(code)
         for event_type, unknown, original in decoded.unknown:
             outcome = self._whole(event_type, unknown, original, now_s)
             _file(outcome, UNKNOWN_CODE, forms, codes, skips, refusals)
@@ -317,38 +328,27 @@ def _properties_problem(properties: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[Event], _Form]:
+def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[Event], _Form | _CustomForm]:
     """A row's Event, as configured, and its form."""
     if not (row.properties or row.custom):
         return event_struct(row, code, dict[str, Any] | None, None), partial(_NamedForm, "")
     current = settings.naming == "current" or row.seed_name is None
     spelling = CURRENT_PROPERTY_NAMES if current else SEED_PROPERTY_NAMES
-    own = [*_ENVELOPE]
-    renames = []
-    for name in row.properties:
-        if name in spelling:
-            own.append((f"renamed_{name}", Any, field(default=None, name=spelling[name])))
-            renames.append((name, f"renamed_{name}"))
-    prefix = ""
-    if row.custom == "event":
-        own += [
-            ("name", str | None, None),
-            ("custom", dict[str, Any] | None, field(default=None, name="custom_properties")),
-        ]
-        prefix = CUSTOM_PROPERTY_PREFIX
-    elif row.custom == "purchase":
-        own.append(("custom", dict[str, Any] | None, field(default=None, name="purchase_properties")))
-        prefix = PURCHASE_PROPERTY_PREFIX
+    renames = {name: spelling[name] for name in row.properties if name in spelling}
+    name = mixpanel_name(row, settings)
+    if row.custom:
+        members: dict[str, Any] = {CUSTOM_MEMBERS[row.custom]: dict[str, Any] | None}
+        if row.custom == "event":
+            members["name"] = str | None
+        prefix = CUSTOM_PROPERTY_PREFIX if row.custom == "event" else PURCHASE_PROPERTY_PREFIX
+        custom_form = _custom_form(row, name, prefix, renames, settings)
+        return event_struct(row, code, properties_dict(row, members), field(default_factory=dict)), custom_form
+    own = [*_ENVELOPE, *((f"renamed_{old}", Any, field(default=None, name=new)) for old, new in renames.items())]
     properties = properties_struct(row, own)
-    form: _Form
-    if prefix:
-        form = _custom_form(row, mixpanel_name(row, settings), prefix)
-    else:
-        form = msgspec.defstruct(
-            "Form", [("properties", Any)], tag_field="event", tag=mixpanel_name(row, settings), gc=False
-        )
-    default = field(default_factory=properties)
-    return event_struct(row, code, properties, default), _renaming(renames, form) if renames else form
+    form: _Form = msgspec.defstruct("Form", [("properties", Any)], tag_field="event", tag=name, gc=False)
+    if renames:
+        form = _renaming([(old, f"renamed_{old}") for old in renames], form)
+    return event_struct(row, code, properties, field(default_factory=properties)), form
 
 
 def _renaming(renames: list[tuple[str, str]], form: _Form) -> _Form:
@@ -361,41 +361,46 @@ def _renaming(renames: list[tuple[str, str]], form: _Form) -> _Form:
     return renamed
 
 
-def _custom_form(row: EventType, name: str, prefix: str) -> _Form:
+def _custom_form(
+    row: EventType, name: str, prefix: str, renames: Mapping[str, str], settings: MappingSettings
+) -> _CustomForm:
     """The form of a type that carries properties of the customer's own: they get a prefix, their values stay."""
-    encode = msgspec.json.Encoder().encode
-    # So many fit in any case; with more, Braze's own have to be counted.
-    surely = MAX_PROPERTIES - len(_ENVELOPE) - len(row.properties)
     prefixes = _Prefixes(prefix)
+    member = CUSTOM_MEMBERS[row.custom]
     is_event = row.custom == "event"
+    constants = {"token": settings.token, "$partner_id": settings.partner_id, "ip": 0}
+    constants = {key: value for key, value in constants.items() if value != ""}
 
-    def form(properties: Any) -> Struct:
+    def form(properties: dict[str, Any], event: Event) -> Struct:
         event_name = name
         if is_event:
-            own_name = properties.name
+            own_name = properties.pop("name", None)
             if not own_name or own_name.isspace():
                 raise Refused("properties.name, the custom event's name, is missing or blank")
-            event_name = name + own_name
-            properties.name = None
-        custom = properties.custom
-        if not custom:
-            properties.custom = None
-            return _NamedForm(event_name, properties)
-        properties.custom = None
-        prefixed = {}
-        for key, value in custom.items():
-            if value.__class__ in _NESTED and (problem := nested_problem(value)):
-                raise Refused(f"property {key!r} is {problem}")
-            if value is not None:
-                prefixed[prefixes[key]] = value
-        if not prefixed:
-            return _NamedForm(event_name, properties)
-        if len(prefixed) > surely:
-            count = len(prefixed) + len(msgspec.json.decode(encode(properties)))
-            if count > MAX_PROPERTIES:
-                raise Refused(f"{count} properties; Mixpanel takes {MAX_PROPERTIES}")
-        # Two encoded objects made one: a Struct can't hold keys that aren't known beforehand.
-        return _NamedForm(event_name, Raw(encode(properties)[:-1] + b"," + encode(prefixed)[1:]))
+            event_name += own_name
+        custom = properties.pop(member, None)
+        if None in properties.values():
+            properties = {key: value for key, value in properties.items() if value is not None}
+        for key, renamed in renames.items():
+            if key in properties:
+                properties[renamed] = properties.pop(key)
+        user = event.user
+        properties["distinct_id"] = user.external_user_id
+        properties["$insert_id"] = event.id
+        properties["time"] = event.time
+        properties |= constants
+        if user.device_id is not None:
+            properties["device_id"] = user.device_id
+        for key, value in (custom or {}).items():
+            if value.__class__ in _ODD_VALUES:
+                if value is None:
+                    continue
+                if problem := nested_problem(value):
+                    raise Refused(f"property {key!r} is {problem}")
+            properties[prefixes[key]] = value
+        if len(properties) > MAX_PROPERTIES:
+            raise Refused(f"{len(properties)} properties; Mixpanel takes {MAX_PROPERTIES}")
+        return _NamedForm(event_name, properties)
 
     return form
 

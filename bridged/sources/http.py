@@ -13,10 +13,12 @@ Answers, in Braze's terms (what the connector does with each is in its documenta
 
 import asyncio
 import hmac
+import time
+from email.utils import formatdate
 from typing import Self
 
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError
 from isal import isal_zlib
 from msgspec import Struct
@@ -45,6 +47,36 @@ class HttpOptions(Struct, frozen=True, kw_only=True):
     max_body: int = 16 * 2**20
 
 
+class _Ok(web.StreamResponse):
+    """The 200 of HTTP/1.1 and a connection that stays: the same bytes for everybody, written at once.
+
+    Stateless, so one serves all requests. Measured: with one event a request, a tenth of what the daemon spends.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answer = b""
+        self._made_at = -1.0  # monotonic, whole seconds
+
+    @property
+    def keep_alive(self) -> bool:
+        """It does."""
+        return True
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Writes all of it."""
+        now_s = time.monotonic() // 1
+        if now_s != self._made_at:
+            self._made_at = now_s
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(_OK)}\r\n"
+            self._answer = f"{head}Date: {formatdate(usegmt=True)}\r\nServer: bridged\r\n\r\n".encode() + _OK
+        if request.transport is not None:
+            request.transport.write(self._answer)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to be written."""
+
+
 class HttpSource:
     """An aiohttp low-level server: no router and no middlewares between the socket and the intake."""
 
@@ -56,6 +88,7 @@ class HttpSource:
         self._intake = intake
         self._spool = spool
         self._credential = options.bearer_token.encode() or None
+        self._ok = _Ok()
 
     async def __aenter__(self) -> Self:
         server = web.Server(self._handle, access_log=None, keepalive_timeout=75.0, auto_decompress=False)
@@ -89,6 +122,8 @@ class HttpSource:
             headers = {name: value for name, value in error.headers.items() if name.lower() == "allow"}
             return web.json_response({"error": error.text}, status=error.status, headers=headers)
         self.answers[200] = self.answers.get(200, 0) + 1
+        if request.keep_alive and request.version == HttpVersion11:
+            return self._ok
         return web.Response(body=_OK, content_type="application/json")
 
     async def _accept(self, request: web.BaseRequest) -> None:
