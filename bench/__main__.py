@@ -10,6 +10,7 @@ QUESTIONS = {
     "decode": "what decoding costs: one tagged union, one decoder a type, an event at a time",
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
     "restart": "what a restart costs the senders: the daemon restarted under load, its sockets held by a service manager",
+    "corrupt": "what damage costs: bits flipped and bytes cut off in a spool's files, and a start for each",
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
     "hostile": "what slow, endless, explosive and deaf clients cost: the daemon's memory, and an honest client's p99",
     "fuzz": "inputs that nobody sends, by the million, into decoder, framer and mapping: executions, and what broke",

@@ -24,6 +24,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     doors_open: bool
     writer_failed: bool
     near_cap: bool
+    refusal: str = "the spool is near its cap"  # why, when it is
     halted: bool
     backing_off: bool
     waiting: int  # events
@@ -57,7 +58,7 @@ def _decision(facts: Facts, stalled_s: float) -> tuple[bool, str]:
     if not facts.doors_open:
         return False, "the doors are not open"
     if facts.near_cap:
-        return False, "the spool is near its cap: new events are refused"
+        return False, f"{facts.refusal}: new events are refused"
     if is_stall(stalled_s, facts.timeout_s):
         return False, f"{facts.waiting} events wait, and Mixpanel has not been heard of for {stalled_s:.0f} s"
     if facts.halted:

@@ -33,8 +33,10 @@ class SpoolStatus(Struct, kw_only=True):
     bytes: int
     max_bytes: int
     near_cap: bool  # new events are refused
+    disk_free_bytes: int  # besides what the spool keeps in reserve there
     segments: int
     segments_damaged: int
+    set_aside: list[str]  # damaged files, kept beside it
     commits: int
     commit_seconds: float
 
@@ -162,6 +164,7 @@ def health(app: "App") -> Health:
             doors_open=_doors_open(app),
             writer_failed=app.spool.failed,
             near_cap=app.spool.near_cap,
+            refusal=str(app.spool.refusal().args[0]),
             halted=delivery.halted is not None,
             backing_off=pace.backing_off_s > 0,
             waiting=app.backlog.events,
@@ -251,7 +254,8 @@ def status(app: "App", reasons: list[Group]) -> Status:
     # The doors are opened after the admin listener.
     http, stream = getattr(app, "http", None), getattr(app, "stream", None)
     well = health(app)
-    state, sentence = _state(well, halted, pace, spool.near_cap)
+    refusal = str(spool.refusal().args[0]) if spool.near_cap else ""
+    state, sentence = _state(well, halted, pace, refusal)
     return Status(
         version=__version__,
         started_at=app.started_at,
@@ -270,8 +274,10 @@ def status(app: "App", reasons: list[Group]) -> Status:
             bytes=spool.used_bytes,
             max_bytes=int(config.spool.max_bytes),
             near_cap=spool.near_cap,
+            disk_free_bytes=spool.free_bytes,
             segments=spool.segments,
             segments_damaged=spool.damaged,
+            set_aside=spool.set_aside,
             commits=spool.commits,
             commit_seconds=round(spool.commit_seconds, 6),
         ),
@@ -309,7 +315,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
     )
 
 
-def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, near_cap: bool) -> tuple[State, str]:
+def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal: str) -> tuple[State, str]:
     """The one thing that matters most, in words."""
     waiting = f"{well.waiting:,} events" if well.waiting != 1 else "1 event"
     if halted is not None:
@@ -317,9 +323,10 @@ def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, near_cap
             "%H:%M" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M", time.localtime(halted.since)
         )
         http = f", HTTP {halted.status}" if halted.status else ""
-        return "halted", f"Halted since {since}{http}: {halted.reason}. {waiting} safe on disk"
-    if near_cap:
-        return "refusing", f"Refusing new events: the spool is near its cap, {waiting} waiting"
+        refused = f". New events are refused: {refusal}" if refusal else ""
+        return "halted", f"Halted since {since}{http}: {halted.reason}. {waiting} safe on disk{refused}"
+    if refusal:
+        return "refusing", f"Refusing new events: {refusal}; {waiting} waiting"
     if not well.ready:
         return "stalled", f"Not ready: {well.reason}"
     if pace.backing_off_s > 0:
@@ -367,6 +374,10 @@ def _warnings(app: "App") -> list[str]:
         found.append(f"the books don't balance: {'; '.join(problems[:3])}. This is a bug: please report it")
     if spool.damaged:
         found.append(f"{spool.damaged} segments were damaged on disk: check the disk; they are kept as dead letters")
+    if spool.set_aside:
+        found.append(
+            f"the spool was damaged and salvaged: check the disk; the damaged file is kept as {', '.join(spool.set_aside[-3:])}"
+        )
     if spool.dropped_dead_letters:
         found.append(
             f"{spool.dropped_dead_letters} dead letters, the oldest, were dropped: there were more than "

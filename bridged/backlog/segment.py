@@ -49,7 +49,7 @@ class Segment(Struct, gc=False):
     def checksum(self) -> int:
         """CRC-32 of everything in the row that delivery relies on."""
         # As wide as SQLite's integers: a damaged one must be seen, not fail to be packed.
-        head = struct.pack("<qqqq", self.id, self.raw_bytes, self.raw_crc32, len(self.codes))
+        head = struct.pack("<qdqqq", self.id, self.created_at, self.raw_bytes, self.raw_crc32, len(self.codes))
         return isal_zlib.crc32(self.block, isal_zlib.crc32(self.codes, isal_zlib.crc32(head)))
 
 

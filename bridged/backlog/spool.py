@@ -26,89 +26,32 @@ import aiosqlite
 import structlog
 from msgspec import Struct
 
-from bridged.backlog import tables
+from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts
+from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage
+from bridged.backlog.reserve import Reserve, reserve_of
 from bridged.backlog.segment import Batch, Segment, cut, pack
-from bridged.backlog.tables import DEAD_LETTER_BYTES, NONE, SCHEMA, SCHEMA_VERSION, SEGMENT_COLUMNS, Letters
+from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.errors import SpoolError, SpoolFull
+
+__all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "SpoolOptions", "Stage"]
 
 log = structlog.get_logger()
 
-_PAGE_BYTES = 32768
 _IDLE_S = 1.0
 # What is waiting for the writer, beyond which the doors pause: two or three commits' worth.
 _MAX_PENDING_BYTES = 24 * 2**20
 # Free space kept in the file, for the next burst; and what is given back at a time, while nothing else is to be done.
-_KEPT_FREE_PAGES = 16 * 2**20 // _PAGE_BYTES
-_SHRINK_PAGES = 16 * 2**20 // _PAGE_BYTES
+_KEPT_FREE_PAGES = 16 * 2**20 // tables.PAGE_BYTES
+_SHRINK_PAGES = 16 * 2**20 // tables.PAGE_BYTES
+# After so many seconds without anything to do no burst is expected: all of it is given back.
+_QUIET_S = 10
 # The file is measured again when so much came or went: rows don't fill their pages, some only half.
 _MEASURE_BYTES = 2**20
 # Dead letters may take a quarter of the file: however large they are, they must not close the doors.
 _LETTERS_SHARE = 4
 
-Stage = Literal["door", "mixpanel"]
 T = TypeVar("T")
-
-
-class DeadLetter(Struct, gc=False):
-    """An event that can't be delivered, kept with the reason until somebody replays or purges it."""
-
-    code: int  # the type it is accounted under
-    event_type: str
-    stage: Stage  # who refused it: our door (event is Currents') or Mixpanel (event is the mapped one)
-    reason: str
-    event: bytes
-
-    @property
-    def size(self) -> int:
-        """What it costs on disk, in bytes."""
-        return len(self.event) + DEAD_LETTER_BYTES
-
-
-class DeadLetterRow(Struct):
-    """A dead letter as it is kept. Times are wall clock seconds."""
-
-    id: int
-    first_at: float
-    last_at: float
-    attempts: int
-    stage: Stage
-    code: int
-    event_type: str
-    reason: str
-    event: bytes
-
-
-class Intaken(Struct, gc=False):
-    """What one read or request brings: mapped events, dead letters and skipped ones, committed together."""
-
-    batches: list[Batch] = []
-    dead_letters: list[DeadLetter] = []
-    skipped: bytes = b""  # an event a byte: the codes
-    # Dead letters that this replays: they leave their table in the same commit, and are no new events.
-    replayed: list[DeadLetterRow] = []
-
-    @property
-    def size(self) -> int:
-        """What it will take on disk at most, in bytes."""
-        return sum(len(b.ndjson) for b in self.batches) + sum(d.size for d in self.dead_letters)
-
-
-class Settlement(Struct, gc=False):
-    """What became of segments that were sent: their rows go, in one commit with what takes their place."""
-
-    segments: Sequence[Segment]
-    delivered: bytes = b""  # an event a byte: the codes
-    expired: bytes = b""
-    dead_letters: Sequence[DeadLetter] = ()
-    parts: Sequence[Batch] = ()  # of a segment that was too large
-
-    size: int = 0  # what it keeps in memory until it is committed, in bytes
-
-    def __post_init__(self) -> None:
-        self.size = sum([segment.size for segment in self.segments])
-        if self.dead_letters or self.parts:
-            self.size += sum(letter.size for letter in self.dead_letters) + sum(len(part.ndjson) for part in self.parts)
 
 
 class _Work(Struct):
@@ -147,7 +90,8 @@ class Spool:
         self.settled: Callable[[], None] = lambda: None  # settlements were committed
         self.commits = 0
         self.commit_seconds = 0.0
-        self.damaged = 0  # rows that were set aside because their checksum was wrong
+        self.damaged = 0  # segments that were set aside because their checksum was wrong
+        self.set_aside: list[str] = []  # damaged files that salvages have left beside it
         self.dropped_dead_letters = 0
         self.last_id = 0  # of the newest segment
         self.segments = 0  # rows
@@ -164,6 +108,9 @@ class Spool:
         self._wake = asyncio.Event()
         self._closing = False
         self._failure: BaseException | None = None
+        self._corruption: SpoolError | None = None
+        self._types_checksum = tables.types_checksum(names)
+        self._idle_s = 0.0  # so long nothing was to be done
         self._moved_bytes = 0  # what came and went since the file was measured
         # The connection's thread alone changes it, with each commit: the next one must know what the last one left.
         self._letters = NONE
@@ -187,20 +134,32 @@ class Spool:
                 f"the spool {path} is in use by another bridged", "one daemon a spool: set spool.path"
             ) from None
         try:
+            known = os.pread(self._lock, 1000, 0).decode(errors="replace")
+            self._found = await asyncio.to_thread(salvage.recover, path, self._names, known)
             await self._open(path)
+            self._know(salvage.KNOWN)
         except BaseException:
             os.close(self._lock)
             raise
+        self.damaged += self._found.damaged
+        self.set_aside = salvage.set_aside_files(path)
         if self._letters.exceed(self._letters_cap):
             self.settle(Settlement(()))  # the cap is smaller than it was: the first commit drops what is too much
         self._writer = asyncio.create_task(self._write(), name="spool writer")
         return self
+
+    def _know(self, what: str) -> None:
+        """Notes for the next start what is known of the file."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._lock, what.encode(), 0)
+            os.ftruncate(self._lock, len(what.encode()))
 
     async def _open(self, path: Path) -> None:
         try:
             # What is in it is nobody else's business; and a path that can't be had is found out before SQLite is asked.
             # Not before the lock is ours: closing a file drops SQLite's own locks on it, of the whole process.
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            self._reserve = Reserve(path, self._options.max_bytes)
             self._db = await aiosqlite.connect(path, isolation_level=None, cached_statements=64)
         except (OSError, sqlite3.Error) as error:
             raise SpoolError(f"can't open the spool {path}: {error}", "is it a file, and writable?") from error
@@ -215,33 +174,30 @@ class Spool:
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Runs `function(connection, *args)` on the connection's thread: one hop for a transaction, not one a statement."""
         # Private, but the way of every public call of aiosqlite since its first release; the version is bounded.
-        result: T = await self._db._execute(function, self._db._conn, *args)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        try:
+            result: T = await self._db._execute(function, self._db._conn, *args)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        except sqlite3.Error as error:
+            if tables.is_corrupt(error):
+                self._distrust(error)
+            raise
         return result
+
+    def _distrust(self, error: sqlite3.Error) -> None:
+        """The file isn't what was written: the process ends, and its start, which is recovery, salvages what is intact."""
+        log.error("spool_corrupt", error=str(error), spool=self._options.path, hint="it is salvaged by the next start")
+        self._know(f"{salvage.DISTRUSTED}: {error}")
+        self._corruption = SpoolError(
+            f"the spool {self._options.path} is damaged: {error}", "start again: the start salvages what is intact"
+        )
+        self._wake.set()
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Makes or checks the file and reads what it holds. Runs in the connection's thread, before anything else."""
-        options = self._options
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise SpoolError(
-                f"the spool {options.path} was written by a newer bridged (version {version}, this one knows {SCHEMA_VERSION})",
-                "it was left untouched: run the newer version, or set spool.path",
-            )
-        if version == 0:
-            db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute(f"PRAGMA synchronous = {options.synchronous}")
-        db.execute(f"PRAGMA journal_size_limit = {16 * 2**20}")
-        db.execute(f"PRAGMA wal_autocheckpoint = {4 * 2**20 // _PAGE_BYTES}")
-        db.execute("PRAGMA temp_store = MEMORY")
-        # Debian's SQLite overwrites what it deletes, through the WAL: every segment would be written twice as often.
-        db.execute("PRAGMA secure_delete = OFF")
-        db.execute("PRAGMA cache_size = -4096")
-        page = db.execute("PRAGMA page_size").fetchone()[0]
-        db.execute(f"PRAGMA max_page_count = {options.max_bytes // page}")
-        if version == 0:
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        options, path = self._options, Path(self._options.path)
+        tables.set_up(db, options.synchronous, options.max_bytes, self._reserve.wal_bytes)
+        tables.migrate(db, path, self._names, tables.MIGRATIONS)
+        if self._found.damaged_rows or self._found.strays or self._found.letters:
+            salvage.repair(db, self._found)
         tables.adopt_types(db, self._names)
         codes = {name: code for code, name in self._names.items()}
         self.accounts.load(db.execute("SELECT body FROM books").fetchone()[0], codes)
@@ -295,9 +251,29 @@ class Spool:
 
     @property
     def near_cap(self) -> bool:
-        """Whether new events are refused, so that there is always room to settle the old ones."""
-        reserve = min(64 * 2**20, max(4 * 2**20, self._options.max_bytes // 10))
-        return self.used_bytes + self.pending_bytes >= self._options.max_bytes - reserve
+        """Whether new events are refused, so that there is always room to settle the old ones: in the file and on the disk."""
+        limit = self._options.max_bytes - reserve_of(self._options.max_bytes)
+        return self.used_bytes + self.pending_bytes >= limit or self._reserve.short(self.pending_bytes)
+
+    @property
+    def free_bytes(self) -> int:
+        """What is free on its disk, besides the reserve, as of the last commit or, when idle, second."""
+        return self._reserve.free_bytes
+
+    def refusal(self) -> SpoolFull:
+        """Why new events are refused, while they are: which of the two limits it is, with its figures."""
+        options, reserve = self._options, self._reserve
+        if reserve.short(self.pending_bytes):
+            needed = (1 if reserve.held else 2) * reserve.bytes
+            return SpoolFull(
+                f"the disk of the spool {options.path} is full: {reserve.free_bytes:,} bytes are free,"
+                f" {needed:,} are kept to settle what waits",
+                "free space on that disk; what waits is delivered meanwhile",
+            )
+        return SpoolFull(
+            f"the spool is near its cap: {self.used_bytes:,} of {options.max_bytes:,} bytes in {options.path}",
+            "raise spool.max_bytes, or see why Mixpanel takes nothing",
+        )
 
     def append(self, intaken: Intaken) -> "asyncio.Future[None]":
         """Hands events to the writer. The future is done when they are on disk, and fails if they can't be brought there.
@@ -306,7 +282,7 @@ class Spool:
         """
         if self.near_cap and not intaken.replayed:
             self.room.clear()
-            raise SpoolFull("the spool is near its cap", "raise spool.max_bytes, or see why Mixpanel takes nothing")
+            raise self.refusal()
         if self._failure is not None or self._closing:
             raise SpoolError("the spool is closed")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -340,11 +316,16 @@ class Spool:
         try:
             while not (self._closing and not self._work.intaken and not self._work.settlements):
                 self._wake.clear()
+                if self._corruption is not None:
+                    raise self._corruption  # noqa: TRY301  # what the handler below is for
                 if self._work.intaken or self._work.settlements:
                     work, self._work = self._work, _Work()
+                    self._idle_s = 0.0
                     await self._commit(work)
                 elif not await self._woken_within(_IDLE_S):
+                    self._idle_s += _IDLE_S
                     await self._shrink()
+                    self._look_for_room()
         except BaseException as error:
             self._failure = error
             # Nobody else will: neither for what it was committing, nor for what came meanwhile.
@@ -365,19 +346,24 @@ class Spool:
             committed = await self.run(self._transact, work, batches, change)
         except sqlite3.Error as error:
             self.pending_bytes -= size
-            full = tables.is_full(error)
+            full = tables.is_full(error) or await asyncio.to_thread(self._is_out_of_room, error, size)
             failure = (SpoolFull if full else SpoolError)(f"can't write the spool {self._options.path}: {error}")
             _fail(work.futures, failure)
             if not full:
                 raise failure from error
-            log.error("spool_full", error=str(error), spool=self._options.path)
+            await self.run(self._make_room, size)
             self._look_for_room()
             if work.intaken and work.settlements:
                 # What was delivered must be recorded before anything else: alone it needs hardly any room.
                 await self._commit(_Work([], [], work.settlements))
+            elif len(work.settlements) > 1:
+                # Half of it needs half of the room; a checkpoint in between gives it back.
+                half = len(work.settlements) // 2
+                self._work.settlements[:0] = work.settlements[half:]
+                await self._commit(_Work([], [], work.settlements[:half]))
             elif not self._closing:  # at the end nobody makes room any more: they are sent again by the next start
-                self._work.settlements[:0] = work.settlements
-                await asyncio.sleep(1)
+                self._work.settlements += work.settlements
+                await asyncio.sleep(_IDLE_S)
             return
         segments = committed.segments
         self.accounts.apply(change)
@@ -445,23 +431,20 @@ class Spool:
                 again = bytes([replayed[id_].code for id_ in there])
                 change.remove("accepted", again)
                 change.remove("dead_lettered", again)
-            for s in segments:
-                row = (s.id, s.created_at, s.raw_bytes, s.raw_crc32, s.codes, s.block, s.checksum)
-                db.execute(f"INSERT INTO segments ({SEGMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            for segment in segments:
+                tables.insert_segment(db, segment)
             if letters:
-                db.executemany(
-                    "INSERT INTO dead_letters (first_at, last_at, attempts, stage, code, event_type, reason, event)"
-                    " VALUES (?, ?, 1, ?, ?, ?, ?, ?)",
-                    [(now, now, d.stage, d.code, d.event_type, d.reason[:1000], d.event) for d in letters],
-                )
+                rows = [(now, now, 1, d.stage, d.code, d.event_type, d.reason[:1000], d.event) for d in letters]
+                tables.insert_letters(db, rows)
             kept = Letters(self._letters.rows + len(letters), self._letters.bytes + letter_bytes).less(went)
             if kept.exceed(self._letters_cap):
                 dropped = tables.delete_oldest(db, kept.less(self._letters_cap))
-            db.execute("UPDATE books SET body = ?", (self.accounts.dump(self._names, change),))
+            tables.write_books(db, self.accounts.dump(self._names, change), self._types_checksum)
             went_bytes = sum(segment.size for segment in gone) + went.bytes + dropped.bytes
             moved_bytes = came_bytes + went_bytes
             used_bytes = tables.measured(db) if self._moved_bytes + moved_bytes > _MEASURE_BYTES else None
         self._letters = kept.less(dropped)
+        self._reserve.measure()
         seconds = time.perf_counter() - started
         return _Committed(
             segments,
@@ -474,21 +457,42 @@ class Spool:
             seconds,
         )
 
+    def _is_out_of_room(self, error: sqlite3.Error, size: int) -> bool:
+        """Whether a write failed for want of room: SQLite tells a full disk from other errors, but not a full quota."""
+        code = getattr(error, "sqlite_errorcode", 0)
+        writing = code in {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE}
+        return writing and self._reserve.no_room_for(2 * size)
+
+    def _make_room(self, db: sqlite3.Connection, size: int) -> None:
+        """What can be done about a full disk: a checkpoint, which makes the WAL short, and if need be without the ballast."""
+        if self._reserve.no_room_for(2 * size):
+            self._reserve.release()
+        try:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as error:
+            if not (tables.is_full(error) or self._is_out_of_room(error, size)):
+                raise
+        self._reserve.measure()
+
     async def _shrink(self) -> None:
-        """Gives a little of the free space back to the file system; for when there is nothing else to do."""
+        """Looks for room on the disk, and gives it a little of the free space back; for when there is nothing else to do."""
+        short = self._reserve.short(0)  # then it needs it now, and has little for the WAL that moves the pages
+        kept = 0 if short or self._idle_s >= _QUIET_S else _KEPT_FREE_PAGES
+        step = self._reserve.wal_bytes // tables.PAGE_BYTES if short else _SHRINK_PAGES
 
         def shrink(db: sqlite3.Connection) -> None:
-            if db.execute("PRAGMA freelist_count").fetchone()[0] > _KEPT_FREE_PAGES:
+            self._reserve.measure()
+            if db.execute("PRAGMA freelist_count").fetchone()[0] > kept:
                 # As a script: `execute` takes one step of a statement without columns, which is one page.
-                db.executescript(f"PRAGMA incremental_vacuum({_SHRINK_PAGES})")
+                db.executescript(f"PRAGMA incremental_vacuum({step})")
                 # The file itself is cut by a checkpoint only.
-                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
         try:
             await self.run(shrink)
         except sqlite3.Error as error:
             # A disk that is full can't even be told of free space; that is no reason to end.
-            if not tables.is_full(error):
+            if not (tables.is_full(error) or await asyncio.to_thread(self._is_out_of_room, error, 0)):
                 raise SpoolError(f"can't write the spool {self._options.path}: {error}") from error
 
     # -- for the rooms beside it --------------------------------------------------------------------------------------
@@ -499,14 +503,14 @@ class Spool:
         Those in `but` are passed over, damaged or not: who has them in memory settles them.
         """
 
-        def read(db: sqlite3.Connection) -> list[tuple[Segment, int]]:
-            rows: list[tuple[Segment, int]] = []
+        def read(db: sqlite3.Connection) -> list[tuple[Segment, bool]]:
+            rows: list[tuple[Segment, bool]] = []
             size = 0
             query = f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE id > ? ORDER BY id"
             with contextlib.closing(db.execute(query, (id_,))) as cursor:
-                for *columns, checksum in cursor:
-                    segment = Segment(*columns)
-                    rows.append((segment, checksum))
+                for row in cursor:
+                    segment = tables.segment_of(row)
+                    rows.append((segment, segment.checksum == row[-1]))
                     size += segment.size
                     if size >= max_bytes:
                         break
@@ -518,10 +522,10 @@ class Spool:
             rows = await self.run(read)
         except sqlite3.Error as error:
             raise SpoolError(f"can't read the spool {self._options.path}: {error}") from error
-        for segment, checksum in rows:
+        for segment, intact in rows:
             if segment.id in but:
                 continue
-            if segment.checksum == checksum:
+            if intact:
                 segments.append(segment)
             else:
                 self._set_aside(segment)

@@ -2,18 +2,28 @@
 
 The type of an event is one byte, its position in this version's table of event types. The file holds the table that it was
 written with, so that a version with another table finds what waits under the types that it came with.
+
+A new format is one more entry in MIGRATIONS. It is gone to in one transaction a step, forward only; a file of a format
+that is newer than this version knows is not touched.
 """
 
 import contextlib
+import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from isal import isal_zlib
 
+from bridged.backlog.records import DEAD_LETTER_BYTES
 from bridged.backlog.segment import Segment
+from bridged.errors import SpoolError
 
-SCHEMA_VERSION: Final = 1
+PAGE_BYTES: Final = 32768
+# In the file's header, beside `user_version`: the format a second time, so that a flipped bit isn't taken for a newer one.
+APPLICATION_ID: Final = 0x62720000
 SCHEMA: Final = """
 CREATE TABLE segments (
   id INTEGER PRIMARY KEY, created_at REAL NOT NULL, raw_bytes INTEGER NOT NULL, raw_crc32 INTEGER NOT NULL,
@@ -24,12 +34,21 @@ CREATE TABLE dead_letters (
   stage TEXT NOT NULL, code INTEGER NOT NULL, event_type TEXT NOT NULL, reason TEXT NOT NULL, event BLOB NOT NULL
 );
 CREATE TABLE event_types (code INTEGER PRIMARY KEY, name TEXT NOT NULL);
-CREATE TABLE books (id INTEGER PRIMARY KEY CHECK (id = 1), body BLOB NOT NULL);
-INSERT INTO books VALUES (1, '{}');
+CREATE TABLE books (id INTEGER PRIMARY KEY CHECK (id = 1), body BLOB NOT NULL, checksum INTEGER NOT NULL);
 """
 SEGMENT_COLUMNS: Final = "id, created_at, raw_bytes, raw_crc32, codes, block, checksum"
-DEAD_LETTER_BYTES: Final = 256  # of a dead letter besides its event
 _NEVER_RIGHT: Final = -1  # as a checksum
+
+
+class Migration(NamedTuple):
+    """A step from one format to the next, in one transaction with the number of the format."""
+
+    step: Callable[[sqlite3.Connection], None]
+    rewrites: bool  # what is there is changed, not only added to: the file is copied first
+
+
+# The first leads from format 1 to 2.
+MIGRATIONS: Final[Sequence[Migration]] = ()
 
 
 class Letters(NamedTuple):
@@ -75,6 +94,136 @@ def is_full(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
+def set_up(db: sqlite3.Connection, synchronous: str, max_bytes: int, wal_bytes: int) -> None:
+    """What holds for a connection that writes; for a new file also what holds for the file."""
+    # A damaged text must be readable, to be seen.
+    db.text_factory = lambda data: data.decode("utf-8", "replace")
+    if not format_of(db):
+        db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute(f"PRAGMA synchronous = {synchronous}")
+    db.execute(f"PRAGMA journal_size_limit = {4 * wal_bytes}")
+    db.execute(f"PRAGMA wal_autocheckpoint = {wal_bytes // PAGE_BYTES}")
+    db.execute("PRAGMA temp_store = MEMORY")
+    # Debian's SQLite overwrites what it deletes, through the WAL: every segment would be written twice as often.
+    db.execute("PRAGMA secure_delete = OFF")
+    db.execute("PRAGMA cache_size = -4096")
+    page = db.execute("PRAGMA page_size").fetchone()[0]
+    db.execute(f"PRAGMA max_page_count = {max_bytes // page}")
+
+
+def format_of(db: sqlite3.Connection) -> int:
+    """The number of the file's format; 0: it is empty."""
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    return version
+
+
+def newest(migrations: Sequence[Migration]) -> int:
+    """The format that this version writes."""
+    return 1 + len(migrations)
+
+
+def refuse_newer(path: str | Path, version: int, migrations: Sequence[Migration]) -> None:
+    """Raises SpoolError if the format is one that this version doesn't know."""
+    if version > newest(migrations):
+        raise SpoolError(
+            f"the spool {path} was written by a newer bridged (version {version}, this one knows {newest(migrations)})",
+            "it was left untouched: run the newer version, or set spool.path",
+        )
+
+
+def migrate(db: sqlite3.Connection, path: Path, names: Mapping[int, str], migrations: Sequence[Migration]) -> None:
+    """Makes a new file's tables, or brings those of an older format up to ours; killed in the midst, it begins again.
+
+    Raises SpoolError if the format is newer, or if there is no room for the copy that is made before data are rewritten.
+    """
+    version = format_of(db)
+    refuse_newer(path, version, migrations)
+    if version == 0:
+        with transaction(db):
+            for statement in filter(str.strip, SCHEMA.split(";")):
+                db.execute(statement)
+            db.executemany("INSERT INTO event_types VALUES (?, ?)", names.items())
+            db.execute("INSERT INTO books VALUES (1, ?, ?)", (b"{}", books_checksum(b"{}", types_checksum(names))))
+            _stamp(db, 1)
+        version = 1
+    if any(migration.rewrites for migration in migrations[version - 1 :]):
+        _copy(db, Path(f"{path}.version-{version}"))
+    for number, migration in enumerate(migrations[version - 1 :], version + 1):
+        with transaction(db):
+            migration.step(db)
+            _stamp(db, number)
+
+
+def _stamp(db: sqlite3.Connection, version: int) -> None:
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID + version}")
+    db.execute(f"PRAGMA user_version = {version}")
+
+
+def _copy(db: sqlite3.Connection, target: Path) -> None:
+    """A copy of the file as it is, complete or not there."""
+    partial = Path(f"{target}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        with contextlib.closing(sqlite3.connect(partial)) as copy:
+            db.backup(copy)
+        settle_file(partial, target)
+    except (OSError, sqlite3.Error) as error:
+        raise SpoolError(
+            f"can't copy the spool to {target} before it is changed: {error}",
+            "make room for a second file of its size; nothing was changed",
+        ) from error
+
+
+def settle_file(partial: Path, target: Path) -> None:
+    """Gives a complete file its name, for good. Raises OSError."""
+    for path in (partial, partial.parent):
+        if path == partial.parent:
+            partial.replace(target)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def types_checksum(names: Mapping[int, str]) -> int:
+    """CRC-32 of a table of event types."""
+    return isal_zlib.crc32(msgspec.json.encode(sorted(names.items())))
+
+
+def books_checksum(body: bytes, types: int) -> int:
+    """CRC-32 of the books and of the table of event types, given as its checksum, that the file's codes refer to."""
+    return isal_zlib.crc32(body, types)
+
+
+def is_corrupt(error: BaseException) -> bool:
+    """Whether SQLite found that the file isn't what was written, or the disk doesn't give it back."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    unreadable = (sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_READ)
+    return code & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB} or code in unreadable
+
+
+def segment_of(row: Sequence[Any]) -> Segment:
+    """A row of SEGMENT_COLUMNS. Raises sqlite3.DatabaseError if the values are not even of their kinds."""
+    columns = row[:-1]
+    if tuple(map(type, columns)) != (int, float, int, int, bytes, bytes):
+        error = sqlite3.DatabaseError(f"the columns of segment {columns[0]} are not what was written")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+    return Segment(*columns)
+
+
+def intact(row: Sequence[Any]) -> bool:
+    """Whether a row of SEGMENT_COLUMNS is what was written."""
+    try:
+        return bool(segment_of(row).checksum == row[-1])
+    except sqlite3.DatabaseError:
+        return False
+
+
 def adopt_types(db: sqlite3.Connection, names: Mapping[int, str]) -> None:
     """Translates the codes in the file, if need be, from the table that it was written with to `names`."""
     theirs = dict(db.execute("SELECT code, name FROM event_types").fetchall())
@@ -90,12 +239,33 @@ def adopt_types(db: sqlite3.Connection, names: Mapping[int, str]) -> None:
         db.execute(f"UPDATE dead_letters SET code = {ours_of} WHERE code != {ours_of}", (_json(list(codes)),))
         moved = [id_ for id_, of in db.execute("SELECT id, codes FROM segments") if of.translate(codes) != of]
         for id_ in moved:
-            *columns, checksum = db.execute(f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE id = ?", (id_,)).fetchone()
-            segment = Segment(*columns)
-            intact = segment.checksum == checksum
+            row = db.execute(f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE id = ?", (id_,)).fetchone()
+            segment = segment_of(row)
             segment.codes = segment.codes.translate(codes)
-            checksum = segment.checksum if intact else _NEVER_RIGHT
+            checksum = segment.checksum if intact(row) else _NEVER_RIGHT
             db.execute("UPDATE segments SET codes = ?, checksum = ? WHERE id = ?", (segment.codes, checksum, id_))
+        body = db.execute("SELECT body FROM books").fetchone()[0]
+        write_books(db, body, types_checksum(names))
+
+
+def write_books(db: sqlite3.Connection, body: bytes, types: int) -> None:
+    """The books, within the transaction whose events they count."""
+    db.execute("UPDATE books SET body = ?, checksum = ?", (body, books_checksum(body, types)))
+
+
+def insert_segment(db: sqlite3.Connection, s: Segment) -> None:
+    """A row."""
+    row = (s.id, s.created_at, s.raw_bytes, s.raw_crc32, s.codes, s.block, s.checksum)
+    db.execute(f"INSERT INTO segments ({SEGMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def insert_letters(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+    """New dead letters: first_at, last_at, attempts, stage, code, event_type, reason, event."""
+    db.executemany(
+        "INSERT INTO dead_letters (first_at, last_at, attempts, stage, code, event_type, reason, event)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        rows,
+    )
 
 
 def delete_segments(db: sqlite3.Connection, segments: Sequence[Segment]) -> int:

@@ -196,7 +196,7 @@ class HttpSource:
         if request.method != "POST":
             raise web.HTTPMethodNotAllowed(request.method, ["POST"], text="Currents events are posted")
         if self._spool.near_cap:
-            raise SpoolFull("the spool is near its cap", "see `bridged status`")
+            raise self._spool.refusal()
         if not self._spool.room.is_set():
             # Before the body is read: until then TCP holds it, not we.
             await self._wait_for_room()

@@ -1,0 +1,73 @@
+"""What comes to the spool and what leaves it: events taken in, segments settled, dead letters. Pure."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from bridged.backlog.segment import Batch, Segment
+
+DEAD_LETTER_BYTES = 256  # of a dead letter besides its event
+
+Stage = Literal["door", "mixpanel"]
+
+
+class DeadLetter(Struct, gc=False):
+    """An event that can't be delivered, kept with the reason until somebody replays or purges it."""
+
+    code: int  # the type it is accounted under
+    event_type: str
+    stage: Stage  # who refused it: our door (event is Currents') or Mixpanel (event is the mapped one)
+    reason: str
+    event: bytes
+
+    @property
+    def size(self) -> int:
+        """What it costs on disk, in bytes."""
+        return len(self.event) + DEAD_LETTER_BYTES
+
+
+class DeadLetterRow(Struct):
+    """A dead letter as it is kept. Times are wall clock seconds."""
+
+    id: int
+    first_at: float
+    last_at: float
+    attempts: int
+    stage: Stage
+    code: int
+    event_type: str
+    reason: str
+    event: bytes
+
+
+class Intaken(Struct, gc=False):
+    """What one read or request brings: mapped events, dead letters and skipped ones, committed together."""
+
+    batches: list[Batch] = []
+    dead_letters: list[DeadLetter] = []
+    skipped: bytes = b""  # an event a byte: the codes
+    # Dead letters that this replays: they leave their table in the same commit, and are no new events.
+    replayed: list[DeadLetterRow] = []
+
+    @property
+    def size(self) -> int:
+        """What it will take on disk at most, in bytes."""
+        return sum(len(b.ndjson) for b in self.batches) + sum(d.size for d in self.dead_letters)
+
+
+class Settlement(Struct, gc=False):
+    """What became of segments that were sent: their rows go, in one commit with what takes their place."""
+
+    segments: Sequence[Segment]
+    delivered: bytes = b""  # an event a byte: the codes
+    expired: bytes = b""
+    dead_letters: Sequence[DeadLetter] = ()
+    parts: Sequence[Batch] = ()  # of a segment that was too large
+
+    size: int = 0  # what it keeps in memory until it is committed, in bytes
+
+    def __post_init__(self) -> None:
+        self.size = sum([segment.size for segment in self.segments])
+        if self.dead_letters or self.parts:
+            self.size += sum(letter.size for letter in self.dead_letters) + sum(len(part.ndjson) for part in self.parts)

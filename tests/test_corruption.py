@@ -1,0 +1,275 @@
+"""Damage: whatever happens to the spool's files, it starts, delivers what is intact, counts the rest, and deletes nothing."""
+
+import asyncio
+import random
+import shutil
+import sqlite3
+
+import pytest
+from conftest import NAMES, until
+from structlog.testing import capture_logs
+from test_spool import OPEN, balances_by_type, batch, file_of, letter, options, stored
+
+from bench import corrupt
+from bridged.backlog import pages, salvage
+from bridged.backlog.spool import Intaken, Settlement, Spool
+from bridged.errors import SpoolError
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory):
+    """The files of a living spool, and the events in them."""
+    folder = tmp_path_factory.mktemp("master")
+    return folder, corrupt.make_master(folder)
+
+
+@pytest.mark.parametrize("file", corrupt.FILES)
+def test_random_damage(master, file):
+    """Bits flipped and bytes cut off anywhere: it starts, one bit costs one segment at most, and no loss goes unsaid."""
+    folder, events = master
+    cases = [what for what in corrupt.damages(folder, 330, 90, seed=random.randrange(2**32)) if what.file == file][
+        : 12 if file == "spool.db-shm" else 65
+    ]
+    outcomes = [(what, corrupt.case(folder, events, what)) for what in cases]
+
+    assert [(what, outcome.wrong) for what, outcome in outcomes if outcome.wrong] == []
+    assert all(outcome.seconds < 5 for _, outcome in outcomes)
+    if file != "spool.db-shm":
+        assert any(outcome.damaged or outcome.set_aside for _, outcome in outcomes), "nothing was hit: it shows nothing"
+
+
+def test_the_master_is_whole(master):
+    """The control: without damage everything is given back, and nothing is set aside."""
+    folder, events = master
+    outcome = corrupt.case(folder, events, corrupt.Damage("spool.db-shm", 0, None))
+
+    assert (outcome.missing, outcome.damaged, outcome.set_aside, outcome.wrong) == (0, 0, 0, [])
+
+
+async def filled(tmp_path, count=30, size=3000):
+    """A closed spool with segments, dead letters and books."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        for n in range(count):
+            await spool.append(Intaken([batch(f"e{n}", size=size)], [letter(f"l{n}")]))
+        segments, _ = await spool.read_after(0, 1)
+        spool.settle(Settlement(segments, delivered=segments[0].codes))
+        await until(lambda: spool.segments == count - 1)
+    return tmp_path / "spool.db"
+
+
+DAMAGES = {
+    "magic": (0, b"Not SQLite at all"),
+    "page size": (16, b"\x10\x00"),
+    "format version": (60, b"\x00\x00\x00\x03"),
+    "schema": (32768 - 900, bytes(800)),
+    "whole first page": (0, bytes(32768)),
+    "free list": (32, b"\xff\xff\xff\xff\xff\xff\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+async def test_a_damaged_head(tmp_path, what):
+    """A file that SQLite can't open any more gives every segment and dead letter back; it is kept under a name with a time."""
+    path = await filled(tmp_path)
+    at, data = DAMAGES[what]
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+    damaged = path.read_bytes()
+    with capture_logs() as logs:
+        async with Spool(options(tmp_path), NAMES) as spool:
+            assert await stored(spool) == [f"e{n}" for n in range(1, 30)]
+            assert spool.dead_letters == 30
+            assert balances_by_type(spool)
+            assert spool.accounts.total("delivered") == 1
+            assert spool.accounts.total("accepted") == 60
+            if what != "free list":
+                assert len(spool.set_aside) == 1
+                assert "corrupt-2" in spool.set_aside[0]
+    [aside] = tmp_path.glob("spool.db.corrupt-*Z")
+    assert aside.read_bytes() == damaged
+    assert {"spool_damaged", "spool_salvaged"} <= {entry["event"] for entry in logs}
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert len(await stored(again)) == 29
+        assert balances_by_type(again)
+        assert len(again.set_aside) == 1
+
+
+async def test_lost_segments_are_counted_as_dead_letters(tmp_path):
+    """Half of the file is gone: what is left is delivered, and the books say how many events were lost, and where they were."""
+    path = await filled(tmp_path, count=60, size=60_000)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    async with Spool(options(tmp_path), NAMES) as spool:
+        left = len(await stored(spool))
+        assert 0 < left < 59
+        assert balances_by_type(spool)
+        # The books were in the half that is left, or they begin with what is there.
+        rows = await spool.run(
+            lambda db: db.execute("SELECT reason FROM dead_letters WHERE reason LIKE '%lost%'").fetchall()
+        )
+        if rows:
+            assert rows[0][0].startswith(f"{59 - left} events were lost")
+            assert "spool.db.corrupt-" in rows[0][0]
+
+
+async def test_damaged_books(tmp_path):
+    """A changed digit in the books is seen, and doesn't stay as an imbalance for ever."""
+    await filled(tmp_path)
+    with file_of(tmp_path) as db:
+        db.execute("UPDATE books SET body = CAST(replace(CAST(body AS TEXT), '60', '70') AS BLOB)")
+        db.execute("UPDATE books SET body = '{}' WHERE body IS NULL")
+        db.execute("UPDATE books SET checksum = checksum + 1")
+    async with Spool(options(tmp_path), NAMES) as spool:
+        assert balances_by_type(spool)
+        assert len(await stored(spool)) == 29
+        assert len(spool.set_aside) == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 99, 511])
+async def test_a_file_cut_to_nothing(tmp_path, length):
+    """SQLite would take it for a new file and delete its WAL: it is set aside, and said."""
+    path = await filled(tmp_path)
+    with path.open("r+b") as file:
+        file.truncate(length)
+    async with Spool(options(tmp_path), NAMES) as spool:
+        assert len(spool.set_aside) == 1
+        await spool.append(Intaken([batch("new")]))
+
+
+async def test_a_wal_whose_middle_is_damaged(tmp_path):
+    """SQLite drops the commits behind a wrong frame without a word: they are found, and the WAL is kept."""
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        await spool.append(Intaken([batch("e0", size=50_000)]))
+        await spool.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        for n in range(1, 6):
+            await spool.append(Intaken([batch(f"e{n}", size=50_000)], [letter(f"l{n}")]))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    wal = bytearray((tmp_path / "b" / "spool.db-wal").read_bytes())
+    wal[60] ^= 1  # the first frame's page
+    (tmp_path / "b" / "spool.db-wal").write_bytes(wal)
+    with sqlite3.connect(f"file:{tmp_path}/b/spool.db?mode=ro", uri=True) as db:
+        assert db.execute("SELECT count(*) FROM segments").fetchone() == (1,), "SQLite sees them: this shows nothing"
+    db.close()
+
+    async with Spool(options(tmp_path / "b"), NAMES) as spool:
+        found = await stored(spool)
+        assert set(found) >= {"e0", "e2", "e3", "e4", "e5"}
+        assert balances_by_type(spool)
+        assert spool.dead_letters >= 4
+        assert len(spool.set_aside) == 1
+
+
+async def test_a_wal_without_its_file(tmp_path):
+    """The file is gone, the WAL isn't: what was committed last is in it, and SQLite would delete it."""
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        for n in range(4):
+            await spool.append(Intaken([batch(f"e{n}", size=50_000)]))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "spool.db").unlink()
+    async with Spool(options(tmp_path / "b"), NAMES) as spool:
+        assert await stored(spool) == ["e0", "e1", "e2", "e3"]
+        assert balances_by_type(spool)
+        assert len(spool.set_aside) == 1
+
+
+async def test_commits_that_were_cut_off_are_noticed(tmp_path):
+    """The WAL's index remembers how many frames were committed: a WAL that has fewer was damaged."""
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        for n in range(4):
+            await spool.append(Intaken([batch(f"e{n}", size=50_000)]))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        shutil.copytree(tmp_path / "a", tmp_path / "c")
+    wal = tmp_path / "b" / "spool.db-wal"
+    with wal.open("r+b") as file:
+        file.truncate(wal.stat().st_size - 40_000)
+    for name, loses in (("b", True), ("c", False)):
+        with capture_logs() as logs:
+            async with Spool(options(tmp_path / name), NAMES) as spool:
+                assert (await stored(spool) != ["e0", "e1", "e2", "e3"]) is loses
+                assert bool(spool.set_aside) is loses
+        assert ("wal_damaged" in {entry["event"] for entry in logs}) is loses
+
+
+async def test_corruption_that_shows_later(tmp_path):
+    """A read that SQLite calls malformed ends the process; the next start looks at everything and salvages: no crash loop."""
+    path = await filled(tmp_path, count=60, size=60_000)
+    async with Spool(options(tmp_path), NAMES) as spool:
+        pages_ = path.stat().st_size // 32768
+        with path.open("r+b") as file:
+            file.seek((pages_ // 2) * 32768)
+            file.write(bytes(range(256)) * 128 * 8)
+        await spool.run(lambda db: db.execute("PRAGMA cache_size = 1").fetchall())
+        await spool.run(lambda db: db.execute("PRAGMA shrink_memory").fetchall())
+        with pytest.raises(SpoolError):
+            await spool.read_after(0, 2**40)
+        with pytest.raises(SpoolError, match="damaged"):
+            await asyncio.wait_for(spool.ended(), 10)
+        assert spool.failed
+    assert (tmp_path / "spool.db.lock").read_text().startswith(salvage.DISTRUSTED)
+
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert 0 < len(await stored(again)) < 59
+        assert balances_by_type(again)
+        assert len(again.set_aside) == 1
+    assert (tmp_path / "spool.db.lock").read_text() == salvage.KNOWN
+
+
+@pytest.mark.parametrize("step", range(6))
+async def test_a_salvage_that_is_interrupted(tmp_path, monkeypatch, step):
+    """Killed between any two of its steps, the next start goes on: nothing is lost, nothing is there twice."""
+    path = await filled(tmp_path)
+    (tmp_path / "spool.db-wal").write_bytes(b"")
+    (tmp_path / "spool.db-shm").write_bytes(b"")
+    with path.open("r+b") as file:
+        file.write(b"?")
+
+    class Killed(BaseException):
+        pass
+
+    steps = iter(range(100))
+    replace = type(path).replace
+
+    def dies(self, target):
+        if next(steps) == step:
+            raise Killed
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "replace", dies)
+        try:
+            async with Spool(options(tmp_path), NAMES):
+                pass
+        except Killed:
+            assert step < 5
+    async with Spool(options(tmp_path), NAMES) as spool:
+        assert await stored(spool) == [f"e{n}" for n in range(1, 30)]
+        assert spool.dead_letters == 30
+        assert balances_by_type(spool)
+        assert len(spool.set_aside) == 1
+
+
+async def test_pages_reads_what_sqlite_reads(tmp_path):
+    """The control of the page reader: on a whole file it finds exactly the rows that SQL gives, small and overflowing ones."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        for size in (10, 5_000, 31_000, 33_000, 70_000, 300_000):
+            await spool.append(Intaken([batch("x", size=size)], [letter(size=size)], bytes([OPEN])))
+        segments, _ = await spool.read_after(0, 2**40)
+        spool.settle(Settlement(segments[1:3], delivered=bytes([OPEN, OPEN])))
+        await until(lambda: spool.segments == 4)
+        by_sql = await spool.run(
+            lambda db: (
+                db.execute("SELECT id, created_at, raw_bytes, raw_crc32, codes, block FROM segments").fetchall(),
+                db.execute("SELECT * FROM dead_letters").fetchall(),
+                db.execute("SELECT body, checksum FROM books").fetchall(),
+                db.execute("SELECT code, name FROM event_types").fetchall(),
+            )
+        )
+        read = pages.Pages(tmp_path / "spool.db")
+        found = list(read.rows())
+        read.close()
+    for table, rows in zip(("segments", "dead_letters", "books", "event_types"), by_sql, strict=True):
+        assert sorted(row for name, row in found if name == table) == rows

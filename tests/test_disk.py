@@ -1,0 +1,297 @@
+"""The disk: full, over its quota, read-only, failing. Nothing acked is lost, and what waits is settled by itself.
+
+Real file systems on a small scale: a tmpfs that root mounts for the test. Write and fsync errors are made in the daemon's own
+process by libfiu (Debian's fiu-utils), under SQLite and not in its place.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import NAMES, SLOW, balanced, currents, until
+from test_lifecycle import ROOT, Process
+from test_spool import OPEN, batch, collect, letter, options, stored
+
+from bridged.app import App
+from bridged.backlog import spool as spool_module
+from bridged.backlog.reserve import Reserve
+from bridged.backlog.spool import Intaken, Settlement, Spool
+from bridged.errors import SpoolFull
+
+MIB = 2**20
+CI = bool(os.environ.get("CI"))
+needs_root = pytest.mark.skipif(os.geteuid() != 0 and not CI, reason="mounting takes root")
+needs_fiu = pytest.mark.skipif(shutil.which("fiu-run") is None and not CI, reason="fiu-utils is not installed")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A tmpfs of 32 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(folder, mode):
+    """Makes it read-only, or not."""
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
+
+
+def fill(folder):
+    """Takes what is free, to the last byte."""
+    with (folder / "filler").open("ab") as file, contextlib.suppress(OSError):
+        while True:
+            os.write(file.fileno(), bytes(4096))
+    disk = os.statvfs(folder)
+    assert disk.f_bavail == 0, "it isn't full: this shows nothing"
+
+
+async def fill_spool(spool, size=100_000):
+    """Appends until it refuses; gives what was committed."""
+    committed = collect(spool)
+    with contextlib.suppress(SpoolFull):
+        for n in range(2000):
+            await spool.append(Intaken([batch(f"e{n}", size=size)]))
+    return committed
+
+
+@needs_root
+async def test_new_events_are_refused_before_the_disk_is_full(small, monkeypatch):
+    """The cap is far away, the disk isn't: refused in words that name disk, bytes and path, while settling works."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = await fill_spool(spool)
+        free = os.statvfs(small)
+        assert free.f_bavail * free.f_frsize > 2 * 512 * 1024, "nothing was kept for settling"
+        assert (small / "spool.db.reserve").stat().st_blocks * 512 == 4 * MIB
+        assert not spool.room.is_set()
+        with pytest.raises(SpoolFull, match=rf"the disk of the spool {small}/spool\.db is full: [\d,]+ bytes are free"):
+            spool.append(Intaken([batch("one more")]))
+
+        for segment in committed:
+            spool.settle(Settlement([segment], delivered=segment.codes))
+        await until(lambda: spool.segments == 0, "everything to be settled")
+        await asyncio.wait_for(spool.room.wait(), 10 * SLOW)
+        await spool.append(Intaken([batch("again")]))
+        assert spool.accounts.imbalance() == 0
+
+
+@needs_root
+@pytest.mark.parametrize("refused", [False, True], ids=["delivered", "dead-lettered"])
+async def test_a_disk_filled_to_the_last_byte_drains_by_itself(small, monkeypatch, refused):
+    """Something else takes all there is: what waits is settled all the same, and the reserve comes back with the room."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = await fill_spool(spool)
+        fill(small)
+        for at, segment in enumerate(committed):
+            if refused and at % 2:
+                spool.settle(Settlement([segment], dead_letters=[letter(f"{at}", size=50_000)]))
+            else:
+                spool.settle(Settlement([segment], delivered=segment.codes))
+        await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert not spool.failed
+        assert spool.accounts.imbalance() == 0
+        assert (small / "filler").stat().st_size > 0
+        (small / "filler").unlink()
+        await until(lambda: not spool.near_cap, "room for new events")
+        assert (small / "spool.db.reserve").stat().st_size == 4 * MIB
+        await spool.append(Intaken([batch("again")]))
+
+
+@needs_root
+async def test_a_start_on_a_full_disk(small):
+    """It starts where not a byte is free, gives everything back, and settles it."""
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = await fill_spool(spool)
+    fill(small)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        assert await stored(spool) == [f"e{n}" for n in range(len(committed))]
+        segments, _ = await spool.read_after(0, 2**40)
+        for segment in segments:
+            spool.settle(Settlement([segment], delivered=segment.codes))
+        await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert spool.accounts.imbalance() == 0
+
+
+@needs_root
+async def test_a_daemon_on_a_full_disk(small, config, client, emulator):
+    """503 with Retry-After, a paused stream, /readyz that says why; and the backlog drains with the filler still there."""
+    emulator.script([{"status": 401}])
+    settings = config(spool__path=str(small / "spool.db"))
+    async with App(settings) as app:
+        url = f"http://{settings.sources.http.listen}/v1/currents"
+        admin = f"http://{settings.admin.listen}"
+        acked = 0
+
+        async def post(n):
+            events = [currents(seed=100 * n + m, id=f"{n}-{m}", canvas_name=os.urandom(2000).hex()) for m in range(20)]
+            async with client.post(url, json={"events": events}) as answer:
+                return answer.status, answer.headers.get("Retry-After"), await answer.text()
+
+        for n in range(2000):
+            if n == 20:
+                fill(small)
+            status, after, text = await post(n)
+            if status != 200:
+                break
+            acked += 20
+        assert (status, after) == (503, "30")
+        await until(lambda: app.spool.near_cap)
+        status, _, text = await post(9999)
+        assert status == 503
+        assert "the disk of the spool" in text
+        async with client.get(f"{admin}/readyz") as answer:
+            assert answer.status == 503
+            assert "the disk of the spool" in await answer.text()
+        async with client.get(f"{admin}/api/status") as answer:
+            assert "New events are refused: the disk of the spool" in (await answer.json())["sentence"]
+
+        emulator.script([])
+        await until(lambda: app.spool.accounts.total("waiting") == 0, "the backlog to drain", 60)
+        assert app.spool.accounts.total("delivered") == acked
+        assert (small / "filler").stat().st_size > 0
+        balanced(app)
+
+
+async def test_the_file_is_as_small_as_before(tmp_path, monkeypatch):
+    """After a backlog the file comes back to what it was, and 10 % at most."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.01)
+    monkeypatch.setattr(spool_module, "_QUIET_S", 0.05)
+    path = tmp_path / "spool.db"
+    async with Spool(options(tmp_path, max_bytes=512 * MIB), NAMES) as spool:
+        await spool.append(Intaken([batch("a")]))
+        await spool.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        before = path.stat().st_size
+        committed = collect(spool)
+        for n in range(40):
+            await spool.append(Intaken([batch(f"{n}", size=MIB)]))
+        spool.settle(Settlement(committed, delivered=bytes([OPEN]) * 40))
+        await until(lambda: spool.segments == 1)
+        await until(lambda: path.stat().st_size <= before * 1.1, "the file to be as small as before")
+        await until(lambda: (tmp_path / "spool.db-wal").stat().st_size == 0, "an empty WAL")
+
+
+def test_the_reserve_knows_a_quota(tmp_path, monkeypatch):
+    """Figures of the file system say nothing about a quota; whether there is room is asked by taking it."""
+    reserve = Reserve(tmp_path / "spool.db", 64 * MIB)
+    assert reserve.held
+    assert not reserve.short(0)
+    assert not reserve.no_room_for(MIB)
+
+    def refuses(*_arguments):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuses)
+    assert reserve.no_room_for(MIB)
+    reserve.release()
+    reserve.measure()
+    assert not reserve.held
+    assert reserve.short(0)
+    assert not (tmp_path / "spool.db.reserve").exists()
+
+
+# -- errors of the disk ------------------------------------------------------------------------------------------------
+
+
+class FaultyProcess(Process):
+    """A daemon whose system calls can be made to fail."""
+
+    async def start(self, *arguments, **changes):
+        """Under fiu-run; the daemon is its child, and takes commands at a named pipe."""
+        variables = {f"BRIDGED__{key.upper()}": value for key, value in (self.settings | changes).items()}
+        self.log = (self.folder / "log").open("ab")
+        self.process = await asyncio.create_subprocess_exec(
+            *("fiu-run", "-x", "-f", str(self.folder / "fiu"), sys.executable, "-m", "bridged", "run", *arguments),
+            cwd=self.folder,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables},
+            stdout=self.log,
+            stderr=self.log,
+        )
+        self.log.close()
+
+    async def fault(self, *commands):
+        """Switches faults on in the daemon."""
+        control = await asyncio.create_subprocess_exec(
+            "fiu-ctrl", "-f", str(self.folder / "fiu"), *commands, str(self.process.pid)
+        )
+        assert await control.wait() == 0
+
+
+async def post(client, daemon, name):
+    """One event; the status, or None without an answer."""
+    with contextlib.suppress(Exception):
+        async with client.post(
+            f"http://127.0.0.1:{daemon.http}/v1/currents", json={"events": [currents(id=name)]}
+        ) as answer:
+            return answer.status
+    return None
+
+
+@needs_fiu
+@pytest.mark.parametrize("calls", [["posix/io/sync/fdatasync", "posix/io/sync/fsync"], ["posix/io/rw/pwrite"]])
+async def test_an_error_of_the_disk_ends_the_process(tmp_path, emulator, client, calls):
+    """EIO: the event is not acked, nothing is tried again in this process, it exits 74; the next start has all that was acked."""
+    daemon = FaultyProcess(tmp_path, "http://127.0.0.1:9")
+    await daemon.up()
+    acked = [f"a{n}" for n in range(20) if await post(client, daemon, f"a{n}") == 200]
+    assert len(acked) == 20
+    await daemon.fault(*[part for call in calls for part in ("-c", f"enable name={call},failinfo=5")])
+    assert await post(client, daemon, "doomed") in (503, None)
+    assert await daemon.exits() == 74, daemon.said()
+    assert b"can't write the spool" in (tmp_path / "log").read_bytes()
+
+    again = Process(tmp_path, emulator.url)
+    await again.up()
+    try:
+        await until(lambda: len(delivered(emulator)) >= 20, "what was acked to be delivered")
+    finally:
+        await again.end(signal.SIGTERM)
+    assert set(acked) <= delivered(emulator)
+
+
+@needs_root
+async def test_a_disk_that_turns_read_only(small, tmp_path, emulator, client):
+    """As after an error of its file system: nothing more is acked, it exits 74, and says why until it can be written again."""
+    daemon = Process(tmp_path, emulator.url)
+    daemon.settings |= {"spool__path": str(small / "spool.db"), "mixpanel__url": "http://127.0.0.1:9"}
+    await daemon.up()
+    acked = [f"a{n}" for n in range(20) if await post(client, daemon, f"a{n}") == 200]
+    # `remount,ro` is refused while files are open for writing; a file system that gives up doesn't ask.
+    await daemon.end(signal.SIGKILL)
+    remount(small, "ro")
+    await daemon.start()
+    assert await daemon.exits() == 74
+    assert "Read-only file system" in daemon.said()
+    remount(small, "rw")
+    await daemon.up(mixpanel__url=emulator.url)
+    await until(lambda: set(acked) <= delivered(emulator), "what was acked to be delivered")
+    assert len(acked) == 20
+    assert await daemon.end() == 0
+
+
+@needs_fiu
+async def test_a_write_that_the_file_system_refuses(tmp_path, emulator, client):
+    """EROFS in the midst of it all: the same end as any other error of the disk, and the same beginning."""
+    daemon = FaultyProcess(tmp_path, "http://127.0.0.1:9")
+    await daemon.up()
+    assert await post(client, daemon, "a") == 200
+    await daemon.fault("-c", "enable name=posix/io/rw/pwrite,failinfo=30")
+    assert await post(client, daemon, "doomed") in (503, None)
+    assert await daemon.exits() == 74
+    again = Process(tmp_path, emulator.url)
+    await again.up()
+    await until(lambda: "a" in delivered(emulator))
+    assert await again.end() == 0
+
+
+def delivered(emulator):
+    """The $insert_ids that Mixpanel has."""
+    return {event["properties"]["$insert_id"] for event in emulator.events()}
