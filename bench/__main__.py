@@ -10,6 +10,8 @@ QUESTIONS = {
     "decode": "what decoding costs: one tagged union, one decoder a type, an event at a time",
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
+    "crash": "what SIGKILL loses: the daemon dies again and again under load, and a ledger outside counts",
+    "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root), and crash images",
 }
 
 
