@@ -45,11 +45,15 @@ class Summary(Struct):
                 f"{self.kills} kills ({self.early} of them during start-up) in {seconds:.0f} s, seed {seed}",
                 f"acked {totals.acked} of {totals.sent} events sent: lost {totals.lost}",
                 f"delivered {totals.stored}, dead letters {totals.dead}; the books agree: {not self.problems}",
-                f"sent again after a kill though Mixpanel had answered: {totals.doubled} (at most {totals.most_doubled} in one "
-                f"life; {IN_FLIGHT} may be in flight), the same bytes; after a fault: {totals.retried}; Mixpanel recognised "
-                f"{totals.repeated}",
-                f"from start to first 200: p50 {times[len(times) // 2]:.2f} s, p99 {times[len(times) * 99 // 100]:.2f} s, "
-                f"most {times[-1]:.2f} s ({len(times)} starts)",
+                (
+                    f"sent again after a kill though Mixpanel had answered: {totals.doubled}, the same bytes (at most "
+                    f"{totals.most_doubled} in one life; {IN_FLIGHT} may be in flight)"
+                ),
+                f"sent again after a fault: {totals.retried}; Mixpanel recognised {totals.repeated} repetitions",
+                (
+                    f"from start to first 200: p50 {times[len(times) // 2]:.2f} s, p99 {times[len(times) * 99 // 100]:.2f} s, "
+                    f"most {times[-1]:.2f} s ({len(times)} starts)"
+                ),
                 *[f"PROBLEM: {problem}" for problem in self.problems],
             ]
         )

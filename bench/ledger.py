@@ -16,7 +16,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import msgspec
 from isal import isal_zlib
@@ -35,8 +35,8 @@ _HTTP_EVENTS = 100
 _STREAM_EVENTS = 50
 _EVERY_BAD = 97  # one in so many is of a type that nobody knows: a dead letter
 _PATIENCE_S = 60.0
-_NUMBER = re.compile(rb'"\$insert_id":"([0-9a-f]{8})-')
-_BAD_NUMBER = re.compile(rb'"id":"([0-9a-f]{8})-')
+NUMBER = re.compile(rb'"\$insert_id":"([0-9a-f]{8})-')
+BAD_NUMBER = re.compile(rb'"id":"([0-9a-f]{8})-')
 
 
 class Faults(Struct, frozen=True):
@@ -75,6 +75,7 @@ class Ledger:
         self._digest = array("Q")  # of the bytes that Mixpanel was sent; 0: never
         self._life = array("i")  # in which Mixpanel's success was passed on; -1: never
         self._answered_at = array("d")
+        self._told = bytearray()  # 1: some life was told of success
         self.life = 0
         self.killed_at: dict[int, float] = {}  # by life
         self.doubled: Counter[int] = Counter()  # by life: events sent again though an earlier life was told of success
@@ -94,8 +95,11 @@ class Ledger:
     def take(self, count: int) -> range:
         """Numbers of new events."""
         first = self.first + self.sent
-        for column, value in ((self.acked_at, 0.0), (self._answered_at, 0.0), (self._digest, 0), (self._life, -1)):
-            column.extend([value] * count)  # type: ignore[attr-defined]  # of arrays of two types
+        self.acked_at.extend([0.0] * count)
+        self._answered_at.extend([0.0] * count)
+        self._digest.extend([0] * count)
+        self._life.extend([-1] * count)
+        self._told.extend(b"\0" * count)
         return range(first, first + count)
 
     def ack(self, numbers: range) -> None:
@@ -108,7 +112,7 @@ class Ledger:
         """The daemon sends Mixpanel these events; gives their numbers."""
         numbers = []
         for line in lines:
-            found = _NUMBER.search(line)
+            found = NUMBER.search(line)
             at = int(found[1], 16) - self.first if found else -1
             if not 0 <= at < self.sent:
                 self.problem(f"an event that was never sent, or was settled long ago: {line[:300]!r}")
@@ -139,9 +143,10 @@ class Ledger:
             self._life[at] = self.life
             self._answered_at[at] = now
 
-    def taken(self, at: int) -> bool:
-        """Whether the daemon was told that Mixpanel took the event at a place."""
-        return self._life[at] >= 0
+    def told(self, places: list[int]) -> None:
+        """Mixpanel's success is passed on to the daemon, maybe too late for it to be read."""
+        for at in places:
+            self._told[at] = 1
 
     def problem(self, text: str) -> None:
         """Kept, but for the thousandth of its kind."""
@@ -152,6 +157,10 @@ class Ledger:
         """Numbers that were acked and aren't there."""
         acked = (at + self.first for at, when in enumerate(self.acked_at) if when)
         return [number for number in acked if number not in there]
+
+    def lost_on(self, disk: set[int]) -> list[int]:
+        """Numbers that were acked, aren't on this disk, and of which the daemon was never told that Mixpanel took them."""
+        return [number for number in self.lost(disk) if not self._told[number - self.first]]
 
 
 def event(number: int, filler: str = "") -> bytes:
@@ -183,7 +192,7 @@ class Tee:
         self._upstream_port = upstream_port
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> "Tee":
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=2**20)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -242,8 +251,10 @@ class Tee:
             answer, complete = answering.result()
             # An answer that crosses the daemon's timeout may or may not be read.
             in_time = time.monotonic() - started < TIMEOUT_S / 2
-            if complete and answer[9:12] == b"200" and in_time and not gone.done() and ledger is self.ledger:
-                ledger.succeeded(places)
+            if complete and answer[9:12] == b"200":
+                ledger.told(places)
+                if in_time and not gone.done():
+                    ledger.succeeded(places)
             writer.write(answer)
             await writer.drain()
             if not complete:
@@ -482,7 +493,7 @@ def dead_letters(spool: Path) -> set[int]:
     """The numbers of the dead letters in a spool that nobody has open."""
     with contextlib.closing(sqlite3.connect(spool)) as db:
         rows = db.execute("SELECT event FROM dead_letters")
-        return {int(found[1], 16) for (body,) in rows if (found := _BAD_NUMBER.search(body))}
+        return {int(found[1], 16) for (body,) in rows if (found := BAD_NUMBER.search(body))}
 
 
 class Totals(Struct):
@@ -507,7 +518,7 @@ async def verdict(subject: Subject, tee: Tee, totals: Totals) -> list[str]:
     problems = list(ledger.problems)
     stored = Counter[int]()
     for line in (await asyncio.to_thread(get, subject.emulator_port, "/emulator/events")).splitlines():
-        found = _NUMBER.search(line)
+        found = NUMBER.search(line)
         stored[int(found[1], 16) if found else -1] += 1
     summary = msgspec.json.decode(get(subject.emulator_port, "/emulator/summary"))
     subject.stop()

@@ -26,7 +26,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_kills_lose_nothing(tmp_path):
     """30 kills at seeded moments, a quarter of them during start-up: no acked event is lost, the books agree with Mixpanel
-    and with the dead letters, and what was sent again was the same bytes and not more than was in flight."""
+    and with the dead letters, and what was sent again was the same bytes and not more than was in flight.
+    """
     summary = asyncio.run(torment(tmp_path, 30, seed=7, least_s=0.02, most_s=0.3, per_round=30, pause_s=0.01))
     assert summary.problems == []
     assert summary.kills == 30
@@ -54,6 +55,7 @@ def test_a_daemon_that_acks_before_the_commit_is_found_out(tmp_path, monkeypatch
 
 
 def line(number, more=""):
+    """A mapped event."""
     return b'{"event":"x","properties":{"$insert_id":"%08x-0000","more":"%b"}}' % (number, more.encode())
 
 
