@@ -11,7 +11,8 @@ QUESTIONS = {
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
     "crash": "what SIGKILL loses: the daemon dies again and again under load, and a ledger outside counts",
-    "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root), and crash images",
+    "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root)",
+    "images": "what a power cut could leave: a recorded write log, replayed with unsynced writes dropped and torn",
 }
 
 

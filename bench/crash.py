@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ async def torment(
                         load.open.clear()
                         subject.start(tee.ledger)
                         summary.problems += await verdict(subject, tee, summary.totals)
+                        print(f"{summary.kills} kills", file=sys.stderr, flush=True)
                     if summary.totals.doubled > summary.allowed:
                         summary.problems.append(f"{summary.totals.doubled} events doubled, {summary.allowed} allowed")
             finally:

@@ -134,16 +134,13 @@ class Summary(Struct):
 
     def text(self, synchronous: str, seed: int, seconds: float) -> str:
         """For people."""
+        totals = self.totals
+        kinds = f"{self.checkpointed} with a checkpoint since the cut before, {self.vacuumed} around a vacuum"
+        books = f"delivered {totals.stored}, dead letters {totals.dead}"
         return "\n".join(
             [
-                (
-                    f"synchronous={synchronous}: {self.cuts} power cuts in {seconds:.0f} s, seed {seed} ({self.checkpointed} with a "
-                    f"checkpoint since the cut before, {self.vacuumed} around a vacuum)"
-                ),
-                (
-                    f"acked {self.totals.acked} of {self.totals.sent} events sent: lost {self.lost}; delivered {self.totals.stored}, "
-                    f"dead letters {self.totals.dead}"
-                ),
+                f"synchronous={synchronous}: {self.cuts} power cuts in {seconds:.0f} s, seed {seed} ({kinds})",
+                f"acked {totals.acked} of {totals.sent} events sent: lost {self.lost}; {books}",
                 *[f"PROBLEM: {problem}" for problem in self.problems],
             ]
         )
@@ -191,6 +188,7 @@ async def torment(
                                 load.open.clear()
                                 subject.start(tee.ledger)
                                 summary.problems += await verdict(subject, tee, summary.totals)
+                                print(f"{summary.cuts} cuts", file=sys.stderr, flush=True)
                 finally:
                     if subject.daemon is not None:
                         await subject.kill(tee)
