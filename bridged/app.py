@@ -22,6 +22,7 @@ from bridged.admin.server import AdminServer
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
+from bridged.clock import Clock
 from bridged.config import Config, split_address
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
@@ -86,7 +87,7 @@ class App:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.started_at = time.time()
+        self.clock = Clock(time.time, time.monotonic)
         self._exit = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -97,8 +98,8 @@ class App:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         config, delivery = self.config, self.config.delivery
-        self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES))
-        self.backlog = Backlog(self.spool, config.spool.ring_bytes)
+        self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES, self.clock.latest))
+        self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
         self.transport = await stack.enter_async_context(
             Transport(target(config), delivery.timeout, delivery.max_concurrency)
         )
@@ -122,11 +123,12 @@ class App:
             ),
             Archive(config.retention.archive_path),
             lambda code: TYPE_NAMES.get(code, ""),
+            self.clock.earliest,
         )
         self._delivering = asyncio.create_task(self.delivery.run(), name="delivery")
         stack.push_async_callback(self._stop_delivering)
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
-        self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events)
+        self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
         self.admin = AdminServer(self)
         if config.admin.listen:

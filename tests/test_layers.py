@@ -19,6 +19,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relati
 LADDER: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
+    "clock": set(),
     "config": {"errors"},
     "currents": set(),
     "mixpanel": {"currents"},
@@ -29,7 +30,7 @@ LADDER: dict[str, set[str]] = {
     # The admin side looks at everything that runs, and changes only dead letters.
     "admin": {"errors", "config", "currents", "mixpanel", "backlog", "delivery"},
     # Knows everyone.
-    "app": {"errors", "config", "currents", "mixpanel", "backlog", "delivery", "intake", "sources", "admin"},
+    "app": {"errors", "clock", "config", "currents", "mixpanel", "backlog", "delivery", "intake", "sources", "admin"},
     # Mixpanel as others know it: what it shared with the path could not find the path's mistakes.
     "emulator": {"errors"},
     # Commands talk to a daemon, or open the parts that they check.
@@ -46,6 +47,7 @@ PURE = [
     ROOT / "backlog" / "accounts.py",
     ROOT / "delivery" / "pacing.py",
     ROOT / "admin" / "health.py",
+    ROOT / "clock.py",
     *[
         ROOT / "emulator" / f"{name}.py"
         for name in ("answers", "batch", "bodies", "credentials", "faults", "limits", "project", "reading", "store")

@@ -4,7 +4,6 @@ With [admin] token set, every path but /healthz wants it as `Authorization: Bear
 """
 
 import hmac
-import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Self
 
@@ -90,7 +89,7 @@ class AdminServer:
     # -- for machines -------------------------------------------------------------------------------------------------
 
     async def _healthz(self, request: web.Request) -> web.Response:
-        uptime_s = round(time.time() - self._app.started_at, 1)
+        uptime_s = round(self._app.clock.uptime_s(), 1)
         return json({"status": "ok", "version": __version__, "uptime_s": uptime_s})
 
     async def _readyz(self, request: web.Request) -> web.Response:

@@ -129,7 +129,7 @@ def health(app: "App") -> Health:
             halted=delivery.halted is not None,
             backing_off=pace.backing_off_s > 0,
             waiting=app.backlog.events,
-            uptime_s=time.time() - app.started_at,
+            uptime_s=app.clock.uptime_s(),
             oldest_age_s=oldest_age_s(app),
             judged_age_s=None if delivery.judged_at is None else asyncio.get_running_loop().time() - delivery.judged_at,
             timeout_s=float(app.config.delivery.timeout),
@@ -145,14 +145,14 @@ def _doors_open(app: "App") -> bool:
 def oldest_age_s(app: "App") -> float | None:
     """How long the oldest waiting event has waited; None when nothing waits."""
     oldest_at = app.backlog.oldest_at()
-    return None if oldest_at is None else max(0.0, time.time() - oldest_at)
+    return None if oldest_at is None else max(0.0, app.clock.latest() - oldest_at)
 
 
 def status(app: "App", reasons: list[Group]) -> Status:
     """The status, now; `reasons` are the dead letters', which only the spool's thread can count."""
     spool, delivery, config = app.spool, app.delivery, app.config
     accounts, now = spool.accounts, time.time()
-    pace = _since_start(app.delivery.pace, now - app.started_at)
+    pace = _since_start(app.delivery.pace, app.clock.uptime_s())
     names = TYPE_NAMES
     halt = delivery.halted
     halted = (
@@ -166,8 +166,8 @@ def status(app: "App", reasons: list[Group]) -> Status:
     state, sentence = _state(well, halted, pace, spool.near_cap)
     return Status(
         version=__version__,
-        started_at=app.started_at,
-        uptime_s=round(now - app.started_at, 3),
+        started_at=app.clock.started_at,
+        uptime_s=round(app.clock.uptime_s(), 3),
         state=state,
         sentence=sentence,
         health=well,
