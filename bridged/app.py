@@ -88,6 +88,7 @@ class App:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.clock = Clock(time.time, time.monotonic)
+        self.started_at = self.clock.started_at
         self._exit = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -1,5 +1,6 @@
 """A wall clock that jumps, while the daemon runs: nothing young expires, nothing is refused as from the future, no retry is late."""
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -145,7 +146,7 @@ class Process:
                 async with client.get(f"http://127.0.0.1:{self.admin}/readyz") as response:
                     if response.status == 200:
                         return
-            time.sleep(0.02)
+            await asyncio.sleep(0.02)
 
     async def post(self, client, first, count):
         """Events that happened just now, by the true clock."""

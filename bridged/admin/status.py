@@ -166,7 +166,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
     state, sentence = _state(well, halted, pace, spool.near_cap)
     return Status(
         version=__version__,
-        started_at=app.clock.started_at,
+        started_at=app.started_at,
         uptime_s=round(app.clock.uptime_s(), 3),
         state=state,
         sentence=sentence,
