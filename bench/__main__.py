@@ -14,6 +14,9 @@ QUESTIONS = {
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
     "hostile": "what slow, endless, explosive and deaf clients cost: the daemon's memory, and an honest client's p99",
     "fuzz": "inputs that nobody sends, by the million, into decoder, framer and mapping: executions, and what broke",
+    "crash": "what SIGKILL loses: the daemon dies again and again under load, and a ledger outside counts",
+    "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root)",
+    "images": "what a power cut could leave: a recorded write log, replayed with unsynced writes dropped and torn",
 }
 
 

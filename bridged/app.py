@@ -27,6 +27,7 @@ from bridged.alarms.webhook import Hook, Webhook
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
+from bridged.clock import Clock
 from bridged.config import Config, secret_files, split_address, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
@@ -146,7 +147,8 @@ class App:
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
         self._configured = config  # what the configuration last said
-        self.started_at = time.time()
+        self.clock = Clock(time.time, time.monotonic)
+        self.started_at = self.clock.started_at
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
@@ -159,8 +161,8 @@ class App:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         config, delivery = self.config, self.config.delivery
-        self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES))
-        self.backlog = Backlog(self.spool, config.spool.ring_bytes)
+        self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES, self.clock.latest))
+        self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
         self.transport = await stack.enter_async_context(Transport(target(config), delivery.timeout))
         self.delivery = Delivery(
             self.backlog,
@@ -170,11 +172,12 @@ class App:
             delivery_options(config),
             Archive(config.retention.archive_path),
             lambda code: TYPE_NAMES.get(code, ""),
+            self.clock.earliest,
         )
         self._delivering = asyncio.create_task(self.delivery.run(), name="delivery")
         stack.push_async_callback(self._stop_delivering)
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
-        self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events)
+        self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.

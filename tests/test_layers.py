@@ -17,6 +17,7 @@ LADDER: dict[str, set[str]] = {
     "errors": set(),
     "redaction": set(),
     "logs": {"redaction"},
+    "clock": set(),
     "config": {"errors", "redaction"},
     "reloading": {"config"},
     # Facts in, notices out: it knows nobody.
@@ -33,7 +34,7 @@ LADDER: dict[str, set[str]] = {
     "service": {"errors"},
     # Knows everyone.
     "app": {
-        *("errors", "config", "reloading", "alarms", "currents", "mixpanel", "backlog", "delivery", "intake"),
+        *("errors", "clock", "config", "reloading", "alarms", "currents", "mixpanel", "backlog", "delivery", "intake"),
         *("sources", "admin", "service"),
     },
     # Mixpanel as others know it: what it shared with the path could not find the path's mistakes.
@@ -54,6 +55,7 @@ PURE = [
     ROOT / "delivery" / "pacing.py",
     ROOT / "admin" / "health.py",
     ROOT / "alarms" / "rules.py",
+    ROOT / "clock.py",
     *[
         ROOT / "emulator" / f"{name}.py"
         for name in ("answers", "batch", "bodies", "credentials", "faults", "limits", "project", "reading", "store")

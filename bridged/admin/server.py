@@ -19,7 +19,6 @@ import hmac
 import ipaddress
 import socket
 import ssl
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
@@ -222,7 +221,7 @@ class AdminServer:
     # -- for machines -------------------------------------------------------------------------------------------------
 
     async def _healthz(self, request: web.Request) -> web.Response:
-        uptime_s = round(time.time() - self._app.started_at, 1)
+        uptime_s = round(self._app.clock.uptime_s(), 1)
         return json({"status": "ok", "version": __version__, "uptime_s": uptime_s})
 
     async def _readyz(self, request: web.Request) -> web.Response:

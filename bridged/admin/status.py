@@ -168,7 +168,7 @@ def health(app: "App") -> Health:
             halted=delivery.halted is not None,
             backing_off=pace.backing_off_s > 0,
             waiting=app.backlog.events,
-            uptime_s=time.time() - app.started_at,
+            uptime_s=app.clock.uptime_s(),
             oldest_age_s=oldest_age_s(app),
             judged_age_s=None if delivery.judged_at is None else asyncio.get_running_loop().time() - delivery.judged_at,
             timeout_s=float(app.config.delivery.timeout),
@@ -181,7 +181,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
     delivery, spool, config = app.delivery, app.spool, app.config
     well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
     # Since the last success, but no longer than the oldest event has waited, or the daemon has run.
-    ages = (age_s, delivery.success_age_s, time.time() - app.started_at)
+    ages = (age_s, delivery.success_age_s, app.clock.uptime_s())
     undelivered_s = max(0.0, min(age for age in ages if age is not None)) if well.waiting else 0.0
     return AlarmFacts(
         halted=delivery.halted is not None,
@@ -224,7 +224,7 @@ def _retrying(app: "App") -> RetryStatus | None:
     oldest = app.delivery.retrying
     if oldest is None:
         return None
-    age_s = max(0.0, time.time() - oldest.created_at)
+    age_s = max(0.0, app.clock.earliest() - oldest.created_at)
     return RetryStatus(parcels=oldest.parcels, attempts=oldest.attempts, age_s=round(age_s, 1))
 
 
@@ -236,14 +236,14 @@ def _doors_open(app: "App") -> bool:
 def oldest_age_s(app: "App") -> float | None:
     """How long the oldest waiting event has waited; None when nothing waits."""
     oldest_at = app.backlog.oldest_at()
-    return None if oldest_at is None else max(0.0, time.time() - oldest_at)
+    return None if oldest_at is None else max(0.0, app.clock.earliest() - oldest_at)
 
 
 def status(app: "App", reasons: list[Group]) -> Status:
     """The status, now; `reasons` are the dead letters', which only the spool's thread can count."""
     spool, delivery, config = app.spool, app.delivery, app.config
     accounts, now = spool.accounts, time.time()
-    pace = _since_start(app.delivery.pace, now - app.started_at)
+    pace = _since_start(app.delivery.pace, app.clock.uptime_s())
     names = TYPE_NAMES
     halt = delivery.halted
     halted = (
@@ -259,7 +259,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
     return Status(
         version=__version__,
         started_at=app.started_at,
-        uptime_s=round(now - app.started_at, 3),
+        uptime_s=round(app.clock.uptime_s(), 3),
         state=state,
         sentence=sentence,
         health=well,

@@ -1,0 +1,95 @@
+"""Crash images: whatever part of the unsynced writes a power cut keeps, the spool opens and holds what was acked."""
+
+import asyncio
+import random
+import sqlite3
+
+import pytest
+
+from bench import images
+from bench.images import Machine, Op
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The log of a run of the real spool, and the folder in which it left its files."""
+    where = tmp_path_factory.mktemp("log")
+    return images.record(where, 120, seed=1), where / "recorded"
+
+
+def test_every_image_opens_and_holds_what_was_acked(recorded, tmp_path):
+    """200 images over one run: integrity_check, books, no damaged row, nothing acked missing, nothing settled back."""
+    summary = asyncio.run(images.check(recorded[0], 200, 1, tmp_path))
+    assert summary.problems == []
+    assert summary.images == 200
+
+
+def test_the_log_is_the_run(recorded):
+    """Carried out as a whole it gives the files that the run left, byte by byte; and it holds what an image depends on."""
+    ops, folder = recorded
+    machine = Machine()
+    for op in ops:
+        machine.step(op)
+    for name, file in machine._files.items():
+        content = bytearray(file.durable)
+        for op in file.pending:
+            images.apply(content, op)
+        assert content == (folder / name).read_bytes(), name
+    assert {op.kind for op in ops} == {"write", "sync", "truncate", "create", "unlink", "folder", "mark"}
+    assert len(machine.promised.acked) > 100
+    assert len(machine.promised.settled) > 50
+
+
+def test_images_of_an_unsafe_spool_are_found_out(tmp_path):
+    """The control: with synchronous=NORMAL commits are acked before they are synced, and images must show it."""
+    ops = images.record(tmp_path, 40, 2, synchronous="NORMAL")
+    summary = asyncio.run(images.check(ops, 60, 2, tmp_path))
+    assert "acked batches are lost" in str(summary.problems)
+
+
+def test_what_is_synced_stays_and_the_rest_may_go():
+    """A synced write is in every image, an unsynced one is there, torn at 512 bytes, or not."""
+    machine = Machine()
+    new = bytes([2]) * 1024
+    for op in (
+        Op("create", "spool.db"),
+        Op("write", "spool.db", 0, bytes([1]) * 1024),
+        Op("sync", "spool.db"),
+        Op("folder"),
+        Op("write", "spool.db", 0, new),
+    ):
+        machine.step(op)
+    dice = random.Random(0)
+    seen = {machine.image(dice)["spool.db"] for _ in range(300)}
+    old, half = bytes([1]) * 512, bytes([2]) * 512
+    assert seen == {old + old, old + half, half + old, half + half}
+    machine.step(Op("sync", "spool.db"))
+    assert {machine.image(dice)["spool.db"] for _ in range(50)} == {new}
+
+
+def test_a_file_that_was_removed_may_be_back():
+    """Names are synced with their folder alone; what was removed and not synced may still be there."""
+    machine = Machine()
+    for op in (Op("create", "spool.db"), Op("folder"), Op("create", "spool.db-wal"), Op("unlink", "spool.db")):
+        machine.step(op)
+    dice = random.Random(0)
+    seen = {tuple(sorted(name for name in machine.image(dice) if "shm" not in name)) for _ in range(200)}
+    assert seen == {("spool.db",), ("spool.db", "spool.db-wal"), ("spool.db-wal",)}
+
+
+def test_a_lost_row_is_noticed(recorded, tmp_path):
+    """The check itself: an image of the finished run in which one acked row is missing is a problem."""
+    ops, folder = recorded
+    machine = Machine()
+    for op in ops:
+        machine.step(op)
+    whole = {"spool.db": (folder / "spool.db").read_bytes()}
+    assert asyncio.run(images.opened(tmp_path / "whole", whole, machine.promised)) == []
+    file = tmp_path / "spool.db"
+    file.write_bytes(whole["spool.db"])
+    with sqlite3.connect(file) as db:
+        db.execute("DELETE FROM segments WHERE id = (SELECT max(id) FROM segments)")
+    db.close()
+    (tmp_path / "less").mkdir()
+    problems = asyncio.run(images.opened(tmp_path / "less", {"spool.db": file.read_bytes()}, machine.promised))
+    assert "acked batches are lost" in str(problems)
