@@ -1,7 +1,8 @@
 """What damage costs: bits flipped and bytes cut off in a spool's files, and a start for each.
 
-A master copy with a backlog, dead letters and books is made once, in the middle of its life: its WAL holds commits that
-were not brought into the file. Each case damages a copy, starts a spool on it, and asks:
+Two master copies with a backlog, dead letters and books, each in the middle of its life: the WAL of one holds commits that
+were just brought into the file, that of the other commits that were not. Each case damages a copy, starts a spool on it,
+and asks:
 
 - does it start, and how long does that take?
 - is every event that is given back one that was taken, byte for byte?
@@ -33,7 +34,8 @@ from bridged.currents.table import EVENT_TYPES
 
 NAMES: Final = dict(iter_types(EVENT_TYPES))
 FILES: Final = ("spool.db", "spool.db-wal", "spool.db-shm")
-SEGMENTS: Final = 60
+# The last commit of so many has just been brought into the file, whole WAL and all; those after it are in the WAL alone.
+SEGMENTS: Final = (60, 66)
 
 
 class Damage(NamedTuple):
@@ -54,17 +56,17 @@ class Outcome(Struct):
     wrong: list[str]  # promises that were broken
 
 
-def make_master(target: Path) -> dict[bytes, int]:
+def make_master(target: Path, segments: int) -> dict[bytes, int]:
     """Fills a folder with the files of a living spool; gives its events, each with the number of its segment."""
-    return asyncio.run(_make_master(target))
+    return asyncio.run(_make_master(target, segments))
 
 
-async def _make_master(target: Path) -> dict[bytes, int]:
+async def _make_master(target: Path, commits: int) -> dict[bytes, int]:
     chance = random.Random(1)
     events: dict[bytes, int] = {}
     with folder() as temporary:
         async with Spool(_options(temporary), NAMES) as spool:
-            for n in range(SEGMENTS):
+            for n in range(commits):
                 size = chance.choice((20, 200, 2_000, 40_000))
                 taken = [
                     b'{"event":"%d-%d","x":"%s"}' % (n, m, chance.randbytes(size).hex().encode()) for m in range(3)
@@ -73,7 +75,7 @@ async def _make_master(target: Path) -> dict[bytes, int]:
                 letters = [DeadLetter(3, NAMES[3], "door", "because", b"letter %d" % n)] if n % 5 == 0 else []
                 await spool.append(Intaken([Batch(b"\n".join([*taken, b""]), codes)], letters, bytes([5])))
                 events |= dict.fromkeys(taken, n + 1)
-                if n == SEGMENTS // 2:
+                if n == SEGMENTS[0] // 2:
                     segments, _ = await spool.read_after(0, 2**30)
                     gone = segments[::4]
                     spool.settle(Settlement(gone, delivered=b"".join([segment.codes for segment in gone])))
@@ -164,10 +166,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the places, default %(default)s")
     arguments = parser.parse_args(argv)
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[lambda *_: ""])
-    with ended_by_signals(), folder() as master:
-        events = make_master(master)
-        cases = damages(master, arguments.flips, arguments.truncations, arguments.seed)
-        outcomes = [(what, case(master, events, what)) for what in cases]
+    outcomes = []
+    for segments in SEGMENTS:
+        with ended_by_signals(), folder() as master:
+            events = make_master(master, segments)
+            flips, truncations = -(-arguments.flips // len(SEGMENTS)), -(-arguments.truncations // len(SEGMENTS))
+            cases = damages(master, flips, truncations, arguments.seed)
+            outcomes += [(what, case(master, events, what)) for what in cases]
     rows = []
     for name in FILES:
         for kind in ("flips", "truncations"):

@@ -42,24 +42,28 @@ class _Wal:
         self.frames: list[_Frame] = []
         self.valid = 0  # frames that SQLite will read
         self._read()
-        self.missing = self._missing(Path(f"{str(path).removesuffix('-wal')}-shm"))
+        # Frames that were committed, as the WAL's index says, and those of them that are in the file.
+        committed, in_file = self._indexed(Path(f"{str(path).removesuffix('-wal')}-shm"))
+        self.missing = max(0, committed - max(self.valid, in_file))
+        # The file is ahead of what is left of the WAL: read over it, that would bring back pages as they once were.
+        self.outrun = self.valid < in_file
 
-    def _missing(self, index: Path) -> int:
-        """Frames that were committed, as the WAL's index says, and are neither here nor in the file.
+    def _indexed(self, index: Path) -> tuple[int, int]:
+        """What the WAL's index knows of this WAL; (0, 0) if it is of another one, or damaged.
 
-        The index is written after the frames are on disk, so it never promises too much.
+        It is written after the frames, and the file, are on disk, so it never promises too much.
         """
         head = b""
         if index.is_file():
             with index.open("rb") as file:
                 head = file.read(_INDEX_HEADER * 2 + 4)
         if len(head) < _INDEX_HEADER * 2 + 4 or head[:_INDEX_HEADER] != head[_INDEX_HEADER : 2 * _INDEX_HEADER]:
-            return 0
+            return 0, 0
         frames, in_file = *struct.unpack_from("=I", head, 16), *struct.unpack_from("=I", head, 2 * _INDEX_HEADER)
         of_another_wal = len(self.data) >= _WAL_HEADER and head[32:40] != self.data[16:24]
         if not head[12] or of_another_wal or in_file > frames:
-            return 0
-        return int(max(0, frames - max(self.valid, in_file)))
+            return 0, 0
+        return int(frames), int(in_file)
 
     def _read(self) -> None:
         header = self.data[:_WAL_HEADER]

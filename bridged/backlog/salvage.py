@@ -63,6 +63,10 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
     try:
         room_to_open(path)
         pages = Pages(path)
+        if pages.wal.outrun:
+            pages.close()
+            _set_wal_aside(path, pages)
+            pages = Pages(path)
     except OSError as error:
         raise SpoolError(f"can't open the spool {path}: {error}", "is it readable?") from error
     with contextlib.closing(pages):
@@ -96,6 +100,20 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
                 hint="check the disk: the newest commits were damaged or cut off, and what isn't found of them is lost",
             )
     return found
+
+
+def _set_wal_aside(path: Path, pages: Pages) -> None:
+    """Leaves the file without its WAL: it holds all that is left of that, and what came after."""
+    aside = f"{path}.corrupt-{_stamp()}"
+    for suffix in _SUFFIXES[1:]:
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
+    log.error(
+        "wal_damaged",
+        kept_as=f"{aside}-wal",
+        frames_missing=pages.wal.missing,
+        hint="check the disk: the WAL was damaged or cut off; the file itself holds what was copied into it before",
+    )
 
 
 def set_aside_files(path: Path) -> list[str]:
