@@ -99,6 +99,7 @@ class Mixpanel:
     """In the transport's place. Requests wait here until the machine answers them."""
 
     def __init__(self):
+        self.target = object()  # as whom: the delivery compares it
         self.waiting = []  # (lines, future)
         self.stored = {}  # number: the bytes
 

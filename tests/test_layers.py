@@ -27,7 +27,7 @@ LADDER: dict[str, set[str]] = {
     "backlog": {"errors"},
     "delivery": {"backlog", "errors", "mixpanel", "redaction"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
-    "sources": {"errors", "backlog", "intake"},
+    "sources": {"errors", "redaction", "backlog", "intake"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {"errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
     # What a service manager hands over and wants to hear.
@@ -72,7 +72,7 @@ CLOCKS = {"now", "utcnow", "today"}
 MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
-    "config.py": (620, "its annotations are the documentation of every key"),
+    "config.py": (660, "its annotations are the documentation of every key"),
     "sources/stream.py": (
         500,
         "a connection and what all connections share: who owns which byte reads best in one place",

@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from bridged import __version__
+from bridged.admin.api import NewCredentials
 from bridged.admin.health import Health
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import MAX_LISTED, Group, Replayed, Summary
@@ -18,12 +19,14 @@ _STATUSES: Final = {
     200: "Done.",
     400: "The request can't be understood: `error` says what, `hint` what to do.",
     401: "No token, or a wrong one.",
+    403: "From a page of another origin.",
     404: "There is no such thing here.",
     405: "Not this method.",
     408: "The request didn't come in time.",
     409: "Another replay or purge is under way.",
     413: "Too large. At the HTTP door: split it.",
     415: "At the HTTP door: compressed with anything but gzip or deflate. Else: the body must be application/json.",
+    421: "Under a name that is none of ours: see [admin] hosts.",
     431: "The head is too large.",
     503: "Not now. At the HTTP door: keep the events and come again after Retry-After seconds.",
 }
@@ -58,7 +61,7 @@ def _operation(
     """One operation: what a 200 holds, and what else it may answer (401 unless it is said to be open)."""
     responses: dict[str, Any] = {"200": {"description": _STATUSES[200], "content": content}}
     for status in sorted(others):
-        responses[str(status)] = {"description": _STATUSES[status], "content": _json(_ref("Error"))}
+        responses[str(status)] = _refused(status)
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if parameters:
         operation["parameters"] = parameters
@@ -67,6 +70,10 @@ def _operation(
     if 401 not in others:
         operation["security"] = []
     return operation
+
+
+def _refused(status: int) -> dict[str, Any]:
+    return {"description": _STATUSES[status], "content": _json(_ref("Error"))}
 
 
 def _parameter(name: str, schema: dict[str, Any], text: str) -> dict[str, Any]:
@@ -222,6 +229,22 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
             body=_required(_object(events={"type": "array"}) | {"additionalProperties": False}),
         )
     },
+    "/api/credentials": {
+        "post": _operation(
+            "Another credential for Mixpanel, at once; in memory until the next start.",
+            _json(_object(credential={"type": "string"}, kept={"type": "string"})),
+            *(400, 401, 413, 415),
+            body=_required(
+                {
+                    "type": "object",
+                    "description": "What isn't given stays; an empty string takes a value away.",
+                    "properties": {name: {"type": "string"} for name in NewCredentials.__struct_fields__},
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                }
+            ),
+        )
+    },
     "/v1/currents": {
         "servers": [{"url": "http://127.0.0.1:8480", "description": "The HTTP door, [sources.http] listen"}],
         "post": _CURRENTS,
@@ -237,6 +260,11 @@ def document() -> dict[str, Any]:
     schemas["Listing"] = schemas.pop("_Dead")
     schemas["Error"] = _object(error={"type": "string"})
     paths = msgspec.json.decode(msgspec.json.encode(_PATHS))
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            if path != "/v1/currents":
+                refusals = (403, 421) if method == "post" else (421,)
+                operation["responses"] |= {str(status): _refused(status) for status in refusals}
     # It says 503 with the same body: an orchestrator reads the status, a person the reason.
     ready = paths["/readyz"]["get"]["responses"]
     ready["503"] = {"description": "Not ready: `reason` says why.", "content": _json(_ref("Health"))}

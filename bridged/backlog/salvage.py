@@ -62,6 +62,7 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
         return Found()
     try:
         room_to_open(path)
+        _roll_back(path)
         pages = Pages(path)
         if pages.wal.outrun:
             pages.close()
@@ -100,6 +101,13 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
                 hint="check the disk: the newest commits were damaged or cut off, and what isn't found of them is lost",
             )
     return found
+
+
+def _roll_back(path: Path) -> None:
+    """Ends a transaction of before the WAL, in which the file was made: who only reads it can't, and couldn't open it."""
+    if Path(f"{path}-journal").is_file():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
 def _set_wal_aside(path: Path, pages: Pages) -> None:

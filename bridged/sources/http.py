@@ -31,6 +31,7 @@ from msgspec import Struct
 from bridged.backlog.spool import Spool
 from bridged.errors import BadRequest, BridgedError, ListenError, SpoolFull, TooLarge, Unauthorized
 from bridged.intake import Intake
+from bridged.redaction import redacted
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
 from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
 from bridged.sources.tls import HANDSHAKE_S, server_context
@@ -294,5 +295,5 @@ class HttpSource:
         if error.http_status == 401:
             headers["WWW-Authenticate"] = 'Bearer realm="bridged"'
         return web.json_response(
-            {"error": error.args[0], "hint": error.hint}, status=error.http_status, headers=headers
+            {"error": redacted(error.args[0]), "hint": redacted(error.hint)}, status=error.http_status, headers=headers
         )
