@@ -254,6 +254,9 @@ class Ledger:
                     del waiting[: ack["acked"] - told]
                     told = ack["acked"]
                 self.ends += not self.stopped
+            except BrokenPipeError:
+                # Our write met the orderly end; a reset is another error.
+                self.ends += not self.stopped
             except OSError as error:
                 self.trouble[f"{name}: {type(error).__name__}"] += 1
             sending.cancel()

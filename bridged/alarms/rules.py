@@ -155,7 +155,8 @@ def _pressure(facts: Facts, memory: _Memory) -> Says:
 
 def _burst(facts: Facts, memory: _Memory) -> Says:
     letters, share = memory.burst()
-    bad = letters >= BURST_LETTERS and share >= BURST_SHARE
+    # Some are new: when only the events that they are compared with grow old, nothing has happened.
+    bad = memory.grew["dead_lettered"] > 0 and letters >= BURST_LETTERS and share >= BURST_SHARE
     return _said(bad, letters < BURST_LETTERS / 2 or share < BURST_SHARE / 2)
 
 
