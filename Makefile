@@ -1,24 +1,37 @@
 # make demo          a day of events through a daemon and an emulated Mixpanel; KEEP=1 leaves them running
-# make test          lint, types, tests
+# make test          lint, types, tests; as root on Debian or Ubuntu it installs the tools that they use, else it names them
 # make lint          lint and types only
 # make bench         how fast it is on this machine
 # make clean         removes what the others made
 #
-# Everything is installed into .venv, nothing anywhere else. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+# Everything but those tools is installed into .venv. PYTHON chooses the interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint bench clean
+# What the tests use besides Python: the official Node.js client; systemd's own judgement of the units; calls that fail
+# (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup).
+TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount
+PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount
+
+.PHONY: demo test tools lint bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
 	@$(BIN)/bridged demo $(if $(KEEP),--keep) $(if $(EVENTS),--events $(EVENTS))
 
-test: lint
+test: tools lint
 	$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+tools:
+	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
+	for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	[ -z "$$missing" ] && exit 0; \
+	echo "The tests also use$$missing: apt-get install $(PACKAGES)"; \
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "Install them, or run this as root."; exit 1; }; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check
