@@ -28,7 +28,7 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
 from bridged.clock import Clock
-from bridged.config import Config, secret_files, split_address, with_credentials
+from bridged.config import secret_files, split_address, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery, DeliveryOptions
@@ -39,6 +39,7 @@ from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
 from bridged.service import Listeners, Notifier, Progress
+from bridged.settings import Config
 from bridged.sources.http import HttpOptions, HttpSource
 from bridged.sources.http_connections import HttpLimits
 from bridged.sources.stream import StreamOptions, StreamSource

@@ -6,10 +6,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from bridged import __version__
 from bridged.errors import BridgedError
 from bridged.redaction import redacted
+
+if TYPE_CHECKING:
+    from bridged.settings import Config
 
 # name -> the module with its add_arguments and main (none: it is here), one line for people
 _COMMANDS = {
@@ -103,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from bridged import app, config, logs  # noqa: PLC0415
 
-    def read() -> config.Config:
+    def read() -> "Config":
         return config.load(config.find_config(arguments.config))
 
     settings = read()

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from bridged.config import Config, keys, replaced, value_at
+from bridged.config import keys, replaced, value_at
+from bridged.settings import Config
 
 # Sections, and single keys, that take effect at once.
 _AT_ONCE: Final = (

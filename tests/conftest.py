@@ -20,12 +20,13 @@ import uvloop
 
 from bridged.app import App
 from bridged.backlog.spool import Spool, SpoolOptions
-from bridged.config import Config, load
+from bridged.config import load
 from bridged.currents.examples import example_event
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
+from bridged.settings import Config
 
 # Patience for slow machines: every wait of a test is so many times longer.
 SLOW = float(os.environ.get("BRIDGED_TEST_SLOW", "1"))

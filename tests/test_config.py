@@ -10,10 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridged.config import (
-    SECRETS,
-    Config,
-    Seconds,
-    Size,
     default_toml,
     find_config,
     is_loopback,
@@ -23,6 +19,7 @@ from bridged.config import (
     split_address,
 )
 from bridged.errors import ConfigError
+from bridged.settings import SECRETS, Config, Seconds, Size
 
 TOKEN = {"BRIDGED__MIXPANEL__TOKEN": "example-token"}
 

@@ -13,10 +13,11 @@ from test_lifecycle import Process
 
 from bridged import reloading
 from bridged.app import App
-from bridged.config import Config, keys, load, replaced, secret_files, value_at
+from bridged.config import keys, load, replaced, secret_files, value_at
 from bridged.delivery import delivery
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.errors import ConfigError
+from bridged.settings import Config
 
 RESUME_S = 5.0
 

@@ -22,9 +22,9 @@ from conftest import SLOW, currents, free_port, ndjson, until
 
 from bench import restart
 from bench.processes import BenchError
-from bridged.config import SECRETS, Config
 from bridged.errors import ConfigError
 from bridged.service import Listeners, Notifier, Progress
+from bridged.settings import SECRETS, Config
 
 ROOT = Path(__file__).parent.parent
 UNITS = sorted((ROOT / "systemd").iterdir())

@@ -18,13 +18,14 @@ from isal import igzip
 
 from bridged import app, config
 from bridged.commands.printing import printable, size, table
-from bridged.config import Config, with_credentials
+from bridged.config import with_credentials
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
 from bridged.delivery.transport import Transport
 from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.mapping import mixpanel_name, selected
 from bridged.mixpanel.requests import API_SECRET_RETIRED, HOSTS
 from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
+from bridged.settings import Config
 
 EPILOG = """\
 exit codes: 0 good, 78 the configuration is bad, 69 Mixpanel can't be reached or refuses the credential (--online)

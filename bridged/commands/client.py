@@ -8,8 +8,9 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from bridged.config import Config, split_address
+from bridged.config import split_address
 from bridged.errors import BridgedError, ConfigError, UpstreamError
+from bridged.settings import Config
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ import msgspec
 
 from bridged import app, config
 from bridged.commands.client import Daemon
-from bridged.config import Config
 from bridged.currents.examples import example_event
 from bridged.currents.table import EVENT_TYPES, EventType
 from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.mapping import mixpanel_name, selected
+from bridged.settings import Config
 from bridged.sources.http import PATH
 
 EPILOG = """\
