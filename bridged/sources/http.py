@@ -89,6 +89,14 @@ class _Ok(web.StreamResponse):
         """Nothing is left to be written."""
 
 
+class _Nobody(web.StreamResponse):
+    """The answer when the client is gone, or was refused: there is none, and its connection ends."""
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """aiohttp takes this for what it is. Thrown by the handler, it would be kept with all that the request held."""
+        raise ConnectionResetError
+
+
 class HttpSource:
     """An aiohttp low-level server: no router and no middlewares between the socket and the intake."""
 
@@ -156,6 +164,10 @@ class HttpSource:
         connection.answered = False
         try:
             await self._accept(request, connection)
+        except ConnectionError as error:
+            # aiohttp keeps it with its traceback, and so with the connection, until the next collection of garbage.
+            error.__traceback__ = None
+            return _Nobody()
         except BridgedError as error:
             response = self._refusal(error)
         except web.HTTPException as error:
@@ -266,16 +278,11 @@ class HttpSource:
         if asks and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        try:
-            while chunk := await request.content.readany():
-                body += chunk
-                del chunk  # while the next is waited for, it would be held twice
-                if len(body) > limit:
-                    break
-        except BaseException:
-            # aiohttp keeps the error with its traceback, and so this frame, until the next collection of garbage.
-            body.clear()
-            raise
+        while chunk := await request.content.readany():
+            body += chunk
+            del chunk  # while the next is waited for, it would be held twice
+            if len(body) > limit:
+                break
         if len(body) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
         return bytes(body)

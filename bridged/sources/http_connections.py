@@ -286,12 +286,11 @@ class HttpConnection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is no HTTP, or to a bug of ours. aiohttp would log and repeat the bytes of the former."""
-        if isinstance(exc, ConnectionError):
-            # The client is gone, or was refused: nobody is there to be told.
-            raise exc
         self._room.answers[status] += 1
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return super().handle_error(request, status, exc, message)
+        if exc is not None:
+            exc.__traceback__ = None  # it holds the connection, which holds it, until the next collection of garbage
         response = web.Response(
             status=status,
             body=json.encode({"error": _WHY[400], "hint": type(exc).__name__}) + b"\n",
