@@ -164,7 +164,10 @@ class HttpSource:
         connection.answered = False
         try:
             await self._accept(request, connection)
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError) as error:
+            # Who reads from a connection that is gone already is told so by a RuntimeError.
+            if isinstance(error, RuntimeError) and connection.transport is not None:
+                raise
             # aiohttp keeps it with its traceback, and so with the connection, until the next collection of garbage.
             error.__traceback__ = None
             return _Nobody()

@@ -72,6 +72,7 @@ class HttpConnections(web.Server):
         self.limits = limits
         self.answers = answers  # by status
         self.alive: dict[HttpConnection, None] = {}  # oldest first
+        self.holding: dict[HttpConnection, None] = {}  # those of which something came that isn't handed on
         self.held = 0
         self.refused = 0  # connections, for want of room
         self._loop = asyncio.get_running_loop()
@@ -108,7 +109,7 @@ class HttpConnections(web.Server):
         Whether `asking` may go on.
         """
         while self.held > self.limits.max_in_flight:
-            coming = [each for each in self.alive if each.held and (each is asking or each.arriving)]
+            coming = [each for each in self.holding if each is asking or each.arriving]
             slow = [each for each in coming if self.now - each.since >= _NEW_S]
             chosen = min(slow, key=lambda each: each.since) if slow else max(coming, key=lambda each: each.held)
             chosen.refuse(503)
@@ -206,7 +207,10 @@ class HttpConnection(RequestHandler):
         """Counts bytes. False: they are too many, the client has been told so, and the connection is closing."""
         if self.transport is None:
             return False
-        room, self.held = self._room, self.held + size
+        room = self._room
+        if not self.held:
+            room.holding[self] = None
+        self.held += size
         room.held += size
         if self.held > room.limits.max_request:
             self.refuse(413)
@@ -218,6 +222,8 @@ class HttpConnection(RequestHandler):
         size = min(self.held, size) if self._messages else self.held
         self.held -= size
         self._room.held -= size
+        if not self.held:
+            self._room.holding.pop(self, None)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio lets it answer; aiohttp always closes
         """A client that has said all it wants to say still wants its answers. (TLS knows no half-closed connections.)"""
@@ -276,6 +282,7 @@ class HttpConnection(RequestHandler):
                 payload._buffer.clear()  # noqa: SLF001  # nothing public drops what a reader holds
         self._room.held -= self.held
         self.held = 0
+        self._room.holding.pop(self, None)
         self._room.alive.pop(self, None)
 
     def handle_error(
