@@ -24,6 +24,12 @@ def give_back_large_blocks() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
 
 
+def only_grows() -> None:
+    """The start makes what lives as long as the process: no collection of garbage until `settle` (an eighth of a start)."""
+    gc.disable()
+
+
 def settle() -> None:
     """What is there now stays: no collection of garbage looks at it again, which would take some 30 ms each time."""
     gc.freeze()
+    gc.enable()

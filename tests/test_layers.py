@@ -67,7 +67,7 @@ LADDER: dict[str, set[str]] = {
         "admin",
         "app",
     },
-    "cli": {"errors", "redaction", "logs", "config", "app", "emulator", "commands"},
+    "cli": {"errors", "redaction", "logs", "config", "memory", "app", "emulator", "commands"},
     "__main__": {"cli"},
 }
 
