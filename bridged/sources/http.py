@@ -93,7 +93,7 @@ class _Nobody(web.StreamResponse):
     """The answer when the client is gone, or was refused: there is none, and its connection ends."""
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """aiohttp takes this for what it is. Thrown by the handler, it would be kept with all that the request held."""
+        """What aiohttp takes for what it is. Thrown by the handler, it would be kept with all that the request held."""
         raise ConnectionResetError
 
 
