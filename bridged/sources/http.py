@@ -102,6 +102,14 @@ def _bytes(status: int, body: bytes, headers: dict[str, str]) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
+class _Nobody(web.StreamResponse):
+    """The answer when the client is gone, or was refused: there is none, and its connection ends."""
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """What aiohttp takes for what it is. Thrown by the handler, it would be kept with all that the request held."""
+        raise ConnectionResetError
+
+
 class HttpSource:
     """An aiohttp low-level server: no router and no middlewares between the socket and the intake."""
 
@@ -170,6 +178,13 @@ class HttpSource:
         plain = False
         try:
             await self._accept(request, connection)
+        except (ConnectionError, RuntimeError) as error:
+            # Who reads from a connection that is gone already is told so by a RuntimeError.
+            if isinstance(error, RuntimeError) and connection.transport is not None:
+                raise
+            # aiohttp keeps it with its traceback, and so with the connection, until the next collection of garbage.
+            error.__traceback__ = None
+            return _Nobody()
         except BridgedError as error:
             response = self._refusal(error)
         except web.HTTPException as error:
@@ -282,16 +297,11 @@ class HttpSource:
         if asks and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        try:
-            while chunk := await request.content.readany():
-                body += chunk
-                del chunk  # while the next is waited for, it would be held twice
-                if len(body) > limit:
-                    break
-        except BaseException:
-            # aiohttp keeps the error with its traceback, and so this frame, until the next collection of garbage.
-            body.clear()
-            raise
+        while chunk := await request.content.readany():
+            body += chunk
+            del chunk  # while the next is waited for, it would be held twice
+            if len(body) > limit:
+                break
         if len(body) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
         return bytes(body)

@@ -88,6 +88,7 @@ class HttpConnections(web.Server):
         self.limits = limits
         self.answers = answers  # by status
         self.alive: dict[HttpConnection, None] = {}  # oldest first
+        self.holding: dict[HttpConnection, None] = {}  # those of which something came that isn't handed on
         self.held = 0
         self.refused = 0  # connections, for want of room
         self._loop = asyncio.get_running_loop()
@@ -124,7 +125,7 @@ class HttpConnections(web.Server):
         Whether `asking` may go on.
         """
         while self.held > self.limits.max_in_flight:
-            coming = [each for each in self.alive if each.held and (each is asking or each.arriving)]
+            coming = [each for each in self.holding if each is asking or each.arriving]
             slow = [each for each in coming if self.now - each.since >= _NEW_S]
             chosen = min(slow, key=lambda each: each.since) if slow else max(coming, key=lambda each: each.held)
             chosen.refuse(503)
@@ -245,7 +246,10 @@ class HttpConnection(RequestHandler):
         """Counts bytes. False: they are too many, the client has been told so, and the connection is closing."""
         if self.transport is None:
             return False
-        room, self.held = self._room, self.held + size
+        room = self._room
+        if not self.held:
+            room.holding[self] = None
+        self.held += size
         room.held += size
         if self.held > room.limits.max_request:
             self.refuse(413)
@@ -257,6 +261,8 @@ class HttpConnection(RequestHandler):
         size = min(self.held, size) if self._messages else self.held
         self.held -= size
         self._room.held -= size
+        if not self.held:
+            self._room.holding.pop(self, None)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio lets it answer; aiohttp always closes
         """A client that has said all it wants to say still wants its answers. (TLS knows no half-closed connections.)"""
@@ -402,6 +408,7 @@ class HttpConnection(RequestHandler):
         self._behind.clear()
         self._room.held -= self.held
         self.held = 0
+        self._room.holding.pop(self, None)
         self._room.alive.pop(self, None)
 
     def handle_error(
@@ -412,12 +419,11 @@ class HttpConnection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is no HTTP, or to a bug of ours. aiohttp would log and repeat the bytes of the former."""
-        if isinstance(exc, ConnectionError):
-            # The client is gone, or was refused: nobody is there to be told.
-            raise exc
         self._room.answers[status] += 1
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return super().handle_error(request, status, exc, message)
+        if exc is not None:
+            exc.__traceback__ = None  # it holds the connection, which holds it, until the next collection of garbage
         response = web.Response(
             status=status,
             body=json.encode({"error": _WHY[400], "hint": type(exc).__name__}) + b"\n",
