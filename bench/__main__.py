@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 QUESTIONS = {
     "path": "events/s through the whole daemon, and what one costs: loader, daemon and sink as three processes",
+    "latency": "how long an ack and a delivery take at a given rate: open loop, as installed",
+    "backlog": "millions of events waiting: time to ready, drain rate, memory, size of the file",
+    "scale": "cost per event against event size, type mix, share of bad events, backlog",
+    "memory": "resident memory: idle, at full speed, and the slope of an hour's soak",
+    "pace": "the rate loops against a model of Mixpanel's rolling minute, on many seeds",
     "floor": "the least that an event can cost: decode, map, encode, gzip, in one process with nothing around them",
     "decode": "what decoding costs: one tagged union, one decoder a type, an event at a time",
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
