@@ -235,7 +235,7 @@ format = "json"
         )
         super().__init__("daemon", [*python, "-m", "bridged", "run", "--config", str(config)], folder)
 
-    def ready(self) -> None:
+    def ready(self, every_s: float = 0.02) -> None:
         """Returns when /readyz says so and both doors are open."""
         until = time.monotonic() + _START_S
         while True:
@@ -246,7 +246,7 @@ format = "json"
             except (OSError, http.client.HTTPException, BenchError) as error:
                 if self.process.poll() is not None or time.monotonic() > until:
                     raise BenchError(f"the daemon isn't ready ({error}):\n{self.last_words()}") from error
-                time.sleep(0.02)
+                time.sleep(every_s)
             else:
                 return
 
