@@ -20,7 +20,7 @@ from msgspec import Struct
 from bench import data, floor, report
 from bench.floor import Floor
 from bench.loader import Report as LoaderReport
-from bench.processes import BenchError, Daemon, Emulator, Loader, Meter, Sink, ended_by_signals, folder
+from bench.processes import BenchError, Daemon, Emulator, Loader, Meter, Sink, ended_by_signals, folder, get
 from bench.sink import Report as SinkReport
 
 PEAK_MB: Final = 120.0
@@ -117,11 +117,12 @@ def measure(
         arrived = arrivals(sink, daemon, wanted(loaded.events))
         (daemon_cpu_s, _, _), other_cores = meter.used()
         peak_mb = daemon.memory_mb("VmHWM")
+        books = msgspec.json.decode(get(daemon.admin_port, "/api/status"))["events"]
         daemon.stop()
         run = _figures(loaded, arrived, sink_before, daemon_cpu_s)
         run.idle_mb, run.peak_mb, run.other_cores = idle_mb, peak_mb, other_cores
         # After the daemon's end: whatever it was going to send twice, it has sent.
-        run.failure = _failure(sink.report(), wanted(loaded.events), check=check)
+        run.failure = _failure(sink.report(), wanted(loaded.events), check=check) or _unbalanced(books, loaded.events)
         return run
 
 
@@ -179,6 +180,12 @@ def _failure(arrived: SinkReport, events: int, *, check: bool) -> str:
     if check and arrived.distinct != events:
         return f"{events} events sent, {arrived.distinct} different ones delivered"
     return ""
+
+
+def _unbalanced(books: dict[str, int], events: int) -> str:
+    """What is wrong with the daemon's own books."""
+    ends = sum(books[kind] for kind in ("delivered", "dead_lettered", "expired", "skipped", "waiting"))
+    return "" if books["accepted"] == events == ends else f"{events} events sent, and the books say {books}"
 
 
 class Results(Struct, kw_only=True):
