@@ -63,7 +63,7 @@ def measure(events: int, events_file: Path, shrink_s: float) -> Run:
                 loaded = loader.load(60 + events / _SLOWEST_PER_S)
                 (fill_s, _), fill_others = filling.used()
             fill_peak_mb = daemon.memory_mb("VmHWM")
-            daemon.stop()
+            daemon.stop(hurry=True)
         full_bytes = spool_bytes(temporary)
         evict(temporary)
         with Sink(temporary, port=port) as sink:

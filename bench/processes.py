@@ -250,9 +250,12 @@ format = "json"
             else:
                 return
 
-    def stop(self) -> None:
-        """SIGTERM. Raises BenchError if it does not end in good order."""
+    def stop(self, *, hurry: bool = False) -> None:
+        """SIGTERM, and a second one to skip the grace. Raises BenchError if it does not end in good order."""
         self.process.terminate()
+        if hurry:
+            time.sleep(0.1)  # two signals at once may be one
+            self.process.terminate()
         try:
             code = self.process.wait(_END_S)
         except subprocess.TimeoutExpired:

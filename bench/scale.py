@@ -28,24 +28,7 @@ _PUSH: Final = "users.messages.pushnotification.Send"
 _CUSTOM: Final = "users.behaviors.CustomEvent"
 _ROWS: Final = {row.event_type: row for row in EVENT_TYPES}
 _STREAM: Final = path.CELLS["stream"]
-_WORDS: Final = [
-    "blue",
-    "green",
-    "left",
-    "right",
-    "cart",
-    "sale",
-    "spring",
-    "size",
-    "small",
-    "large",
-    "new",
-    "gift",
-    "home",
-    "away",
-    "north",
-    "coast",
-]
+_WORDS: Final = ("blue", "green", "left", "right", "cart", "sale", "spring", "size", "small", "gift", "home", "north")
 _BACKLOG_PATIENCE_S = 300.0
 
 Day = Callable[[random.Random, int, int], Iterable[dict[str, Any]]]
