@@ -4,7 +4,8 @@ The emulator checks every event as Mixpanel does, which costs more than the daem
 gunzips and counts newlines. With `--check` it also keeps every `$insert_id`, to tell whether one came twice.
 
 It prints `{"port":N}` when it listens, and a `Report` for every line that comes on its standard input. It ends with
-its input.
+its input. With `--arrivals` it keeps every body with the time at which it was there, and a line that names a file makes
+it write there what was in them: afterwards, when nothing is measured any more.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import uvloop
@@ -38,12 +40,21 @@ class Report(Struct, kw_only=True):
     cpu_s: float = 0.0
 
 
+class Arrival(Struct, array_like=True):
+    """A batch: when it was there, by the monotonic clock, and the `$insert_id` of its events."""
+
+    at: float
+    ids: list[str]
+
+
 class Sink:
     """The counts, shared by all connections."""
 
-    def __init__(self, *, check: bool) -> None:
+    def __init__(self, *, check: bool, arrivals: bool) -> None:
         self._report = Report()
         self._check = check
+        self._keep = arrivals
+        self._kept: list[tuple[float, bytes]] = []
         self._ids: set[bytes] = set()
 
     def take(self, body: bytes) -> bytes:
@@ -63,7 +74,17 @@ class Sink:
         if self._check:
             self._ids.update(_INSERT_ID.findall(raw))
         report.last_at = time.monotonic()
+        if self._keep:
+            self._kept.append((report.last_at, body))
         return _answer(b"200 OK", b'{"code":200,"num_records_imported":%d,"status":"OK"}' % events)
+
+    def write_arrivals(self, path: Path) -> None:
+        """Writes every batch that was kept."""
+        arrivals = [
+            Arrival(at, [id_.decode() for id_ in _INSERT_ID.findall(isal_zlib.decompress(body, _GZIP))])
+            for at, body in self._kept
+        ]
+        path.write_bytes(msgspec.msgpack.encode(arrivals))
 
     def report(self) -> Report:
         self._report.distinct = len(self._ids)
@@ -107,12 +128,14 @@ class _Connection(asyncio.Protocol):
 async def run(arguments: argparse.Namespace) -> None:
     """Serves until its standard input ends."""
     loop = asyncio.get_running_loop()
-    sink = Sink(check=arguments.check)
+    sink = Sink(check=arguments.check, arrivals=arguments.arrivals)
     server = await loop.create_server(lambda: _Connection(sink), "127.0.0.1", arguments.port)
     gc.freeze()
     gc.disable()
     print(msgspec.json.encode({"port": server.sockets[0].getsockname()[1]}).decode(), flush=True)
-    while await asyncio.to_thread(sys.stdin.readline):
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        if path := line.strip():
+            sink.write_arrivals(Path(path))
         print(msgspec.json.encode(sink.report()).decode(), flush=True)
     server.close()
 
@@ -122,6 +145,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sink", description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="keep every $insert_id, to find doubled events")
+    parser.add_argument("--arrivals", action="store_true", help="keep every body, to tell when each event came")
     arguments = parser.parse_args(argv)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(arguments))
