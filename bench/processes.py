@@ -36,16 +36,19 @@ class BenchError(Exception):
 class Child:
     """A process in a session of its own (Ctrl-C reaches the benchmark alone, which then ends its children in order)."""
 
-    def __init__(self, name: str, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], folder: Path, *, program: str = sys.executable, **extra: str
+    ) -> None:
         self.name = name
         self.folder = folder
         self._log = folder / f"{name}.log"
         # A stray configuration in the environment must not change what is measured.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("BRIDGED_")}
+        environment |= extra
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH", "")]))
         with self._log.open("wb") as log, _signals_held():
             self.process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [program, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -149,8 +152,11 @@ class OpenLoader(Child):
 class Sink(Child):
     """bench.sink, listening."""
 
-    def __init__(self, folder: Path, *, check: bool = False, port: int = 0, arrivals: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, check: bool = False, port: int = 0, arrivals: bool = False, keep: Path | None = None
+    ) -> None:
         options = [*(["--check"] if check else []), *(["--arrivals"] if arrivals else []), "--port", str(port)]
+        options += ["--keep", str(keep)] if keep else []
         super().__init__("sink", ["-m", "bench.sink", *options], folder)
         self.port = port
 
