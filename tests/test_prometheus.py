@@ -86,6 +86,35 @@ def test_the_dashboard_is_one():
     assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "instance"}
 
 
+@pytest.mark.parametrize(("on_expiry", "max_age"), [("archive", 172_800), ("keep", float("inf"))])
+async def test_counts_begin_before_what_they_count(daemon, client, emulator, on_expiry, max_age):
+    """`increase` sees nothing in a series that begins with its first event: what alerts look at is there at 0."""
+    emulator.credentials(token="another-token")
+    app = await daemon(delivery__probe_interval="1h", retention__on_expiry=on_expiry)
+
+    async def metrics():
+        async with client.get(f"http://{app.config.admin.listen}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    fresh = await metrics()
+    for name in ('requests_total{status="401"}', 'verdicts_total{verdict="halt"}', "delivery_halt_status"):
+        assert fresh[f"bridged_{name}"] == 0
+    for kind in ("dead_lettered", "expired_total", "waiting"):
+        assert fresh[f'bridged_events_{kind}{{event_type="(undecodable)"}}'] == 0
+    assert fresh["bridged_max_age_seconds"] == max_age
+
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": [currents()]}) as answer:
+        assert answer.status == 200
+    await until(lambda: app.delivery.halted, "the halt")
+    halted = await metrics()
+    assert halted["bridged_delivery_halt_status"] == 401
+    assert halted['bridged_verdicts_total{verdict="halt"}'] == 1
+    for kind in ("dead_lettered", "expired_total", "delivered_total"):
+        assert halted[f'bridged_events_{kind}{{event_type="users.messages.email.Open"}}'] == 0
+
+
 # -- a real Prometheus -------------------------------------------------------------------------------------------------
 
 
