@@ -12,9 +12,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # What the tests use besides Python: the official Node.js client; systemd's own judgement of the units; calls that fail
-# (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup).
-TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount
-PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount
+# (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup);
+# Prometheus, for the alert rules and the dashboard.
+TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount prometheus promtool
+PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount prometheus
+# Debian starts a server that it installs, for everybody to reach; one that is masked it doesn't.
+MASKED := /etc/systemd/system/prometheus.service
 
 .PHONY: demo test tools lint bench clean
 .DEFAULT_GOAL := demo
@@ -31,6 +34,7 @@ tools:
 	[ -z "$$missing" ] && exit 0; \
 	echo "The tests also use$$missing: apt-get install $(PACKAGES)"; \
 	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "Install them, or run this as root."; exit 1; }; \
+	command -v prometheus >/dev/null || [ -e $(MASKED) ] || { mkdir -p $(dir $(MASKED)) && ln -s /dev/null $(MASKED); }; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null
 
 lint: $(VENV)/.tested

@@ -26,6 +26,7 @@ _COMMANDS = {
         "events that can't be delivered: list, show, replay, export, purge",
     ),
     "replay": ("bridged.commands.replay", "hand expired events back that [retention] has archived"),
+    "backfill": ("bridged.commands.backfill", "send files of Currents events to the running daemon"),
     "send-test-events": (
         "bridged.commands.send_test_events",
         "one example event per selected type, to the running daemon",
