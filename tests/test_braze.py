@@ -14,11 +14,9 @@ from bridged.braze.clusters import HOSTS, host
 from bridged.braze.requests import (
     MAX_IDS,
     MAX_OBJECTS,
-    Credentials,
     Target,
-    UserCohorts,
-    partner_cohort,
-    partner_users,
+    announce,
+    change_members,
     refusal,
     track,
 )
@@ -28,10 +26,15 @@ from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, S
 from bridged.redaction import hide
 
 NOW = 1_790_000_000.0
-PARTNER = Credentials(
-    partner_name="mixpanel", partner_api_key="example-partner-key", client_secret="example-client-secret"
+PARTNER = Target(
+    url="", partner_name="mixpanel", partner_key="example-partner-key", data_import_key="example-import-key"
 )
-REST = Credentials(rest_api_key="00000000-example-rest-key")
+KEY = "00000000-example-rest-key"
+
+
+def rest(url: str = "") -> Target:
+    """With a REST key."""
+    return Target(url=url, rest_key=KEY)
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -46,13 +49,13 @@ def test_every_cluster_has_its_host():
     assert {host(name) for name in ("AU-01", "ID-01", "JP-01", "KR-01")} == {
         f"https://rest.{name}-01.braze.com" for name in ("au", "id", "jp", "kr")
     }
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="US-08, US-10"):
         host("US-09")
 
 
 def test_a_track_request_sets_the_whole_array_of_each_user():
     """One object a user, the key in a header and not in the body, no slash at the end, a point for each."""
-    users = [UserCohorts("ada", ["Power users", "Trial"]), UserCohorts("bo", [])]
+    users = [("ada", ["Power users", "Trial"]), ("bo", [])]
 
     request = track(users, "mixpanel_cohorts", update_existing_only=True)
 
@@ -63,7 +66,7 @@ def test_a_track_request_sets_the_whole_array_of_each_user():
         ]
     }
     assert (request.path, request.objects, request.points) == ("/users/track", 2, 2)
-    target = Target(credentials=REST, url="http://127.0.0.1:1/")
+    target = rest("http://127.0.0.1:1/")
     assert target.base == "http://127.0.0.1:1"
     assert target.headers()["Authorization"] == "Bearer 00000000-example-rest-key"
     assert target.headers()["Content-Type"] == "application/json"
@@ -71,24 +74,24 @@ def test_a_track_request_sets_the_whole_array_of_each_user():
 
 def test_a_request_holds_as_much_as_braze_takes_and_no_more():
     """75 users, 1,000 ids; more is a mistake of the caller's, not a request."""
-    users = [UserCohorts(f"u{n}", ["a"]) for n in range(MAX_OBJECTS + 1)]
+    users = [(f"u{n}", ["a"]) for n in range(MAX_OBJECTS + 1)]
     assert track(users[:-1], "x", update_existing_only=True).objects == 75
     with pytest.raises(ValueError, match="76"):
         track(users, "x", update_existing_only=True)
     with pytest.raises(ValueError, match="0"):
         track([], "x", update_existing_only=True)
     ids = [f"u{n}" for n in range(MAX_IDS)]
-    assert partner_users(PARTNER, "777", ids[:600], ids[600:]).points == 1000
+    assert change_members(PARTNER, "777", ids[:600], ids[600:]).points == 1000
     with pytest.raises(ValueError, match="1001"):
-        partner_users(PARTNER, "777", ids, ["one more"])
+        change_members(PARTNER, "777", ids, ["one more"])
 
 
 def test_the_partner_requests_have_their_shape():
     """The credentials are in the body, removals are marked, additions come first; no header tells a key."""
-    users = partner_users(PARTNER, "777", ["user-0001", "user-0002"], ["user-0003"])
-    cohort = partner_cohort(PARTNER, "777", "Power users", "2026-01-21T19:20:30+00:00")
+    users = change_members(PARTNER, "777", ["user-0001", "user-0002"], ["user-0003"])
+    cohort = announce(PARTNER, "777", "Power users", 1769023230.9)
 
-    keys = {"partner_api_key": "example-partner-key", "client_secret": "example-client-secret", "cohort_id": "777"}
+    keys = {"partner_api_key": "example-partner-key", "client_secret": "example-import-key", "cohort_id": "777"}
     changes = [{"user_ids": ["user-0001", "user-0002"]}, {"user_ids": ["user-0003"], "should_remove": True}]
     assert (users.path, users.objects) == ("/partners/mixpanel/cohorts/users", 3)
     assert msgspec.json.decode(users.body) == keys | {"cohort_changes": changes}
@@ -97,24 +100,24 @@ def test_the_partner_requests_have_their_shape():
         "name": "Power users",
         "created_at": "2026-01-21T19:20:30+00:00",
     }
-    assert "Authorization" not in Target(credentials=PARTNER).headers()
+    assert "Authorization" not in PARTNER.headers()
 
 
 def test_nothing_shows_a_credential():
     """Whoever prints a target, a credential or a request in an error message prints no secret."""
-    shown = f"{PARTNER!r} {REST!r} {Target(credentials=PARTNER)!r} {partner_users(PARTNER, '7', ['u'], [])!r}"
+    shown = f"{PARTNER!r} {rest()!r} {change_members(PARTNER, '7', ['u'], [])!r}"
     assert "example" not in shown
 
 
 @pytest.mark.parametrize(
     ("user", "reason"),
     [
-        (UserCohorts("u", ["a"] * 500), ""),
-        (UserCohorts("é" * 493, ["a" * 255]), ""),
-        (UserCohorts("é" * 494, []), "988 bytes"),
-        (UserCohorts("", ["a"]), "empty"),
-        (UserCohorts("u", ["a"] * 501), "501 cohorts"),
-        (UserCohorts("u", ["a" * 256]), "255 characters"),
+        (("u", ["a"] * 500), ""),
+        (("é" * 493, ["a" * 255]), ""),
+        (("é" * 494, []), "988 bytes"),
+        (("", ["a"]), "empty"),
+        (("u", ["a"] * 501), "501 cohorts"),
+        (("u", ["a" * 256]), "255 characters"),
     ],
 )
 def test_what_braze_would_refuse_is_known_before(user, reason):
@@ -168,7 +171,7 @@ def verdict(
         ),
         (400, b"<html>Bad Request</html>", Split),
         (413, b"too large", Split),
-        (401, {"message": "Invalid API key"}, (401, "rest_api_key")),
+        (401, {"message": "Invalid API key"}, (401, "rest_key")),
         (402, b"", (402, "contract")),
         (403, {"message": "Access Denied"}, (403, "users.track")),
         (404, b"", (404, "cluster")),
@@ -356,8 +359,8 @@ async def test_a_request_goes_out_and_its_verdict_comes_back():
             SUCCESS, status=201, headers={"X-RateLimit-Limit": "3000", "X-RateLimit-Remaining": "7"}
         )
 
-    request = track([UserCohorts("ada", ["a"])], "cohorts", update_existing_only=False)
-    async with server(answer) as url, Transport(Target(credentials=REST, url=url), 20) as transport:
+    request = track([("ada", ["a"])], "cohorts", update_existing_only=False)
+    async with server(answer) as url, Transport(rest(url), 20) as transport:
         outcome = await transport.send(request)
 
     assert outcome.verdict == Delivered()
@@ -373,8 +376,8 @@ async def test_a_redirect_is_not_followed():
         paths.append(request.path)
         raise web.HTTPFound("/elsewhere")
 
-    async with server(answer) as url, Transport(Target(credentials=REST, url=url), 20) as transport:
-        outcome = await transport.send(track([UserCohorts("ada", ["a"])], "x", update_existing_only=True))
+    async with server(answer) as url, Transport(rest(url), 20) as transport:
+        outcome = await transport.send(track([("ada", ["a"])], "x", update_existing_only=True))
 
     assert isinstance(outcome.verdict, Halt)
     assert paths == ["/users/track"]
@@ -382,7 +385,7 @@ async def test_a_redirect_is_not_followed():
 
 async def test_whatever_the_network_does_is_tried_again():
     """Nobody listens, nobody answers, the answer breaks off: Retry(network), and no exception."""
-    request = track([UserCohorts("ada", ["a"])], "x", update_existing_only=True)
+    request = track([("ada", ["a"])], "x", update_existing_only=True)
     gate = asyncio.Event()
 
     async def hang(request):
@@ -395,13 +398,13 @@ async def test_whatever_the_network_does_is_tried_again():
         return web.Response()
 
     outcomes = []
-    async with Transport(Target(credentials=REST, url="http://127.0.0.1:9"), 20) as transport:
+    async with Transport(rest("http://127.0.0.1:9"), 20) as transport:
         outcomes.append(await transport.send(request))
         async with server(cut) as url:
-            transport.use(Target(credentials=REST, url=url), 20)
+            transport.use(rest(url), 20)
             outcomes.append(await transport.send(request))
         async with server(hang) as url:
-            transport.use(Target(credentials=REST, url=url), 0.2)
+            transport.use(rest(url), 0.2)
             outcomes.append(await transport.send(request))
             gate.set()
     for outcome in outcomes:
@@ -411,13 +414,13 @@ async def test_whatever_the_network_does_is_tried_again():
 
 async def test_an_answer_that_echoes_the_key_is_masked():
     """The daemon's secrets are known to `redaction`: no verdict quotes them."""
-    hide([REST.rest_api_key])
+    hide([KEY])
 
     async def answer(request):
-        return web.json_response({"message": f"bad key {REST.rest_api_key}"}, status=401)
+        return web.json_response({"message": f"bad key {KEY}"}, status=401)
 
-    async with server(answer) as url, Transport(Target(credentials=REST, url=url), 20) as transport:
-        outcome = await transport.send(track([UserCohorts("ada", ["a"])], "x", update_existing_only=True))
+    async with server(answer) as url, Transport(rest(url), 20) as transport:
+        outcome = await transport.send(track([("ada", ["a"])], "x", update_existing_only=True))
 
     assert isinstance(outcome.verdict, Halt)
     assert "example-rest-key" not in outcome.verdict.reason

@@ -19,5 +19,8 @@ HOSTS: Final = {
 
 
 def host(cluster: str) -> str:
-    """The REST host of a cluster, in any case of letters. Raises KeyError for one that isn't Braze's."""
-    return HOSTS[cluster.strip().upper()]
+    """The REST host of a cluster, in any case of letters. Raises ValueError, which lists them, for one that isn't Braze's."""
+    found = HOSTS.get(cluster.strip().upper())
+    if found is None:
+        raise ValueError(f"{cluster!r} is no cluster of Braze's: they are {', '.join(HOSTS)}")
+    return found

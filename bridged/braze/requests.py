@@ -5,12 +5,11 @@ points. No address ends in a slash: /users/track/ is another one to Braze.
 """
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
-
-from bridged.braze.clusters import host
 
 MAX_OBJECTS: Final = 75
 """Attribute objects in a /users/track request (old contracts: 75 of each kind; we send one kind)."""
@@ -25,45 +24,38 @@ MAX_VALUE_CHARS: Final = 255
 TRACK_PATH: Final = "/users/track"
 
 
-class Credentials(Struct, frozen=True, kw_only=True):
-    """Who we are at Braze: a REST key, or what Braze gives to its partners. With a partner key that way is used."""
+class Target(Struct, frozen=True, kw_only=True):
+    """Where requests go, and as whom: with a REST key or, when a partner key is set, as one of Braze's partners."""
 
-    rest_api_key: str = ""
+    url: str  # scheme and host: `clusters.host`, an emulator or a proxy
+    rest_key: str = ""
     partner_name: str = ""
-    partner_api_key: str = ""
-    client_secret: str = ""  # Braze's dashboard calls it the data import key
+    partner_key: str = ""
+    data_import_key: str = ""  # names the workspace in a partner's requests
+
+    @property
+    def base(self) -> str:
+        """The address without a slash at the end."""
+        return self.url.rstrip("/")
 
     @property
     def is_partner(self) -> bool:
         """Whether cohorts are written as a partner."""
-        return bool(self.partner_api_key)
-
-    def __repr__(self) -> str:
-        return f"<Credentials {'partner key' if self.is_partner else 'REST key'}>"
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """For `rich`, which would list the fields otherwise."""
-        return [("kind", "partner key" if self.is_partner else "REST key")]
-
-
-class Target(Struct, frozen=True, kw_only=True):
-    """Where requests go, and as whom."""
-
-    credentials: Credentials
-    cluster: str = "US-01"
-    url: str = ""  # overrides the cluster's host: an emulator, a proxy
-
-    @property
-    def base(self) -> str:
-        """Scheme and host, without a slash at the end. Raises KeyError for a cluster that isn't Braze's."""
-        return self.url.rstrip("/") or host(self.cluster)
+        return bool(self.partner_key)
 
     def headers(self) -> dict[str, str]:
         """The headers of every request: a partner's credentials are in the body."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if not self.credentials.is_partner:
-            headers["Authorization"] = f"Bearer {self.credentials.rest_api_key}"
+        if not self.is_partner:
+            headers["Authorization"] = f"Bearer {self.rest_key}"
         return headers
+
+    def __repr__(self) -> str:
+        return f"<Target {self.url} with a {'partner key' if self.is_partner else 'REST key'}>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """For `rich`, which would list the fields otherwise."""
+        return [("url", self.url)]
 
 
 class Request(Struct, frozen=True):
@@ -82,28 +74,26 @@ class Request(Struct, frozen=True):
         return [("path", self.path), ("objects", self.objects)]
 
 
-class UserCohorts(Struct, frozen=True):
-    """All the cohorts that a user is to be in, by the names that the attribute shows."""
-
-    external_id: str
-    cohorts: Sequence[str]
+User = tuple[str, Sequence[str]]
+"""An external id, and all the cohorts that the user is to be in, by the names that the attribute shows."""
 
 
-def refusal(user: UserCohorts) -> str:
+def refusal(user: User) -> str:
     """Why Braze would refuse this user, as far as its pages say; empty when it wouldn't. Spares a request its partial error."""
-    if not user.external_id:
+    external_id, cohorts = user
+    if not external_id:
         return "the external id is empty"
-    size = len(user.external_id.encode())
+    size = len(external_id.encode())
     if size > MAX_EXTERNAL_ID_BYTES:
         return f"the external id has {size} bytes, Braze takes {MAX_EXTERNAL_ID_BYTES}"
-    if len(user.cohorts) > MAX_ELEMENTS:
-        return f"the user is in {len(user.cohorts)} cohorts, an array attribute holds {MAX_ELEMENTS}"
-    if any(len(cohort) > MAX_VALUE_CHARS for cohort in user.cohorts):
+    if len(cohorts) > MAX_ELEMENTS:
+        return f"the user is in {len(cohorts)} cohorts, an array attribute holds {MAX_ELEMENTS}"
+    if any(len(cohort) > MAX_VALUE_CHARS for cohort in cohorts):
         return f"a cohort's name has more than {MAX_VALUE_CHARS} characters"
     return ""
 
 
-def track(users: Sequence[UserCohorts], attribute: str, *, update_existing_only: bool) -> Request:
+def track(users: Sequence[User], attribute: str, *, update_existing_only: bool) -> Request:
     """The whole array of each user, at most 75 of them, each once.
 
     The array is set, not added to: that costs one data point however many cohorts changed, and sending it again changes
@@ -112,41 +102,37 @@ def track(users: Sequence[UserCohorts], attribute: str, *, update_existing_only:
     """
     _check(len(users), MAX_OBJECTS)
     objects = [
-        {
-            "external_id": user.external_id,
-            "_update_existing_only": update_existing_only,
-            attribute: list(user.cohorts) or None,
-        }
-        for user in users
+        {"external_id": external_id, "_update_existing_only": update_existing_only, attribute: list(cohorts) or None}
+        for external_id, cohorts in users
     ]
     return Request(TRACK_PATH, msgspec.json.encode({"attributes": objects}), len(users), len(users))
 
 
-def partner_cohort(credentials: Credentials, cohort_id: str, name: str, created_at: str) -> Request:
-    """Make a cohort known, or rename it; `created_at` is ISO 8601. To be sent before its first users. No data points."""
-    body = _partner(credentials, cohort_id) | {"name": name, "created_at": created_at}
-    return Request(f"/partners/{credentials.partner_name}/cohorts", msgspec.json.encode(body), 1, 0)
+def announce(target: Target, cohort_id: str, name: str, created_at: float) -> Request:
+    """Make a cohort known to the partner endpoint, or rename it. To be sent before its first users. No data points.
+
+    `created_at`: seconds since 1970.
+    """
+    created = datetime.fromtimestamp(created_at, UTC).isoformat(timespec="seconds")
+    body = _partner(target, cohort_id) | {"name": name, "created_at": created}
+    return Request(f"/partners/{target.partner_name}/cohorts", msgspec.json.encode(body), 1, 0)
 
 
-def partner_users(credentials: Credentials, cohort_id: str, add: Sequence[str], remove: Sequence[str]) -> Request:
-    """Changes of one cohort, at most 1,000 ids together. Positions in its verdict: the additions, then the removals."""
-    total = len(add) + len(remove)
+def change_members(target: Target, cohort_id: str, joining: Sequence[str], leaving: Sequence[str]) -> Request:
+    """Changes of one cohort, at most 1,000 ids together. Positions in its verdict: those that join, then those that leave."""
+    total = len(joining) + len(leaving)
     _check(total, MAX_IDS)
     changes: list[dict[str, Any]] = []
-    if add:
-        changes.append({"user_ids": list(add)})
-    if remove:
-        changes.append({"user_ids": list(remove), "should_remove": True})
-    body = _partner(credentials, cohort_id) | {"cohort_changes": changes}
-    return Request(f"/partners/{credentials.partner_name}/cohorts/users", msgspec.json.encode(body), total, total)
+    if joining:
+        changes.append({"user_ids": list(joining)})
+    if leaving:
+        changes.append({"user_ids": list(leaving), "should_remove": True})
+    body = _partner(target, cohort_id) | {"cohort_changes": changes}
+    return Request(f"/partners/{target.partner_name}/cohorts/users", msgspec.json.encode(body), total, total)
 
 
-def _partner(credentials: Credentials, cohort_id: str) -> dict[str, Any]:
-    return {
-        "partner_api_key": credentials.partner_api_key,
-        "client_secret": credentials.client_secret,
-        "cohort_id": cohort_id,
-    }
+def _partner(target: Target, cohort_id: str) -> dict[str, Any]:
+    return {"partner_api_key": target.partner_key, "client_secret": target.data_import_key, "cohort_id": cohort_id}
 
 
 def _check(objects: int, most: int) -> None:

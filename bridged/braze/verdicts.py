@@ -58,7 +58,7 @@ _SECONDS: Final = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*")
 
 _HALTS: Final = {
     401: (
-        "Braze doesn't accept the key. Check that [braze] rest_api_key (or partner_api_key and client_secret) is spelled"
+        "Braze doesn't accept the key. Check that [braze] rest_key (or partner_key and data_import_key) is spelled"
         " right and not revoked, and that the workspace is on [braze] cluster"
     ),
     402: "Braze wants a payment: check the contract",
