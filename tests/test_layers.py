@@ -27,6 +27,8 @@ LADDER: dict[str, set[str]] = {
     "mixpanel": {"currents"},
     "backlog": {"errors"},
     "delivery": {"backlog", "errors", "mixpanel", "redaction"},
+    # Braze's answers are judged in the words of Mixpanel's, and asked for through the same kind of client.
+    "braze": {"errors", "mixpanel", "delivery", "redaction"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "redaction", "backlog", "intake"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
@@ -73,6 +75,7 @@ LADDER: dict[str, set[str]] = {
 PURE = [
     *sorted((ROOT / "currents").glob("*.py")),
     *sorted((ROOT / "mixpanel").glob("*.py")),
+    *[ROOT / "braze" / f"{name}.py" for name in ("clusters", "requests", "verdicts")],
     ROOT / "backlog" / "records.py",
     ROOT / "backlog" / "segment.py",
     ROOT / "backlog" / "accounts.py",
