@@ -30,26 +30,23 @@ from bridged.alarms.webhook import Hook, Webhook
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
-from bridged.braze import clusters
-from bridged.braze.requests import Target as BrazeTarget
-from bridged.braze.transport import Transport as BrazeTransport
 from bridged.clock import Clock
-from bridged.cohorts.membership import Membership, MembershipOptions
-from bridged.cohorts.pace import Pace as BrazePace
-from bridged.cohorts.writer import CohortWriter, WriterOptions
+from bridged.cohort_import import CohortImport, cohort_options, raised
+from bridged.cohorts.membership import Membership
+from bridged.cohorts.writer import CohortWriter
 from bridged.config import secret_files, split_address, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.delivery.transport import Transport
-from bridged.errors import BridgedError, ConfigError, MembershipError, SpoolError
+from bridged.errors import BridgedError, ConfigError, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
-from bridged.sources.cohorts import CohortOptions, CohortSource
+from bridged.sources.cohorts import CohortSource
 from bridged.sources.http import HttpOptions, HttpSource
 from bridged.sources.http_connections import HttpLimits
 from bridged.sources.stream import StreamOptions, StreamSource
@@ -87,50 +84,6 @@ def target(config: Config) -> Target:
         project_id=mixpanel.project_id,
     )
     return Target(url=mixpanel.url, region=mixpanel.region, credentials=credentials)
-
-
-def braze_target(config: Config) -> BrazeTarget:
-    """Where cohorts go, and as whom. Raises ConfigError for a cluster that Braze doesn't have."""
-    braze = config.braze
-    try:
-        url = braze.url or clusters.host(braze.cluster)
-    except ValueError as error:
-        raise ConfigError(f"braze.cluster: {error}") from None
-    return BrazeTarget(
-        url=url,
-        rest_key=braze.rest_key,
-        partner_name=braze.partner_name,
-        partner_key=braze.partner_key,
-        data_import_key=braze.data_import_key,
-    )
-
-
-def membership_options(config: Config) -> MembershipOptions:
-    """What the configuration says about the membership."""
-    cohorts, target_ = config.cohorts, braze_target(config)
-    written = f"partner {target_.partner_name}" if target_.is_partner else f"attribute {cohorts.attribute}"
-    return MembershipOptions(
-        path=cohorts.path,
-        max_bytes=cohorts.max_bytes,
-        max_points_per_day=cohorts.max_data_points_per_day,
-        by_name=not target_.is_partner,
-        target=f"{target_.base} {written}",
-    )
-
-
-def writer_options(config: Config) -> WriterOptions:
-    """What the configuration says about how users are written."""
-    return WriterOptions(
-        attribute=config.cohorts.attribute,
-        update_existing_only=config.cohorts.update_existing_only,
-        probe_interval_s=config.braze.probe_interval,
-    )
-
-
-def cohort_options(config: Config) -> CohortOptions:
-    """What the configuration says about the cohorts' door."""
-    cohorts = config.cohorts
-    return CohortOptions(username=cohorts.username, password=cohorts.password, user_id=cohorts.user_id)
 
 
 def spool_options(config: Config) -> SpoolOptions:
@@ -205,6 +158,9 @@ class App:
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
+        self.membership: Membership | None = None  # None: no cohorts are imported
+        self.cohort_writer: CohortWriter | None = None
+        self._importing: CohortImport | None = None
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
 
@@ -232,10 +188,9 @@ class App:
         delivering = self.delivery.run() if config.mixpanel.export else _nothing()
         self._delivering = asyncio.create_task(delivering, name="delivery")
         stack.push_async_callback(self._stop_delivering)
-        self.membership: Membership | None = None
-        self.cohort_writer: CohortWriter | None = None
         if config.cohorts.enabled:
-            await self._open_cohorts(stack, config)
+            importing = await stack.enter_async_context(CohortImport(config, self.clock, self.hurry))
+            self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
@@ -261,25 +216,6 @@ class App:
                 HttpSource(_http_options(config), taking, self.spool, sockets, self.cohorts)
             )
         self._listeners.demand_none_left()
-
-    async def _open_cohorts(self, stack: contextlib.AsyncExitStack, config: Config) -> None:
-        options = membership_options(config)
-        self.membership = await stack.enter_async_context(Membership(options, self.clock.latest))
-        transport = BrazeTransport(braze_target(config), config.braze.timeout)
-        self.braze_transport = await stack.enter_async_context(transport)
-        pace = BrazePace(config.cohorts.max_concurrency, random.Random())
-        self.cohort_writer = CohortWriter(
-            self.membership, self.braze_transport, pace, writer_options(config), self.clock.latest
-        )
-        self._writing = asyncio.create_task(self.cohort_writer.run(), name="cohort writer")
-        stack.push_async_callback(self._stop_writing, self.cohort_writer)
-
-    async def _stop_writing(self, writer: CohortWriter) -> None:
-        """Requests in flight get the grace; what they carried is sent again by the next start if there is no answer."""
-        if not self._writing.done() and not self.hurry.is_set():
-            with contextlib.suppress(MembershipError):
-                await writer.drain(self.config.delivery.grace)
-        await _end(self._writing)
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -351,22 +287,13 @@ class App:
         self.mapping = mapping
         self.intake.use(mapping)
         self.watch.webhook.use(_hook(config))
-        self._use_cohorts(config)
+        if self._importing is not None:
+            self._importing.use(config)
+        if self.cohorts is not None:
+            self.cohorts.use(cohort_options(config))
         self.config = config
         if is_other:
             self.delivery.credentials_changed()
-
-    def _use_cohorts(self, config: Config) -> None:
-        if self.cohorts is not None:
-            self.cohorts.use(cohort_options(config))
-        if self.membership is None or self.cohort_writer is None:
-            return
-        aimed, before = braze_target(config), self.braze_transport.target
-        self.braze_transport.use(aimed, config.braze.timeout)
-        self.membership.use(config.cohorts.max_data_points_per_day)
-        self.cohort_writer.use(writer_options(config), config.cohorts.max_concurrency)
-        if aimed != before:
-            self.cohort_writer.credentials_changed()
 
     async def watch_secrets(self, read: Callable[[], Config]) -> None:
         """Reads the configuration again when a file of a secret has changed. Until it is cancelled."""
@@ -392,9 +319,8 @@ class App:
             asyncio.create_task(self.spool.ended(), name="writer's end"),
             asyncio.create_task(self._delivery_ended(), name="delivery's end"),
         }
-        if self.membership is not None:
-            waits.add(asyncio.create_task(self.membership.ended(), name="cohorts' end"))
-            waits.add(asyncio.create_task(_raised(self._writing), name="cohort writer's end"))
+        if self._importing is not None:
+            waits.add(asyncio.create_task(self._importing.ended(), name="cohorts' end"))
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -405,22 +331,13 @@ class App:
             await asyncio.gather(*waits, return_exceptions=True)
 
     async def _delivery_ended(self) -> None:
-        await _raised(self._delivering)
+        await raised(self._delivering)
         raise SpoolError("the delivery ended by itself")
 
 
 async def _nothing() -> None:
     """Delivers nothing, for ever."""
     await asyncio.Event().wait()
-
-
-async def _raised(task: "asyncio.Task[None]") -> None:
-    """Returns when a task has ended. Raises what it died of."""
-    try:
-        await asyncio.shield(task)
-    except ExceptionGroup as group:
-        # The first is the reason; if it is one for people, they shall read it as such.
-        raise group.exceptions[0] from group
 
 
 def _hook(config: Config) -> Hook:

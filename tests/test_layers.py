@@ -33,6 +33,8 @@ LADDER: dict[str, set[str]] = {
     "cohorts": {"errors", "braze", "mixpanel"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "redaction", "backlog", "intake", "cohorts"},
+    # The cohorts' parts, made from a configuration.
+    "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {"errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
     # What a service manager hands over and wants to hear.
@@ -51,8 +53,8 @@ LADDER: dict[str, set[str]] = {
             "backlog",
             "delivery",
             "intake",
-            "braze",
             "cohorts",
+            "cohort_import",
         ),
         *("sources", "admin", "service"),
     },

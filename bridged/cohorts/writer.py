@@ -15,7 +15,6 @@ told who joins and who leaves which cohort, and of a cohort's name before its fi
 
 import asyncio
 import contextlib
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +80,7 @@ class CohortWriter:
         self.verdicts: Counter[str] = Counter()
         self.requests = 0
         self.users_sent = 0  # with a partner key: users times cohorts
+        self.points_spent = 0  # on those, since the start
         self.unknown_users = 0  # that Braze's counts left out: perhaps it doesn't know them
         self.delivered_at: float | None = None  # wall clock
         self.pace = pace
@@ -341,6 +341,7 @@ class CohortWriter:
         self._refused = 0
         self.delivered_at = self._clock()
         self.users_sent += len(parcel.users) - len(failures)
+        self.points_spent += len(parcel.users) - len(failures)
         for at, user in enumerate(parcel.users):
             if at not in failures:
                 result.sent += [(user.key, row.cohort, self._version(parcel, row)) for row in user.rows if row.is_due]
@@ -398,8 +399,3 @@ class CohortWriter:
 def _names(user: User, block: Block) -> list[str]:
     """The names of all cohorts that the user is to be in, in order, each once."""
     return sorted({block.cohorts[row.cohort].name for row in user.rows if row.wanted})
-
-
-def new_pace(max_concurrency: int) -> Pace:
-    """One with dice of its own."""
-    return Pace(max_concurrency, random.Random())
