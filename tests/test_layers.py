@@ -96,7 +96,7 @@ PURE = [
         ROOT / "emulator" / f"{name}.py"
         for name in ("answers", "batch", "bodies", "credentials", "faults", "limits", "project", "reading", "store")
     ],
-    ROOT / "emulator" / "validation.py",
+    *[ROOT / "emulator" / f"{name}.py" for name in ("validation", "workspace")],
 ]
 IMPURE = {
     *("asyncio", "aiohttp", "aiosqlite", "sqlite3", "time", "socket", "threading", "uvloop"),
