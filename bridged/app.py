@@ -1,6 +1,9 @@
 """The daemon: opens everything in the order of an event's path, from the disk outward, and knows everyone.
 
     spool -> backlog -> delivery -> intake -> doors -> admin
+    membership -> cohort writer -> the HTTP door         the way back, beside it
+
+What is off (mixpanel.export, cohorts.enabled) isn't there, but for the spool, which then lies still.
 
 Leaving the block is the shutdown, in reverse: doors close and finish their requests, senders get their grace, the writer commits,
 SQLite closes. A task that dies takes the process down, and systemd starts it again: start-up is recovery.
@@ -28,6 +31,9 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
 from bridged.clock import Clock
+from bridged.cohort_import import CohortImport, cohort_options, raised
+from bridged.cohorts.membership import Membership
+from bridged.cohorts.writer import CohortWriter
 from bridged.config import secret_files, split_address, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
@@ -40,6 +46,7 @@ from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
+from bridged.sources.cohorts import CohortSource
 from bridged.sources.http import HttpOptions, HttpSource
 from bridged.sources.http_connections import HttpLimits
 from bridged.sources.stream import StreamOptions, StreamSource
@@ -151,6 +158,9 @@ class App:
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
+        self.membership: Membership | None = None  # None: no cohorts are imported
+        self.cohort_writer: CohortWriter | None = None
+        self._importing: CohortImport | None = None
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
 
@@ -175,8 +185,12 @@ class App:
             lambda code: TYPE_NAMES.get(code, ""),
             self.clock.earliest,
         )
-        self._delivering = asyncio.create_task(self.delivery.run(), name="delivery")
+        delivering = self.delivery.run() if config.mixpanel.export else _nothing()
+        self._delivering = asyncio.create_task(delivering, name="delivery")
         stack.push_async_callback(self._stop_delivering)
+        if config.cohorts.enabled:
+            importing = await stack.enter_async_context(CohortImport(config, self.clock, self.hurry))
+            self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
@@ -186,17 +200,20 @@ class App:
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
-            _stream_options(config),
+            _stream_options(config) if config.mixpanel.export else StreamOptions(listen=()),
             self.intake,
             self.spool,
             self._listeners.take,
         )
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
+        self.cohorts: CohortSource | None = None
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
+            self.cohorts = CohortSource(cohort_options(config), self.membership)
+            taking = self.intake if config.mixpanel.export else None
             self.http = await stack.enter_async_context(
-                HttpSource(_http_options(config), self.intake, self.spool, sockets)
+                HttpSource(_http_options(config), taking, self.spool, sockets, self.cohorts)
             )
         self._listeners.demand_none_left()
 
@@ -270,6 +287,10 @@ class App:
         self.mapping = mapping
         self.intake.use(mapping)
         self.watch.webhook.use(_hook(config))
+        if self._importing is not None:
+            self._importing.use(config)
+        if self.cohorts is not None:
+            self.cohorts.use(cohort_options(config))
         self.config = config
         if is_other:
             self.delivery.credentials_changed()
@@ -298,6 +319,8 @@ class App:
             asyncio.create_task(self.spool.ended(), name="writer's end"),
             asyncio.create_task(self._delivery_ended(), name="delivery's end"),
         }
+        if self._importing is not None:
+            waits.add(asyncio.create_task(self._importing.ended(), name="cohorts' end"))
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -308,12 +331,13 @@ class App:
             await asyncio.gather(*waits, return_exceptions=True)
 
     async def _delivery_ended(self) -> None:
-        try:
-            await asyncio.shield(self._delivering)
-        except ExceptionGroup as group:
-            # The first is the reason; if it is one for people, they shall read it as such.
-            raise group.exceptions[0] from group
+        await raised(self._delivering)
         raise SpoolError("the delivery ended by itself")
+
+
+async def _nothing() -> None:
+    """Delivers nothing, for ever."""
+    await asyncio.Event().wait()
 
 
 def _hook(config: Config) -> Hook:
@@ -396,7 +420,7 @@ def warn(config: Config) -> None:
         log.warning(
             "api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account and set service_account"
         )
-    if not config.mixpanel.token:
+    if config.mixpanel.export and not config.mixpanel.token:
         log.warning(
             "no_project_token", hint="events carry no `token` property; set mixpanel.token as Braze's connector does"
         )

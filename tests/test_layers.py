@@ -29,8 +29,12 @@ LADDER: dict[str, set[str]] = {
     "delivery": {"backlog", "errors", "mixpanel", "redaction"},
     # Braze's answers are judged in the words of Mixpanel's, and asked for through the same kind of client.
     "braze": {"errors", "mixpanel", "delivery", "redaction"},
+    # The way back: from Mixpanel's webhook to Braze.
+    "cohorts": {"errors", "braze", "mixpanel"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
-    "sources": {"errors", "redaction", "backlog", "intake"},
+    "sources": {"errors", "redaction", "backlog", "intake", "cohorts"},
+    # The cohorts' parts, made from a configuration.
+    "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {"errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
     # What a service manager hands over and wants to hear.
@@ -49,6 +53,8 @@ LADDER: dict[str, set[str]] = {
             "backlog",
             "delivery",
             "intake",
+            "cohorts",
+            "cohort_import",
         ),
         *("sources", "admin", "service"),
     },
@@ -80,6 +86,9 @@ PURE = [
     ROOT / "backlog" / "segment.py",
     ROOT / "backlog" / "accounts.py",
     ROOT / "delivery" / "pacing.py",
+    ROOT / "cohorts" / "webhook.py",
+    ROOT / "cohorts" / "records.py",
+    ROOT / "cohorts" / "pace.py",
     ROOT / "admin" / "health.py",
     ROOT / "alarms" / "rules.py",
     ROOT / "clock.py",

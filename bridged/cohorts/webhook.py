@@ -22,6 +22,7 @@ MAX_ID_BYTES: Final = 987
 MAX_NAME: Final = 255  # characters of a string in an attribute
 # Who was never identified has no external id in Braze: Mixpanel names the device instead.
 _ANONYMOUS: Final = "$device:"
+UNKNOWN_TOTAL: Final = 2**40
 _QUOTED: Final = 60  # characters of something wrong that are repeated to its sender
 
 
@@ -188,11 +189,16 @@ def _text(value: object) -> str:
 
 
 def _page(info: object) -> tuple[int, int]:
-    """total_pages and page_count; what isn't told is 1. A page beyond the total belongs to a round that can't be completed."""
+    """total_pages and page_count; neither told: one of one.
+
+    A page of an unknown total, and one beyond it, belong to a round that can't be completed: who is absent from it stays.
+    """
     if not isinstance(info, dict):
         return 1, 1
     total, page = _count(info.get("total_pages")), _count(info.get("page_count"))
-    return max(1, total if total is not None else 1), page if page is not None else 1
+    if total is None:
+        return (1, 1) if page is None else (UNKNOWN_TOTAL, page)
+    return max(1, total), 1 if page is None else page
 
 
 def _count(value: object) -> int | None:
@@ -200,7 +206,7 @@ def _count(value: object) -> int | None:
         value = int(value.strip()[:15])
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return min(value, 2**40) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return min(value, UNKNOWN_TOTAL) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _quoted(value: object) -> str:
