@@ -170,7 +170,8 @@ class Emulator(Child):
 class Daemon(Child):
     """`bridged run` with a configuration and a spool of its own, all ceilings off."""
 
-    def __init__(self, folder: Path, sink_port: int, *, python: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, sink_port: int, *, python: Sequence[str] = (), more: str = "") -> None:
+        """`python`: options of the interpreter; `more`: further tables of the configuration."""
         self.http_port, self.stream_port, self.admin_port = free_ports(3)
         config = folder / "config.toml"
         # As installed but for: no rate ceiling, and a run's last, unfilled batch doesn't wait a whole second for more.
@@ -193,6 +194,7 @@ flush_interval = "200ms"
 listen = "127.0.0.1:{self.admin_port}"
 [log]
 format = "json"
+{more}
 """,
             encoding="utf-8",
         )

@@ -25,6 +25,10 @@ _COMMANDS = {
         "bridged.commands.dead_letters",
         "events that can't be delivered: list, show, replay, export, purge",
     ),
+    "cohorts": (
+        "bridged.commands.cohorts",
+        "Mixpanel's cohorts in Braze: list, show, plan, allow, resync, forget",
+    ),
     "replay": ("bridged.commands.replay", "hand expired events back that [retention] has archived"),
     "send-test-events": (
         "bridged.commands.send_test_events",

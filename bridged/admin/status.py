@@ -3,12 +3,13 @@
 import asyncio
 import math
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from bridged import __version__
+from bridged.admin.cohorts import CohortsStatus, cohorts_status
 from bridged.admin.health import Facts, Health, is_stall, judge
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
@@ -145,6 +146,7 @@ class Status(Struct, kw_only=True):
     http: HttpDoorStatus | None  # None: closed
     stream: StreamDoorStatus | None
     alarms: list[AlarmStatus]
+    cohorts: CohortsStatus | None  # None: none are imported
     webhook: WebhookStatus | None  # None: there is none
     reload: ReloadStatus
     retrying: RetryStatus | None
@@ -209,7 +211,18 @@ def alarm_facts(app: "App") -> AlarmFacts:
         refusing=spool.near_cap,
         skew_s=app.transport.clock_skew_s,
         configuration_problem=app.reload_problem,
+        **_cohort_facts(app),
     )
+
+
+def _cohort_facts(app: "App") -> dict[str, Any]:
+    cohorts = cohorts_status(app)
+    if cohorts is None:
+        return {}
+    return {
+        "cohorts_halted": cohorts.sentence if cohorts.writer.state == "halted" else "",
+        "cohorts_capped": cohorts.sentence if cohorts.writer.state == "capped" else "",
+    }
 
 
 def _open_alarms(app: "App") -> list[AlarmStatus]:
@@ -295,6 +308,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         if stream and config.sources.stream.listen
         else None,
         alarms=_open_alarms(app),
+        cohorts=cohorts_status(app),
         webhook=app.watch.webhook.status,
         reload=ReloadStatus(
             credential=app.transport.target.credentials.kind,

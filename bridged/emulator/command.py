@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     braze("--braze-partner-key", metavar="KEY", default="", help="the partner key of the partner endpoints")
     braze("--braze-import-key", metavar="KEY", default="", help="the workspace's data import key")
     braze("--braze-users", metavar="FILE", type=Path, help="the external ids that exist, one a line; without it all do")
+    braze(
+        "--braze-blocked", metavar="ID", action="append", default=[], help="an external id that is refused, repeatable"
+    )
     braze("--braze-faults", metavar="FILE", type=Path, help="a script of faults, as --faults; `path` is /users/track")
     braze("--braze-requests", metavar="N", type=_positive, default=3000, help="in 3 s, then 429; default %(default)s")
     braze(
@@ -112,6 +115,7 @@ def _braze_config(args: argparse.Namespace) -> BrazeConfig:
         partner_key=args.braze_partner_key,
         data_import_key=args.braze_import_key,
         users=users,
+        blocked=args.braze_blocked,
         faults=read_faults(args.braze_faults, TRACK) if args.braze_faults else [],
         max_requests=args.braze_requests,
         unordered_s=args.braze_unordered,
