@@ -176,6 +176,10 @@ async def held(braze: Braze, session: aiohttp.ClientSession) -> set[str]:
     return found
 
 
+def _size_mb(where: Path) -> float:
+    return sum(each.stat().st_size for each in where.glob("cohorts.db*")) / 1e6
+
+
 async def full_sync(options: argparse.Namespace, where: Path) -> dict[str, Any]:
     """A first full sync and a second one."""
     dice = random.Random(options.seed)
@@ -213,7 +217,7 @@ async def full_sync(options: argparse.Namespace, where: Path) -> dict[str, Any]:
             figures["again_points"] = (await summary(braze, session))["points"] - points
             figures["peak_rss_mb"] = daemon.memory_mb("VmHWM")
             figures["cpu_s"] = daemon.cpu_s()
-            figures["file_mb"] = sum(each.stat().st_size for each in where.glob("cohorts.db*")) / 1e6
+            figures["file_mb"] = _size_mb(where)
     return figures
 
 

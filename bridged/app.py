@@ -40,10 +40,11 @@ from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.delivery.transport import Transport
-from bridged.errors import BridgedError, ConfigError, SpoolError
+from bridged.errors import BridgedError, ConfigError, MembershipDamaged, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
+from bridged.redaction import redacted
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
 from bridged.sources.cohorts import CohortSource
@@ -160,6 +161,7 @@ class App:
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
         self.membership: Membership | None = None  # None: no cohorts are imported
         self.cohort_writer: CohortWriter | None = None
+        self.cohorts_problem = ""  # why cohorts are enabled and yet not imported
         self._importing: CohortImport | None = None
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
@@ -189,8 +191,7 @@ class App:
         self._delivering = asyncio.create_task(delivering, name="delivery")
         stack.push_async_callback(self._stop_delivering)
         if config.cohorts.enabled:
-            importing = await stack.enter_async_context(CohortImport(config, self.clock, self.hurry))
-            self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
+            await self._open_cohorts(stack, config)
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
@@ -216,6 +217,23 @@ class App:
                 HttpSource(_http_options(config), taking, self.spool, sockets, self.cohorts)
             )
         self._listeners.demand_none_left()
+
+    async def _open_cohorts(self, stack: contextlib.AsyncExitStack, config: Config) -> None:
+        """Damage there is no reason to stop the export."""
+        importing = CohortImport(config, self.clock, self.hurry)
+        try:
+            await stack.enter_async_context(importing)
+        except MembershipDamaged as error:
+            self._cohorts_failed(error)
+            return
+        self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
+
+    def _cohorts_failed(self, error: BaseException) -> None:
+        """Notes why no cohorts are imported. Raises it when nothing else is done here: the process ends."""
+        self.cohorts_problem = redacted(str(error.args[0]) if error.args else repr(error))
+        if not self.config.mixpanel.export:
+            raise error
+        log.error("cohorts_failed", error=self.cohorts_problem, hint=getattr(error, "hint", ""))
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -320,7 +338,7 @@ class App:
             asyncio.create_task(self._delivery_ended(), name="delivery's end"),
         }
         if self._importing is not None:
-            waits.add(asyncio.create_task(self._importing.ended(), name="cohorts' end"))
+            waits.add(asyncio.create_task(self._cohorts_ended(self._importing), name="cohorts' end"))
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -329,6 +347,13 @@ class App:
             for task in waits:
                 task.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _cohorts_ended(self, importing: CohortImport) -> None:
+        try:
+            await importing.ended()
+        except Exception as error:
+            self._cohorts_failed(error)
+        await asyncio.Event().wait()
 
     async def _delivery_ended(self) -> None:
         await raised(self._delivering)

@@ -5,6 +5,7 @@
     +-- SpoolError           exit 74   the spool can't be opened, written or trusted
     |   +-- SpoolFull        503       no room for one more event; the sender keeps it and tries again
     |   +-- MembershipError  503       the cohorts' file can't be opened, written or trusted
+    |       +-- MembershipDamaged      it isn't what was written
     +-- UnknownCohort        404       no cohort has this name
     +-- ListenError          exit 74   a door's address can't be listened on
     +-- UpstreamError        exit 69   Mixpanel or the daemon can't be reached, or refuses us
@@ -53,6 +54,10 @@ class SpoolFull(SpoolError):
 
 class MembershipError(SpoolError):
     """The file of the cohorts can't be opened, written or trusted: names it."""
+
+
+class MembershipDamaged(MembershipError):
+    """It isn't what was written. Events don't depend on it."""
 
 
 class UnknownCohort(BridgedError):

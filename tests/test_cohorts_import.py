@@ -1,15 +1,20 @@
 """The whole way back, over real sockets: Mixpanel's webhook, the file, and a Braze that carries out what it is sent."""
 
+import asyncio
 import base64
+import sqlite3
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 from conftest import Daemon, until
 
 from bridged.app import App
 from bridged.emulator.braze import BrazeConfig, BrazeEmulator
+from bridged.errors import MembershipDamaged, MembershipError
 
 PATH = "/v1/cohorts/mixpanel"
 KEY = "braze-rest-key-of-tests"
@@ -33,7 +38,7 @@ Importer = Callable[..., Any]
 
 
 @pytest.fixture
-def importer(daemon: Daemon, braze: BrazeEmulator, tmp_path: Any) -> Importer:
+def importer(daemon: Daemon, braze: BrazeEmulator, tmp_path: Path) -> Importer:
     """Starts daemons that import cohorts into that Braze."""
 
     async def start(**overrides: str) -> App:
@@ -300,3 +305,78 @@ async def test_export_only(daemon: Daemon, client: aiohttp.ClientSession) -> Non
     assert app.membership is None
     status, answer = await post(app, client, body("members", ["a"]))
     assert (status, answer["status"]) == (503, "failure")
+
+
+async def test_the_rate_limit_is_kept(importer: Importer, client: aiohttp.ClientSession) -> None:
+    """What Braze says is left in its window isn't exceeded, but for the first requests, which know nothing yet."""
+    async with BrazeEmulator(BrazeConfig(port=0, rest_key=KEY, max_requests=10, window_s=1.0)) as slow:
+        app = await importer(braze__url=slow.url)
+        ids = [f"user-{number}" for number in range(75 * 30)]
+        await post(app, client, body("members", ids))
+        await synced(app)
+        assert len(slow.membership("mixpanel_cohorts")) == len(ids)
+        assert slow.summary().answers.get("429", 0) <= 8
+
+
+async def test_a_damaged_file_stops_cohorts_and_nothing_else(
+    importer: Importer, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """The export goes on; Mixpanel is told to come again; without an export the process ends, for somebody to see."""
+    (tmp_path / "cohorts.db").write_bytes(b"this is no database" * 1000)
+    app = await importer()
+    assert app.membership is None
+    assert "cohorts.db" in app.cohorts_problem
+    assert (await post(app, client, body("members", ["a"])))[0] == 503
+    async with client.post(f"http://127.0.0.1:{app.http.port}/v1/currents", json={"events": []}) as response:
+        assert response.status == 200
+    with pytest.raises(MembershipDamaged):
+        await importer(mixpanel__export="false", spool__path=str(tmp_path / "other.db"))
+
+
+async def test_damage_found_while_it_runs(
+    importer: Importer, braze: BrazeEmulator, client: aiohttp.ClientSession
+) -> None:
+    """Pages are refused from then on; nothing that was answered is lost, and the next start goes on."""
+    app = await importer()
+    await post(app, client, body("members", ["a"]))
+    await synced(app)
+    stop = asyncio.Event()
+    running = asyncio.create_task(app.until(stop))
+    membership = app.membership
+
+    def fail(_db: Any) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    with pytest.raises(MembershipError):
+        await membership._guarded(fail)
+    await until(lambda: app.cohorts_problem)
+    assert membership.failed
+    assert (await post(app, client, body("members", ["b"], "s2")))[0] == 503
+    assert not running.done()
+    stop.set()
+    await running
+    await app.__aexit__(None, None, None)
+    again = await importer()
+    await post(again, client, body("members", ["b"], "s2"))
+    await synced(again)
+    assert {user for user, names in braze.membership("mixpanel_cohorts").items() if names} == {"b"}
+
+
+async def test_the_day_s_points_and_the_key_can_change_while_it_runs(
+    importer: Importer, braze: BrazeEmulator, client: aiohttp.ClientSession
+) -> None:
+    """By SIGHUP or a replaced secret file: no restart."""
+    braze.credentials(rest_key="the-next-key-of-tests")
+    app = await importer(cohorts__max_data_points_per_day="1", braze__probe_interval="1h")
+    await post(app, client, body("members", ["a", "b"]))
+    await until(lambda: app.cohort_writer.state == "halted")
+    said = msgspec.structs.replace(
+        app.config,
+        cohorts=msgspec.structs.replace(app.config.cohorts, max_data_points_per_day=10, password="another-password"),
+        braze=msgspec.structs.replace(app.config.braze, rest_key="the-next-key-of-tests"),
+    )
+    app.reload(lambda: said)
+    assert app.reload_problem == ""
+    assert app.restart_needed == []
+    await synced(app)
+    assert (await post(app, client, body("add_members", ["c"])))[0] == 401

@@ -1,5 +1,6 @@
 """The webhook's body: documented shapes, shapes that were seen live, and everything else."""
 
+import contextlib
 import json
 import string
 from typing import Any
@@ -163,8 +164,6 @@ def test_whatever_the_members_are_all_are_counted(members: list[Any], info: Any,
 @given(st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode()))
 def test_whatever_comes_is_a_page_or_a_bad_request(sent: bytes) -> None:
     """Nothing else is ever raised."""
-    try:
+    with contextlib.suppress(BadRequest):
         READER.read(sent)
-    except BadRequest as error:
-        assert str(error)
     webhook.action_of(sent)

@@ -56,7 +56,7 @@ LADDER: dict[str, set[str]] = {
             "cohorts",
             "cohort_import",
         ),
-        *("sources", "admin", "service"),
+        *("redaction", "sources", "admin", "service"),
     },
     # Mixpanel as others know it: what it shared with the path could not find the path's mistakes.
     "emulator": {"errors"},

@@ -4,7 +4,7 @@
     answered. In between it merges what has come, and walks, in steps, so that no page waits for more than one of them.
 
 It is no part of the events' path: its file, its thread and its locks are its own. A full disk refuses pages, and what is
-already here waits. Any other failure ends the process, and its start goes on from what is on disk.
+already here waits. Any other failure ends the writer: pages are refused, and nothing is sent, until the next start.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from bridged.cohorts import looking, merging, tables, taking
 from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refusal
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
-from bridged.errors import MembershipError, UnknownCohort
+from bridged.errors import MembershipDamaged, MembershipError, UnknownCohort
 
 log = structlog.get_logger()
 
@@ -42,6 +42,7 @@ _MAX_PENDING_BYTES: Final = 32 * 2**20
 _SHARE: Final = 0.9
 _FULL_RETRY_S: Final = 1.0
 _PLAN_ROWS: Final = 100_000
+_DAMAGED: Final = "move it away, reconnect the cohorts in Mixpanel for a full sync, and see the run book"
 
 
 class MembershipOptions(Struct, frozen=True, kw_only=True):
@@ -76,6 +77,7 @@ class Membership:
         self._wake = asyncio.Event()
         self._closing = False
         self._failure: BaseException | None = None
+        self._distrusted: sqlite3.Error | None = None  # found outside of the writer
         self._commits = 0
         self._commit_seconds = 0.0
         self._waiting = 0  # members in pages that wait to be merged; the connection's thread's
@@ -116,10 +118,7 @@ class Membership:
         except BaseException as error:
             await self._db.close()
             if isinstance(error, sqlite3.Error):
-                raise MembershipError(
-                    f"can't open the cohorts' file {path}: {error}",
-                    "if it is damaged, move it away and have Mixpanel sync the cohorts in full",
-                ) from error
+                raise MembershipDamaged(f"can't open the cohorts' file {path}: {error}", _DAMAGED) from error
             raise
 
     def _prepare(self, db: sqlite3.Connection) -> None:
@@ -336,10 +335,13 @@ class Membership:
         try:
             return await self.run(both)
         except sqlite3.Error as error:
-            raise self._trouble(error) from error
-
-    def _trouble(self, error: sqlite3.Error) -> MembershipError:
-        return MembershipError(f"can't write the cohorts' file {self.options.path}: {error}", "is its disk full?")
+            try:
+                self._is_full(error)
+            except sqlite3.Error:
+                # The writer is to end of it, wherever it was found.
+                self._distrusted = error
+                self._wake.set()
+            raise MembershipError(f"can't write the cohorts' file {self.options.path}: {error}") from error
 
     async def _write(self) -> None:
         work = _Work()
@@ -347,6 +349,7 @@ class Membership:
             while True:
                 work, self._work = self._work, _Work()
                 self._wake.clear()
+                self._demand_trust()
                 if work.pages or work.results:
                     await self._commit(work)
                 if self._closing and not (self._work.pages or (self._work.results and not self.full)):
@@ -363,12 +366,17 @@ class Membership:
                     if not future.done():
                         future.set_exception(MembershipError("the cohorts' file failed"))
             if isinstance(error, sqlite3.Error):
-                raise self._trouble(error) from error
+                path = self.options.path
+                raise MembershipDamaged(f"the cohorts' file {path} can't be trusted: {error}", _DAMAGED) from error
             raise
+
+    def _demand_trust(self) -> None:
+        if self._distrusted is not None:
+            raise self._distrusted
 
     def _linger_s(self) -> float | None:
         """How long nothing is done if nothing comes; None: for ever."""
-        if self.full:
+        if self.full or self._work.results:
             return _FULL_RETRY_S
         if self._inbox_since is None:
             return None
@@ -433,7 +441,8 @@ class Membership:
             pages, members = merging.merge(db, by_name=by_name)
             self._waiting -= members
             done = pages > 0
-        if done:
+        if done or self.full:
+            # What was full may have room again: the next page finds out.
             self._look(db)
         return done, db.execute("SELECT EXISTS (SELECT 1 FROM inbox)").fetchone()[0] == 1
 

@@ -29,6 +29,7 @@ from bridged.braze.transport import Transport
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.pace import Pace
 from bridged.cohorts.taking import Block, Named, Row, Settled, User
+from bridged.errors import MembershipError
 from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
 
 log = structlog.get_logger()
@@ -139,7 +140,7 @@ class CohortWriter:
             while True:
                 self._news.clear()
                 wait_s = self._wait_s(loop.time())
-                if wait_s <= 0 and not self._stopping and (self._ready or await self._fill()):
+                if wait_s <= 0 and not self._stopping and (self._ready or await self._filled()):
                     # Braze may have said something meanwhile.
                     if self._wait_s(loop.time()) <= 0:
                         self._send(senders, self._ready.pop(0))
@@ -179,17 +180,29 @@ class CohortWriter:
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
+    async def _filled(self) -> bool:
+        """The same, and no on a full disk."""
+        try:
+            return await self._fill()
+        except MembershipError as error:
+            if self._membership.failed:
+                raise
+            if self.problem != error.args[0]:
+                log.error("cohorts_untaken", error=error.args[0])
+            self.problem = error.args[0]
+            return False
+
     async def _fill(self) -> bool:
         """Takes the next block and cuts it into parcels; whether there is any."""
         membership = self._membership
         trying = self.halted is not None or self.pace.failures > 0
         free = self.pace.max_concurrency - len(self._in_flight)
-        if not membership.figures.due:
-            return False
         if not membership.options.by_name:
             for cohort in (await membership.unannounced()).values():
                 if not await self._announce(cohort):
                     return False
+        if not membership.figures.due:
+            return False
         per_request = requests.MAX_OBJECTS if membership.options.by_name else requests.MAX_IDS
         limit = 1 if trying else per_request * free
         block = await membership.take(self._after, limit, list(self._busy))
