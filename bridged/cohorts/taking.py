@@ -121,11 +121,18 @@ def announced(db: sqlite3.Connection, cohort: int, version: int) -> None:
         db.execute("UPDATE cohorts SET announced = ? WHERE id = ?", (version, cohort))
 
 
+def _allowed(db: sqlite3.Connection, limit: int, day: str, cap: int) -> int:
+    """How many may be taken. None during a walk: whom it has yet to pass would be written a second time."""
+    if db.execute("SELECT 1 FROM walks LIMIT 1").fetchone():
+        return 0
+    left = budget(db, day, cap).left
+    return min(limit, MAX_BLOCK, limit if left is None else left)
+
+
 def take_users(db: sqlite3.Connection, after: int, limit: int, busy: list[int], day: str, cap: int) -> Block:
     """The next users behind a key, and from the first on again, but for the busy ones; each with all rows. One transaction."""
     with transaction(db):
-        left = budget(db, day, cap).left
-        limit = min(limit, MAX_BLOCK, limit if left is None else left)
+        limit = _allowed(db, limit, day, cap)
         db.execute("DELETE FROM temp.batch")
         for low, high in ((after, 2**62), (-1, after)):
             db.execute(
@@ -149,8 +156,7 @@ def take_users(db: sqlite3.Connection, after: int, limit: int, busy: list[int], 
 def take_rows(db: sqlite3.Connection, after: int, limit: int, busy: list[int], day: str, cap: int) -> Block:
     """The same for changes: users with the rows that are due, of cohorts that are announced; `limit` counts rows."""
     with transaction(db):
-        left = budget(db, day, cap).left
-        limit = min(limit, MAX_BLOCK, limit if left is None else left)
+        limit = _allowed(db, limit, day, cap)
         db.execute("DELETE FROM temp.taken")
         for low, high in ((after, 2**62), (-1, after)):
             db.execute(

@@ -94,7 +94,7 @@ class Reader:
             said = self._body.decode(body)
         except msgspec.ValidationError:
             raise BadRequest("the body is not the cohort webhook's: expected action and parameters") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadRequest(f"the body is not JSON: {error}") from None
         except RecursionError:
             raise BadRequest("the body is nested too deeply") from None
@@ -138,7 +138,7 @@ class Reader:
             # Something among them is no object. It costs itself.
             try:
                 loose = msgspec.json.decode(members, type=list[Any])
-            except msgspec.ValidationError:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 raise BadRequest("parameters.members: expected an array of objects") from None
             found = [
                 next((each[key] for key in self._keys if each.get(key) is not None), None)
@@ -146,8 +146,8 @@ class Reader:
                 else None
                 for each in loose
             ]
-        except RecursionError:
-            raise BadRequest("parameters.members is nested too deeply") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadRequest(f"parameters.members is not JSON: {error}") from None
         ids, too_long = [], 0
         for value in found:
             text = value if type(value) is str else _text(value)
@@ -164,7 +164,7 @@ def action_of(body: bytes) -> str:
     """What a body that was refused asked for, for the answer; empty if that can't be said."""
     try:
         action = msgspec.json.decode(body, type=_Envelope).action
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     return action if action in ACTIONS else ""
 

@@ -117,7 +117,7 @@ class CohortWriter:
             return "halted"
         if self.pace.failures:
             return "backing off"
-        if self._capped and self._membership.figures.due:
+        if self._capped and self._membership.figures.due and not self._busy:
             return "capped"
         return "sending" if self._membership.figures.due or self._in_flight else "idle"
 
@@ -232,6 +232,8 @@ class CohortWriter:
         result = Settled(day=parcel.block.day)
         try:
             await self._write(parcel, result)
+            if result.reasons:
+                log.warning("users_rejected", users=len(result.reasons), reason=result.reasons[0][1])
             await self._membership.settle(result)
         finally:
             self._release(parcel.users)
@@ -268,7 +270,10 @@ class CohortWriter:
                 await self._give_up(parcel, reason, result)
             case Split():
                 for half in parcel.halves():
-                    await self._write(half, result)
+                    if self.halted is None and not self.pace.failures:
+                        await self._write(half, result)
+                    else:
+                        self._back(half, result)
             case Retry(kind):
                 # Whether it was carried out can't be known; only a rate limit surely kept it out.
                 if kind == "rate":
@@ -361,7 +366,6 @@ class CohortWriter:
             result.reasons.append((user.key, why))
         result.refund += len(failures)
         self.problem = next(iter(failures.values()))
-        log.warning("users_rejected", users=len(failures), reason=self.problem)
 
     def _back(self, parcel: _Parcel, result: Settled) -> None:
         """Nothing of it was carried out."""
