@@ -10,6 +10,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridged.braze import requests
 from bridged.braze.clusters import HOSTS, host
 from bridged.braze.requests import (
     MAX_IDS,
@@ -101,6 +102,12 @@ def test_the_partner_requests_have_their_shape():
         "created_at": "2026-01-21T19:20:30+00:00",
     }
     assert "Authorization" not in PARTNER.headers()
+
+
+def test_a_probe_is_about_nobody():
+    """It costs nothing, whoever takes it."""
+    assert (requests.probe(rest()).body, requests.probe(rest()).points) == (b'{"attributes":[{}]}', 0)
+    assert msgspec.json.decode(requests.probe(PARTNER).body)["cohort_changes"] == []
 
 
 def test_nothing_shows_a_credential():

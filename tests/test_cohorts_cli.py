@@ -219,3 +219,54 @@ async def test_orders_that_make_no_sense_change_nothing(synced, client, braze):
         assert answer.status == 404
     await in_step(synced)
     assert braze.summary().points == before
+
+
+async def test_check_tells_of_cohorts_and_asks_braze(tmp_path, braze, capsys):
+    """What the configuration amounts to, what may be dear, and with --online what Braze says to the key; nothing is written."""
+    path = tmp_path / "check.toml"
+
+    async def check(key, *words, more=""):
+        path.write_text(
+            f"""
+[mixpanel]
+export = false
+[cohorts]
+enabled = true
+password = "example-password"
+{more}
+[braze]
+url = "{braze.url}"
+{key}
+""",
+            encoding="utf-8",
+        )
+        capsys.readouterr()
+        code = await asyncio.to_thread(cli.main, ["check", "--config", str(path), *words])
+        output = capsys.readouterr()
+        return code, output.out + output.err
+
+    good = 'rest_key = "example-rest-key"'
+    code, output = await check(good)
+    assert code == 0
+    assert "mixpanel_cohorts" in output
+    assert "large bill" in output
+    assert "no event is taken" in output
+    assert "example-" not in output
+    assert braze.summary().requests == 0
+    code, output = await check(good, "--online", more="max_data_points_per_day = 5\nupdate_existing_only = false")
+    assert (code, "Braze takes the REST key" in output) == (0, True)
+    assert "5 a day" in output
+    assert "are created there" in output
+    code, output = await check('rest_key = "another-rest-key"', "--online")
+    assert (code, "rest_key" in output) == (69, True)
+    partner = 'partner_key = "example-partner-key"\ndata_import_key = "example-import-key"\npartner_name = "example"'
+    code, output = await check(partner, "--online")
+    assert (code, "key of the partner 'example'" in output) == (0, True)
+    braze.script([{"path": "*", "status": 503}])
+    assert (await check(good, "--online"))[0] == 69
+    braze.script([{"status": 400}])
+    assert (await check(good, "--online"))[0] == 0
+    braze.script([{"status": 413}])
+    assert (await check(good, "--online"))[0] == 69
+    assert braze.users() == []
+    assert braze.summary().points == 0

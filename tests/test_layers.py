@@ -36,7 +36,7 @@ LADDER: dict[str, set[str]] = {
     # The cohorts' parts, made from a configuration.
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
-    "admin": {"errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
+    "admin": {"errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery", "cohorts"},
     # What a service manager hands over and wants to hear.
     "service": {"errors"},
     # Knows everyone.
@@ -70,7 +70,10 @@ LADDER: dict[str, set[str]] = {
         "backlog",
         "delivery",
         "sources",
+        "cohorts",
+        "braze",
         "admin",
+        "cohort_import",
         "app",
     },
     "cli": {"errors", "redaction", "logs", "config", "app", "emulator", "commands"},

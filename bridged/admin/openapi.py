@@ -179,9 +179,29 @@ _COHORT_PAGE: Final = _operation(
     _json(_ref("CohortAnswer")),
     *(400, 401, 404, 405, 408, 413, 415, 431, 503),
     body={
-        "description": "Mixpanel's body: action (members, add_members or remove_members) and parameters.",
+        "description": "Mixpanel's body. What isn't named here is not looked at, and what is may be a number or a string.",
         "required": True,
-        "content": {"application/json": {"schema": True}},
+        "content": _json(
+            {
+                "type": "object",
+                "properties": {
+                    "action": {"enum": ["members", "add_members", "remove_members"]},
+                    "parameters": {
+                        "type": "object",
+                        "properties": {
+                            "mixpanel_project_id": {"type": ["string", "integer"]},
+                            "mixpanel_cohort_id": {"type": ["string", "integer"]},
+                            "mixpanel_cohort_name": {"type": "string"},
+                            "mixpanel_session_id": {"type": "string"},
+                            "page_info": {"type": "object"},
+                            "members": {"type": "array", "items": {"type": "object"}},
+                        },
+                        "required": ["mixpanel_cohort_id", "members"],
+                    },
+                },
+                "required": ["action", "parameters"],
+            }
+        ),
     },
 )
 # Mixpanel reads its own form of a refusal; what isn't about a page (a path, a method, a head) is told as everywhere.

@@ -412,7 +412,7 @@ def _warnings(app: "App") -> list[str]:
         )
     if config.mixpanel.api_secret and not config.mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account")
-    if not config.mixpanel.token:
+    if config.mixpanel.export and not config.mixpanel.token:
         found.append("mixpanel.token is empty: events carry no `token` property, as those of Braze's connector do")
     if app.intake.unknown_fields:
         count = len(app.intake.unknown_fields)

@@ -131,6 +131,14 @@ def change_members(target: Target, cohort_id: str, joining: Sequence[str], leavi
     return Request(f"/partners/{target.partner_name}/cohorts/users", msgspec.json.encode(body), total, total)
 
 
+def probe(target: Target) -> Request:
+    """Asks whether the key is good, and writes nothing: an object about nobody, which is refused; as a partner, no change."""
+    if target.is_partner:
+        body = msgspec.json.encode(_partner(target, "bridged-check") | {"cohort_changes": []})
+        return Request(f"/partners/{target.partner_name}/cohorts/users", body, 1, 0)
+    return Request(TRACK_PATH, b'{"attributes":[{}]}', 1, 0)
+
+
 def _partner(target: Target, cohort_id: str) -> dict[str, Any]:
     return {"partner_api_key": target.partner_key, "client_secret": target.data_import_key, "cohort_id": cohort_id}
 
