@@ -189,6 +189,9 @@ class _BridgedCollector(Collector):
 
     def _cohorts(self) -> Iterator[Metric]:
         membership, writer = self._app.membership, self._app.cohort_writer
+        if self._app.config.cohorts.enabled:
+            failed = bool(self._app.cohorts_problem)
+            yield _gauge("cohorts_failed", "1 when cohorts are enabled, and can't be imported: see the log.", failed)
         if membership is None or writer is None:
             return
         figures = membership.figures
