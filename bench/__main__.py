@@ -18,6 +18,7 @@ QUESTIONS = {
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
     "restart": "what a restart costs the senders: the daemon restarted under load, its sockets held by a service manager",
     "corrupt": "what damage costs: bits flipped and bytes cut off in a spool's files, and a start for each",
+    "cohorts": "what a cohort costs: a full sync to Braze and a repeated one, and SIGKILL while it receives, sweeps, sends",
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
     "hostile": "what slow, endless, explosive and deaf clients cost: the daemon's memory, and an honest client's p99",
     "fuzz": "inputs that nobody sends, by the million, into decoder, framer and mapping: executions, and what broke",

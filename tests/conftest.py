@@ -24,6 +24,7 @@ from bridged.config import load
 from bridged.currents.examples import example_event
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
+from bridged.emulator.braze import BrazeConfig, BrazeEmulator
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.settings import Config
@@ -151,6 +152,26 @@ async def daemon(config: Callable[..., Config]) -> AsyncIterator[Daemon]:
     yield start
     for app in reversed(running):
         await app.__aexit__(None, None, None)
+
+
+@pytest.fixture
+async def braze() -> AsyncIterator[BrazeEmulator]:
+    """A Braze on loopback, in this process. What is sent at once comes about in any order."""
+    async with BrazeEmulator(BrazeConfig(port=0, rest_key="example-rest-key", unordered_s=0.005)) as running:
+        yield running
+
+
+@pytest.fixture
+def importing(braze: BrazeEmulator, tmp_path: Path) -> dict[str, str]:
+    """Overrides of the configuration that import cohorts into that Braze: `await daemon(**importing)`."""
+    return {
+        "cohorts__enabled": "true",
+        "cohorts__username": "mixpanel",
+        "cohorts__password": "example-password",
+        "cohorts__path": str(tmp_path / "cohorts.db"),
+        "braze__url": braze.url,
+        "braze__rest_key": "example-rest-key",
+    }
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ class _BridgedCollector(Collector):
         yield from self._doors()
         yield from self._delivery()
         yield from self._alarms()
+        yield from self._cohorts()
         yield _gauge(
             "ready",
             "1 if /readyz says so: events are taken, and those that wait make progress.",
@@ -206,6 +207,58 @@ class _BridgedCollector(Collector):
         yield _counter("rate_cuts", "Times that the rate was cut.", pace.rate_cuts_total)
         yield _counter("concurrency_cuts", "Times that the concurrency was cut.", pace.concurrency_cuts_total)
         yield _counter("backoffs", "Times that everything paused.", pace.backoffs_total)
+
+    def _cohorts(self) -> Iterator[Metric]:
+        membership, writer = self._app.membership, self._app.cohort_writer
+        if self._app.config.cohorts.enabled:
+            failed = bool(self._app.cohorts_problem)
+            yield _gauge("cohorts_failed", "1 when cohorts are enabled, and can't be imported: see the log.", failed)
+        if membership is None or writer is None:
+            return
+        figures = membership.figures
+        yield _gauge("cohorts", "Cohorts that Mixpanel has sent.", figures.cohorts)
+        ends = {
+            "in_braze": figures.in_braze,
+            "joining": figures.joining,
+            "rejected": figures.rejected,
+            "leaving": figures.leaving,
+            "rejected_leaving": figures.rejected_leaving,
+        }
+        text = "Memberships (users times cohorts): known to be in Braze, to be written, refused, to be taken out."
+        memberships = GaugeMetricFamily("bridged_cohort_memberships", text, labels=["state"])
+        for state, count in ends.items():
+            memberships.add_metric([state], count)
+        yield memberships
+        yield _gauge(
+            "cohort_memberships_imbalance",
+            "Mixpanel's members - in_braze - joining - rejected: anything but 0 is a bug.",
+            figures.members - figures.in_braze - figures.joining - figures.rejected,
+        )
+        received = {
+            "applied": figures.applied,
+            "no_id": figures.no_id,
+            "too_long": figures.too_long,
+            "stale": figures.stale,
+        }
+        yield _counters(
+            "cohort_members_received", "Members in Mixpanel's pages, by what became of them.", "end", received
+        )
+        yield _counter("cohort_pages", "Pages of Mixpanel's that were committed.", figures.pages)
+        yield _gauge("cohort_members_waiting", "Members in pages that are on disk and not merged yet.", figures.waiting)
+        yield _gauge("cohort_points_today", "Data points that Braze bills for this day (UTC).", figures.points_today)
+        if figures.points_left_today is not None:
+            yield _gauge("cohort_points_left_today", "Until the day's cap.", figures.points_left_today)
+        yield _counter("cohort_users_sent", "Updates of users that Braze took.", writer.users_sent)
+        yield _counter("cohort_users_unknown", "Updates that Braze took and didn't count.", writer.unknown_users)
+        yield _counter("cohort_requests", "Requests to Braze.", writer.requests)
+        yield _gauge("cohort_requests_in_flight", "Requests to Braze without an answer yet.", writer.in_flight)
+        yield _counters("cohort_verdicts", "Braze's answers, by what they mean.", "verdict", writer.verdicts)
+        yield _gauge("cohorts_halted", "1 while Braze refuses the key or the address.", writer.state == "halted")
+        yield _gauge("cohorts_capped", "1 while the day's data points are spent.", writer.state == "capped")
+        yield _gauge("cohorts_delivered_timestamp_seconds", "When Braze last took an update.", writer.delivered_at or 0)
+        yield _gauge("cohorts_file_bytes", "What the membership takes on disk.", figures.file_bytes)
+        yield _counter("cohort_commits", "Commits to the membership.", figures.commits)
+        yield _counter("cohort_commit_seconds", "Time that those took.", figures.commit_seconds)
 
 
 def _named(counts: Mapping[int, int], codes: Iterable[int]) -> dict[str, int]:
