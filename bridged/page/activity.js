@@ -1,7 +1,7 @@
 // Activity: what happened, newest first.
 
 import { ask } from "./api.js";
-import { attempt, button, clock, count, el, fill, moment, problemText } from "./dom.js";
+import { attempt, button, clock, count, duration, el, fill, moment, problemText, prose } from "./dom.js";
 
 export const title = "Activity";
 
@@ -58,7 +58,7 @@ export function open(main) {
 
 function entry(one) {
   const level = LEVELS[one.severity] ?? "";
-  const details = Object.entries(one.detail ?? {}).filter(([, value]) => value !== "" && value !== null && (!Array.isArray(value) || value.length));
+  const details = Object.entries(one.detail ?? {}).filter(([name, value]) => name !== "alarm" && value && (!Array.isArray(value) || value.length));
   return el(
     "li",
     {},
@@ -67,9 +67,16 @@ function entry(one) {
     el(
       "div",
       {},
-      el("p", {}, one.text),
+      el("p", {}, prose(one.text)),
       one.count > 1 && el("p", { class: "hint" }, `${count(one.count, "time")}, the last at ${clock(one.last_at)}`),
-      details.length > 0 && el("p", { class: "hint" }, details.map(([name, value]) => `${name.replaceAll("_", " ")}: ${Array.isArray(value) ? value.join(", ") : typeof value === "object" ? JSON.stringify(value) : value}`).join(" · ")),
+      details.length > 0 && el("p", { class: "hint" }, details.map(told).join(" · ")),
     ),
   );
+}
+
+/** A detail in words. */
+function told([name, value]) {
+  if (name.endsWith("_s") && typeof value === "number") return `${name.slice(0, -2).replaceAll("_", " ")}: ${duration(value)}`;
+  const text = Array.isArray(value) ? value.join(", ") : typeof value === "object" ? JSON.stringify(value) : value;
+  return `${name.replaceAll("_", " ")}: ${text}`;
 }

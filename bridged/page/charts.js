@@ -3,6 +3,7 @@
 import { clock, duration, el, fill, number, say, short } from "./dom.js";
 
 const HEIGHT = 150;
+const SHORTEST_S = 300; // of the time that is shown, so that the first minutes aren't a cliff
 
 /** What is drawn. `columns`: names in the history; `figure`: how a value is written. */
 const CHARTS = [
@@ -20,7 +21,7 @@ export function charts() {
     const words = el("span", {});
     const canvas = el("div", { class: "chart", role: "img", "aria-label": chart.title });
     const keys = chart.columns.length > 1 && chart.columns.map(([label], index) => el("span", {}, el("i", { class: index ? "key accent" : "key" }), label));
-    return { chart, words, canvas, plot: null, figure: el("figure", {}, el("figcaption", {}, el("strong", {}, chart.title), keys, words), canvas) };
+    return { chart, words, canvas, plot: null, figure: el("figure", {}, el("figcaption", {}, el("strong", {}, chart.title), keys, el("br", {}), words), canvas) };
   });
   const element = el("div", { class: "charts" }, parts.map((part) => part.figure));
   let last = null;
@@ -102,16 +103,18 @@ function options(chart, width, words, rest) {
       points: { show: false },
     };
   });
+  // Answers are counted, and a rate below one is told as such.
+  const whole = chart.bars ? [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000] : undefined;
   return {
     width,
     height: HEIGHT,
     padding: [8, 8, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 } },
     legend: { show: false },
-    scales: { y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+    scales: { x: { range: (plot, first, last) => [Math.min(first, last - SHORTEST_S), last] }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
     axes: [
-      { ...axis, values: (_plot, ticks) => ticks.map((at) => clock(at).slice(-8, -3)), space: 60, size: 28 },
-      { ...axis, values: (_plot, ticks) => ticks.map(chart.axis), size: 56, space: 32 },
+      { ...axis, values: (_plot, ticks, _axis, _space, step) => ticks.map((at) => (step < 60 ? clock(at).slice(-8) : clock(at).slice(-8, -3))), space: 64, size: 28 },
+      { ...axis, values: (_plot, ticks) => ticks.map(chart.axis), size: 56, space: 32, incrs: whole },
     ],
     series: [{}, ...lines],
     hooks: {

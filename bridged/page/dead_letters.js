@@ -25,6 +25,8 @@ export function open(main, context) {
   const list = el("div", {});
   const newer = button("Newer", () => attempt(newer, () => turn(-1)));
   const older = button("Older", () => attempt(older, () => turn(1)));
+  newer.hidden = true;
+  older.hidden = true;
   const where = el("p", { class: "hint", role: "status" });
   const form = filterForm((given) => {
     filter = given;
@@ -41,8 +43,8 @@ export function open(main, context) {
     main,
     el("div", { class: "view-head" }, el("div", {}, el("h1", {}, title), el("p", {}, "Events that couldn’t be delivered, and why. They are kept until you replay or purge them."))),
     nothing,
-    section("Why", groups),
-    section("Which", form.element, fresh, list, bar, el("div", { class: "actions" }, newer, older, where)),
+    section("Reasons", groups),
+    section("List", form.element, fresh, list, bar, el("div", { class: "actions" }, newer, older, where)),
   );
 
   const query = () => ({ ...filter, order: "newest", limit: PAGE, before: pages.at(-1) });

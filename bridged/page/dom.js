@@ -88,6 +88,9 @@ const day = (date) => `${date.getFullYear()}-${pad(date.getMonth() + 1)}-${pad(d
 /** A moment as an element that says both: when, and exactly when. */
 export const moment = (at) => el("time", { datetime: new Date(at * 1000).toISOString(), title: new Date(at * 1000).toString() }, clock(at));
 
+/** A text in which what stands between backticks is code, as the daemon's texts have it. */
+export const prose = (text) => text.split("`").map((part, index) => (index % 2 ? el("code", {}, part) : part));
+
 /** JSON to be read: two spaces, and what isn't JSON as it is. */
 export const pretty = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
 

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { charts } from "./charts.js";
-import { bytes, clock, count, duration, el, fill, number, say, section, share } from "./dom.js";
+import { bytes, clock, count, duration, el, fill, number, prose, say, section, share } from "./dom.js";
 
 export const title = "Overview";
 
@@ -15,11 +15,20 @@ const PARTS = [
 ];
 
 const LIMITS = {
-  nothing: "Nothing limits it: it goes as fast as events come.",
-  rate: "Limited by the rate: Mixpanel’s ceiling for a project, or what its last 429 left of it.",
-  concurrency: "Limited by concurrency: as many requests are under way as Mixpanel answers well.",
-  backoff: "Backing off",
-  probe: "One batch is tried, to see whether Mixpanel takes events again.",
+  nothing: ["Nothing limits it", "It goes as fast as events come."],
+  rate: ["The rate", "Mixpanel’s ceiling for a project, or what its last 429 left of it."],
+  concurrency: ["Requests under way", "As many as Mixpanel answers well; more would only wait there."],
+  probe: ["A probe", "One batch is tried, to see whether Mixpanel takes events again."],
+};
+
+/** Where a person goes from an alarm. */
+const HELP = {
+  dead_letters: ["Look at them", "#/dead-letters"],
+  dead_letters_dropped: ["Look at them", "#/dead-letters"],
+  halted: ["Renew the credential", "#/connection"],
+  expiring_50: ["Renew the credential", "#/connection"],
+  expiring_90: ["Renew the credential", "#/connection"],
+  expired: ["Renew the credential", "#/connection"],
 };
 
 /** Opens the view. */
@@ -50,10 +59,10 @@ export function open(main, context) {
       const aside = besides(status);
       say(beside, aside.text);
       if (aside.link) beside.append(" ", el("a", { href: aside.link[1] }, aside.link[0]));
-      show(alarms, status.alarms, (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, alarm.text), el("p", { class: "hint" }, `Since ${clock(alarm.since)}`)));
+      show(alarms, status.alarms, (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, prose(alarm.text)), el("p", { class: "hint" }, `Since ${clock(alarm.since)}. `, HELP[alarm.alarm] && el("a", { href: HELP[alarm.alarm][1] }, HELP[alarm.alarm][0]))));
       sum.use(status.events);
       facts.use(status);
-      show(warnings, status.warnings.length ? [status.warnings] : [], (found) => section("Worth knowing", el("ul", {}, found.map((text) => el("li", {}, text)))));
+      show(warnings, status.warnings.length ? [status.warnings] : [], (found) => section("Worth knowing", el("ul", {}, found.map((text) => el("li", {}, prose(text))))));
       drawn.tick(status);
     },
     end: drawn.end,
@@ -140,7 +149,7 @@ function figures() {
       const { pace, spool } = status;
       put("oldest", status.oldest_age_s === null ? "Nothing waits" : duration(status.oldest_age_s), oldest(status));
       put("pace", `${number(pace.delivered_per_second)} events/s`, `${count(pace.in_flight, "request")} under way, at most ${pace.concurrency_limit}; ${limits(pace)}`);
-      put("limit", limited(status), status.last_problem && status.state !== "idle" ? `Last problem: ${status.last_problem}` : "");
+      put("limit", ...limited(status));
       put("disk", `${bytes(spool.bytes)} of ${bytes(spool.max_bytes)}`, `${count(spool.segments, "segment")}, ${bytes(spool.disk_free_bytes)} free on the disk`);
       disk.value = spool.max_bytes ? spool.bytes / spool.max_bytes : 0;
       const answers = Object.entries(status.verdicts).map(([name, times]) => `${number(times)} ${name}`).join(", ");
@@ -165,9 +174,10 @@ function limits(pace) {
 }
 
 function limited(status) {
-  if (status.halted) return "Halted: nothing is sent until Mixpanel takes the credential.";
-  if (status.pace.limited_by === "backoff") return `Backing off for ${duration(status.pace.backing_off_s)}: ${status.pace.reason}`;
-  return LIMITS[status.pace.limited_by] ?? status.pace.limited_by;
+  const { pace } = status;
+  if (status.halted) return ["Halted", "Nothing is sent until Mixpanel takes the credential."];
+  if (pace.limited_by === "backoff") return [`Backing off for ${duration(pace.backing_off_s)}`, pace.reason];
+  return LIMITS[pace.limited_by] ?? [pace.limited_by, ""];
 }
 
 function doors(status) {
