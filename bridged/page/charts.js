@@ -18,10 +18,10 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 /** The charts, over the columns of /api/history. `use(history)` draws; `end()` lets go. */
 export function charts() {
   const parts = CHARTS.map((chart) => {
-    const words = el("span", {});
+    const words = el("span", { class: "words" });
     const canvas = el("div", { class: "chart", role: "img", "aria-label": chart.title });
     const keys = chart.columns.length > 1 && chart.columns.map(([label], index) => el("span", {}, el("i", { class: index ? "key accent" : "key" }), label));
-    return { chart, words, canvas, plot: null, figure: el("figure", {}, el("figcaption", {}, el("strong", {}, chart.title), keys, el("br", {}), words), canvas) };
+    return { chart, words, canvas, plot: null, figure: el("figure", {}, el("figcaption", {}, el("strong", {}, chart.title), keys, words), canvas) };
   });
   const element = el("div", { class: "charts" }, parts.map((part) => part.figure));
   let last = null;
