@@ -95,13 +95,17 @@ async def test_there_is_an_end_to_listeners(daemon, client, monkeypatch):
 
 async def test_who_does_not_read_is_dropped(daemon, client, monkeypatch):
     """It holds nothing back from the others meanwhile, and its place is free afterwards."""
-    monkeypatch.setattr(live, "EVERY_S", 0.01)
+    # More than the kernel takes for somebody who doesn't read.
+    large = b": " + b"x" * 2**20 + b"\n"
+    real = live.Broadcast._latest
+    monkeypatch.setattr(live.Broadcast, "_latest", lambda self, now: large + real(self, now))
+    monkeypatch.setattr(live, "EVERY_S", 0.05)
     monkeypatch.setattr(live, "_STUCK_S", 0.5)
     app = await daemon()
     _, writer = await asyncio.open_connection("127.0.0.1", app.admin.port, limit=1024)
     writer.write(b"GET /api/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await until(lambda: app.admin._live.listeners == 1, "the listener")
-    async with client.get(base(app) + "/api/live") as other:
+    async with aiohttp.ClientSession(read_bufsize=2**22) as session, session.get(base(app) + "/api/live") as other:
         while app.admin._live.listeners == 2:
             assert (await event(other))[0] == "status"
         assert app.admin._live.listeners == 1
