@@ -20,6 +20,7 @@ from typing import Any, Self
 import structlog
 
 from bridged import __version__, reloading
+from bridged.activity import Activity
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
 from bridged.alarms.watch import Watch
@@ -150,6 +151,7 @@ class App:
         self._configured = config  # what the configuration last said
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
+        self.activity = Activity(f"{config.spool.path}.activity")
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
@@ -163,6 +165,7 @@ class App:
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         config, delivery = self.config, self.config.delivery
         self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES, self.clock.latest))
+        self._begin_activity(stack)
         self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
         self.transport = await stack.enter_async_context(Transport(target(config), delivery.timeout))
         self.delivery = Delivery(
@@ -175,11 +178,13 @@ class App:
             lambda code: TYPE_NAMES.get(code, ""),
             self.clock.earliest,
         )
+        self.delivery.happened = self.activity.tell
         self._delivering = asyncio.create_task(self.delivery.run(), name="delivery")
         stack.push_async_callback(self._stop_delivering)
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
+        self.watch.happened = self.activity.tell
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
         self.admin = AdminServer(self, self._listeners.take(config.admin.listen))
@@ -199,6 +204,24 @@ class App:
                 HttpSource(_http_options(config), self.intake, self.spool, sockets)
             )
         self._listeners.demand_none_left()
+
+    def _begin_activity(self, stack: contextlib.AsyncExitStack) -> None:
+        """Once the spool is ours, and until it is closed: its file stands beside the spool's."""
+        self.activity.open()
+        before = self.activity.entries[-1] if self.activity.entries else None
+        killed = before is not None and before.kind != "stopped"
+        how = "after a crash, a kill or a power cut" if killed else "" if before else "with an empty list"
+        text = f"bridged {__version__} started {how}".strip()
+        self.activity.tell("started", text, "warning" if killed else "info", salvaged=self.spool.set_aside)
+
+        def ended(kind: type[BaseException] | None, error: BaseException | None, _traceback: Any) -> None:
+            if error is None or isinstance(error, asyncio.CancelledError):
+                self.activity.tell("stopped", "bridged stopped", waiting=self.spool.accounts.total("waiting"))
+            else:
+                self.activity.tell("stopped", f"bridged stopped: {error}", "critical")
+            self.activity.close()
+
+        stack.push(ended)
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -238,12 +261,16 @@ class App:
             said_of_it = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
             self.reload_problem = " ".join(said_of_it.split())
             log.error("reload_failed", error=str(error), hint="the configuration in force is the old one")
+            self.activity.tell("reload_failed", f"The configuration can't be used: {self.reload_problem}", "critical")
             return
         self.reload_problem = ""
         self.admin.reload()
         self._configured, self.given, self.restart_needed = said, given, restart
         if asked or changed:
             log.info("reloaded", changed=changed, restart_needed_for=restart)
+            self.activity.tell(
+                "reloaded", "The configuration was read again", changed=changed, restart_needed_for=restart
+            )
 
     def take_credentials(self, given: dict[str, str]) -> None:
         """Other values in [mixpanel], at once and in memory only. Raises ConfigError, and changes nothing, if unusable."""
@@ -255,6 +282,7 @@ class App:
             )
         self._use(config)
         self.given |= given
+        self.activity.tell("credentials", "A credential was given by the API, until the next start", keys=sorted(given))
         log.info("credentials_given", kind=self.transport.target.credentials.kind, keys=sorted(given))
 
     def _use(self, config: Config) -> None:

@@ -18,6 +18,7 @@ LADDER: dict[str, set[str]] = {
     "redaction": set(),
     "logs": {"redaction"},
     "clock": set(),
+    "activity": {"redaction"},
     "settings": set(),
     "config": {"errors", "redaction", "settings"},
     "reloading": {"config", "settings"},
@@ -30,7 +31,7 @@ LADDER: dict[str, set[str]] = {
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "redaction", "backlog", "intake"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
-    "admin": {"errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
+    "admin": {"activity", "errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
     # What a service manager hands over and wants to hear.
     "service": {"errors"},
     # Knows everyone.
@@ -41,6 +42,7 @@ LADDER: dict[str, set[str]] = {
             "settings",
             "config",
             "reloading",
+            "activity",
             "alarms",
             "currents",
             "mixpanel",
@@ -78,6 +80,7 @@ PURE = [
     ROOT / "backlog" / "accounts.py",
     ROOT / "delivery" / "pacing.py",
     ROOT / "admin" / "health.py",
+    ROOT / "admin" / "sessions.py",
     ROOT / "alarms" / "rules.py",
     ROOT / "clock.py",
     *[

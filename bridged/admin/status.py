@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from bridged import __version__
 from bridged.admin.health import Facts, Health, is_stall, judge
+from bridged.admin.history import Totals
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
 from bridged.backlog.dead_letters import Group
@@ -209,6 +210,21 @@ def alarm_facts(app: "App") -> AlarmFacts:
         refusing=spool.near_cap,
         skew_s=app.transport.clock_skew_s,
         configuration_problem=app.reload_problem,
+    )
+
+
+def totals(app: "App") -> Totals:
+    """What the charts are made of, now."""
+    total, pace, delivery = app.spool.accounts.total, app.delivery.pace, app.delivery
+    return Totals(
+        accepted=total("accepted"),
+        delivered=total("delivered"),
+        dead_lettered=total("dead_lettered"),
+        rate_limited=pace.rate_limited_total,
+        age_sum_s=delivery.age_sum_s,
+        ages=delivery.ages,
+        waiting=app.backlog.events,
+        latency_s=_finite(pace.latency_s) or None,
     )
 
 
