@@ -1,6 +1,7 @@
 # make demo          a day of events through a daemon and an emulated Mixpanel; KEEP=1 leaves them running
 # make test          lint, types, tests; as root on Debian or Ubuntu it installs the tools that they use, else it names them
 # make lint          lint and types only
+# make screenshots   renews those of the README, in docs/screenshots
 # make bench         how fast it is on this machine
 # make clean         removes what the others made
 #
@@ -12,11 +13,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # What the tests use besides Python: the official Node.js client; systemd's own judgement of the units; calls that fail
-# (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup).
-TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount
-PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount
+# (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup); a
+# browser for the page (chromium).
+TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount chromium
+PACKAGES := chromium fonts-dejavu-core nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount
 
-.PHONY: demo test tools lint bench clean
+.PHONY: demo test tools lint screenshots bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -37,6 +39,9 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+screenshots: tools $(VENV)/.tested
+	BRIDGED_RENEW_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/test_page_browser.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

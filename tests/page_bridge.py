@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
-from conftest import SLOW, free_port, ndjson
+from conftest import SLOW, free_port
 
 PATIENCE_S = 30 * SLOW
 
@@ -67,7 +67,7 @@ listen = "{self.admin[7:]}"
 """)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> "Bridge":
+    def __enter__(self) -> Self:
         account = ("--token", TOKEN, "--service-account", f"{ACCOUNT}:{SECRET}", "--project-id", PROJECT)
         self._start("emulator", "emulator", "--listen", self.mixpanel[7:], *account)
         self.start()
@@ -164,4 +164,4 @@ def call(method: str, url: str, body: Any, headers: dict[str, str] | None = None
     return response.status, text
 
 
-__all__ = ["Bridge", "answers", "call", "ndjson", "until"]
+__all__ = ["Bridge", "answers", "call", "until"]

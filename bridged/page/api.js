@@ -84,7 +84,8 @@ export function listen(use, lost) {
   source.addEventListener("status", hear);
   let asked = false;
   const watch = setInterval(async () => {
-    if (Date.now() - heardAt > 4000) lost(heardAt / 1000);
+    const silent = Date.now() - heardAt;
+    if (silent > 4000 || (silent > 1500 && source.readyState !== EventSource.OPEN)) lost(heardAt / 1000);
     // A stream that was refused (a login is over, too many listeners) isn't opened again by the browser.
     if (source.readyState === EventSource.CLOSED && !asked) {
       asked = true;

@@ -112,7 +112,7 @@ function conservation(bar) {
         const value = events[name];
         if (name !== "accepted") {
           spans[name].style.flexGrow = value;
-          spans[name].className = `part-${name}${value ? " some" : ""}`;
+          spans[name].hidden = !value;
         }
         say(shares[name], name === "accepted" ? "" : share(value, events.accepted));
         if (values[name].firstChild?.textContent !== number(value)) fill(values[name], number(value), shares[name]);
