@@ -40,20 +40,20 @@ export function open(main) {
   const problem = el("div", {});
   const more = moreForm(at, settings, reload);
 
+  const body = el("div", { hidden: true }, el("div", { class: "pair" }, mixpanel.element, el("div", {}, braze.element, section("Keep it connected", warnings))), section("Other settings", more), section("Settings saved on this page", saved));
+
   fill(
     main,
     el("div", { class: "view-head" }, el("div", {}, el("h1", {}, title), el("p", {}, "Braze on one side, Mixpanel on the other."))),
     problem,
-    el("div", { class: "pair" }, mixpanel.element, braze.element),
-    section("Keep it connected", warnings),
-    section("Other settings", more),
-    section("Settings saved on this page", saved),
+    body,
   );
 
   async function reload() {
     try {
       const [connection] = await Promise.all([ask("/api/connection"), settings.load()]);
       for (const one of controls.values()) one.use(settings.byKey.get(one.key));
+      body.hidden = false;
       mixpanel.use(connection);
       braze.use(connection);
       fill(warnings, keep(connection));
@@ -108,7 +108,7 @@ function mixpanelForm(at, settings, reload) {
     const id = newId("kind");
     const radio = el("input", { type: "radio", name: group, id, value: name, "aria-describedby": `${id}-hint`, onchange: () => choose(name) });
     radios.set(name, radio);
-    const box = el("div", {}, keys.map((key) => at(key).element));
+    const box = el("div", { class: "nested" }, keys.map((key) => at(key).element));
     return { name, box, choice: el("div", { class: "choice" }, radio, el("div", {}, el("label", { for: id }, label), el("p", { class: "hint", id: `${id}-hint` }, hint))) };
   });
   const result = el("div", { role: "status", "aria-live": "polite" });

@@ -100,7 +100,7 @@ export function open(main, context) {
         el("td", { class: "right tight", "data-label": "events" }, number(group.count)),
         el("td", { class: "full reason" }, el("button", { type: "button", class: "link", onclick: () => form.choose({ exact_reason: group.reason, event_type: group.event_type, stage: group.stage }) }, group.reason || "no reason given")),
         el("td", { "data-label": "refused by" }, STAGES[group.stage] ?? group.stage),
-        el("td", {}, el("code", {}, group.event_type || "unknown type")),
+        el("td", { class: "full" }, el("code", {}, group.event_type || "unknown type")),
       ),
     );
     fill(
@@ -119,6 +119,7 @@ export function open(main, context) {
   function tell() {
     const filtered = Object.keys(filter).length > 0;
     say(told, selected.size ? `${count(selected.size, "selected", "selected")}` : filtered ? `${number(matching)} that match` : `All ${number(matching)}`);
+    bar.classList.toggle("some", selected.size > 0);
     bar.hidden = !matching && !selected.size;
     // What is exported goes by the filter: the file of a few chosen ones is made of their details, one by one.
     acts.export.hidden = selected.size > 0;
@@ -148,7 +149,7 @@ export function open(main, context) {
         ? el(
             "div",
             { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Dead letters" },
-            el("table", { class: "cards" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "tight" }, all), el("th", { scope: "col" }, "Reason"), el("th", { scope: "col" }, "Refused"), el("th", { scope: "col" }, "By"), el("th", { scope: "col", class: "right" }, "Attempts"), el("th", { scope: "col", class: "right" }, "Size"))), el("tbody", {}, rows)),
+            el("table", { class: "cards picks" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "tight" }, all), el("th", { scope: "col" }, "Reason"), el("th", { scope: "col" }, "Refused"), el("th", { scope: "col" }, "By"), el("th", { scope: "col", class: "right" }, "Attempts"), el("th", { scope: "col", class: "right" }, "Size"))), el("tbody", {}, rows)),
           )
         : el("p", { class: "empty-state" }, "None that match."),
     );
@@ -294,7 +295,7 @@ function letterDialog(first, ids, changed) {
   const body = el("div", {});
   const acts = { replay: button("Replay", () => act("replay"), "primary"), purge: button("Purge", () => act("purge"), "danger") };
   const save = button("Export", () => download());
-  const earlier = button("Newer", () => step(-1));
+  const earlier = button("Newer", () => step(-1), "apart");
   const later = button("Older", () => step(1));
   let letter = null;
 

@@ -61,6 +61,8 @@ export function open(main, context) {
     kept.map((one) => one.element),
     save,
   );
+  const rest = section("Everything else", others);
+  rest.hidden = true;
   const testAll = button("Send test events", () => attempt(testAll, () => sendTests()), "primary");
   const found = el("p", { class: "hint", role: "status" });
 
@@ -69,7 +71,7 @@ export function open(main, context) {
     el("div", { class: "view-head" }, el("div", {}, el("h1", {}, title), el("p", {}, "Which events go to Mixpanel, and as what.")), testAll),
     el("div", { class: "tools" }, field("Find", search), field("Show", only), found),
     groups,
-    section("Everything else", others),
+    rest,
   );
 
   async function sendTests(types) {
@@ -85,6 +87,7 @@ export function open(main, context) {
       return;
     }
     for (const one of kept) one.use(settings.byKey.get(one.key));
+    rest.hidden = false;
     draw();
     await detail?.reload();
   }
@@ -129,7 +132,7 @@ export function open(main, context) {
     return el(
       "div",
       { class: "scrolls", tabindex: "0", role: "region", "aria-label": `${caption}: event types` },
-      el("table", { class: "cards" }, el("thead", {}, head), el("tbody", {}, types.map((type) => rows.get(type.event_type).element))),
+      el("table", { class: "cards picks" }, el("thead", {}, head), el("tbody", {}, types.map((type) => rows.get(type.event_type).element))),
     );
   }
 

@@ -114,7 +114,9 @@ export function control(key, back) {
       input = el("input", { id, type: secret ? "password" : "text", autocomplete: secret ? "new-password" : "off", spellcheck: "false", autocapitalize: "none", oninput: touch, "aria-describedby": hints });
       if (one.kind === "number") input.setAttribute("inputmode", "decimal");
     }
-    const hint = el("p", { class: "hint", id: `${id}-hint` }, one.description);
+    // The choices are spelled out by the control.
+    const about = one.kind === "choice" ? one.description.replace(/^\w+( \| \w+)+: ?/, "") : one.description;
+    const hint = el("p", { class: "hint", id: `${id}-hint` }, about.charAt(0).toUpperCase() + about.slice(1));
     if (one.kind === "boolean") holder.append(el("div", { class: "choice" }, input, el("div", {}, el("label", { for: id }, labelOf(key)), hint, problem, source)));
     else holder.append(el("div", { class: "field" }, el("label", { for: id }, labelOf(key)), input, hint, problem, source));
   }
