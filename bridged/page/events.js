@@ -186,14 +186,15 @@ export function open(main, context) {
   }
 
   function sift() {
-    const text = search.value.trim().toLowerCase();
+    const words = search.value.trim().toLowerCase().split(/\s+/);
     let left = 0;
     for (const one of rows.values()) {
-      const hit = (one.type.name.toLowerCase().includes(text) || one.type.event_type.toLowerCase().includes(text)) && MATCHES[only.value](one);
+      const text = `${one.type.name} ${one.type.event_type}`.toLowerCase();
+      const hit = words.every((word) => text.includes(word)) && MATCHES[only.value](one);
       one.element.hidden = !hit;
       left += hit;
     }
-    say(found, text || only.value !== "all" ? count(left, "type") : "");
+    say(found, search.value.trim() || only.value !== "all" ? count(left, "type") : "");
   }
 
   async function change(box, work) {
