@@ -1,7 +1,7 @@
 // Activity: what happened, newest first.
 
 import { ask } from "./api.js";
-import { attempt, button, clock, count, duration, el, fill, moment, problemText, prose } from "./dom.js";
+import { attempt, button, clock, count, duration, el, fill, moment, number, problemText, prose } from "./dom.js";
 
 export const title = "Activity";
 
@@ -58,7 +58,7 @@ export function open(main) {
 
 function entry(one) {
   const level = LEVELS[one.severity] ?? "";
-  const details = Object.entries(one.detail ?? {}).filter(([name, value]) => name !== "alarm" && value && (!Array.isArray(value) || value.length));
+  const details = Object.entries(one.detail ?? {}).filter(([name, value]) => name !== "alarm" && value && !one.text.includes(String(value)) && !(Array.isArray(value) && value.every((part) => one.text.includes(String(part)))));
   return el(
     "li",
     {},
@@ -77,6 +77,7 @@ function entry(one) {
 /** A detail in words. */
 function told([name, value]) {
   if (name.endsWith("_s") && typeof value === "number") return `${name.slice(0, -2).replaceAll("_", " ")}: ${duration(value)}`;
+  if (typeof value === "number") return `${name.replaceAll("_", " ")}: ${number(value)}`;
   const text = Array.isArray(value) ? value.join(", ") : typeof value === "object" ? JSON.stringify(value) : value;
   return `${name.replaceAll("_", " ")}: ${text}`;
 }

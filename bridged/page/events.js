@@ -257,7 +257,7 @@ function typeDialog(eventType, type, changed, sendTest) {
     );
     select.value = chosen[fieldName] ?? "";
     selects.set(fieldName, select);
-    return el("tr", {}, el("th", { scope: "row" }, el("label", { for: id }, el("code", {}, fieldName)), about && el("small", {}, about)), el("td", { class: "tight" }, select));
+    return el("tr", {}, el("th", { scope: "row" }, el("label", { for: id }, el("code", {}, fieldName)), about && " ", about && el("span", { class: "hint" }, about)), el("td", { class: "tight" }, select));
   }
 
   function drawRules() {
@@ -278,7 +278,7 @@ function typeDialog(eventType, type, changed, sendTest) {
       el("details", { open: Object.keys(chosen).length > 0 },
         el("summary", {}, `Transformations of its ${count(known.length, "field")}`),
         el("p", { class: "hint" }, "Applied when an event arrives, before anything is written to disk."),
-        el("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Fields" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Field"), el("th", { scope: "col" }, "What becomes of it"))), el("tbody", {}, [...known, ...own].map(([key, about]) => ruleRow(key, about))))),
+        el("div", { class: "scrolls short", tabindex: "0", role: "region", "aria-label": "Fields" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Field"), el("th", { scope: "col" }, "What becomes of it"))), el("tbody", {}, [...known, ...own].map(([key, about]) => ruleRow(key, about))))),
         now.custom && el("div", { class: "inline" }, add, adding)),
     );
   }
@@ -319,6 +319,6 @@ function typeDialog(eventType, type, changed, sendTest) {
   );
   drawRules();
   drawSample();
-  const { closed } = dialog(first.name, () => [el("p", { class: "hint" }, el("code", {}, eventType)), unknown, form, sample], { wide: true });
+  const { closed } = dialog(first.name, () => [el("p", { class: "hint" }, el("code", {}, eventType)), unknown, sample, form], { wide: true });
   return { closed, reload: drawSample };
 }

@@ -34,6 +34,7 @@ const HELP = {
 /** Opens the view. */
 export function open(main, context) {
   const sentence = el("h1", { class: "sentence" }, "…");
+  const reason = el("p", { class: "why" });
   const beside = el("p", {});
   const alarms = el("div", {});
   const bar = el("div", { class: "conservation", role: "img" });
@@ -44,7 +45,7 @@ export function open(main, context) {
 
   fill(
     main,
-    el("div", { class: "overview-head" }, sentence, beside),
+    el("div", { class: "overview-head" }, sentence, reason, beside),
     alarms,
     section("Where every event went", bar, sum.element),
     section("Now", facts.element),
@@ -54,12 +55,14 @@ export function open(main, context) {
 
   return {
     use({ status }) {
-      say(sentence, status.sentence);
+      say(sentence, headline(status));
       sentence.className = `sentence ${context.kindOf(status.state)}`;
       const aside = besides(status);
       say(beside, aside.text);
       if (aside.link) beside.append(" ", el("a", { href: aside.link[1] }, aside.link[0]));
-      show(alarms, status.alarms, (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, prose(alarm.text)), el("p", { class: "hint" }, `Since ${clock(alarm.since)}. `, HELP[alarm.alarm] && el("a", { href: HELP[alarm.alarm][1] }, HELP[alarm.alarm][0]))));
+      say(reason, status.halted?.reason ?? (status.state === "backing off" ? status.pace.reason : ""));
+      // A halt is the headline already.
+      show(alarms, status.alarms.filter((alarm) => alarm.alarm !== "halted"), (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, prose(alarm.text)), el("p", { class: "hint" }, `Since ${clock(alarm.since)}. `, HELP[alarm.alarm] && el("a", { href: HELP[alarm.alarm][1] }, HELP[alarm.alarm][0]))));
       sum.use(status.events);
       facts.use(status);
       show(warnings, status.warnings.length ? [status.warnings] : [], (found) => section("Worth knowing", el("ul", {}, found.map((text) => el("li", {}, prose(text))))));
@@ -67,6 +70,21 @@ export function open(main, context) {
     },
     end: drawn.end,
   };
+}
+
+const HOUR_MINUTE = (at) => clock(at).slice(0, -3);
+
+/** How it is, in one sentence; the reasons stand below it. */
+export function headline(status) {
+  const safe = `${count(status.events.waiting, "event")} safe`;
+  if (status.halted) {
+    const rest = status.expires_in_s === null || status.expires_in_s === undefined ? "" : `, expire in ${duration(status.expires_in_s)}`;
+    const refused = status.spool.near_cap ? "; new events are refused" : "";
+    const what = [402, 404].includes(status.halted.status) ? "takes no events" : "refuses the credential";
+    return `Halted: Mixpanel ${what} since ${HOUR_MINUTE(status.halted.since)}; ${safe}${rest}${refused}`;
+  }
+  if (status.state === "backing off") return `Backing off for ${duration(status.pace.backing_off_s)}; ${safe}`;
+  return status.sentence;
 }
 
 /** Builds something anew only where it has changed. */
@@ -81,8 +99,7 @@ function show(box, things, build) {
 function besides(status) {
   if (status.state === "not set up") return { text: "Enter the Mixpanel credentials and paste this daemon’s address into Braze.", link: ["Connect", "#/connection"] };
   if (status.halted) {
-    const rest = status.expires_in_s === null || status.expires_in_s === undefined ? "" : `The oldest event expires in ${duration(status.expires_in_s)}.`;
-    return { text: `${rest} New events are still taken and kept.`.trim(), link: ["Renew the credential", "#/connection"] };
+    return { text: status.spool.near_cap ? "" : "New events are still taken and kept.", link: ["Renew the credential", "#/connection"] };
   }
   if (!status.events.accepted) return { text: "No event has arrived yet.", link: ["What to paste into Braze", "#/connection"] };
   const parts = [`Running for ${duration(status.uptime_s)}, version ${status.version}.`];

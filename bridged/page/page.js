@@ -51,7 +51,7 @@ function useLive(live) {
   say(tally, short(status.dead_letters.kept));
   tally.title = `${number(status.dead_letters.kept)} dead letters`;
   // Aloud only when it is another state: the figures change every second.
-  if (before?.status.state !== status.state) speak(status.sentence);
+  if (before?.status.state !== status.state) speak(overview.headline(status));
   open?.use?.(live);
   if (before) {
     for (const what of ["settings_revision", "activity_id", "cohorts_revision"]) {

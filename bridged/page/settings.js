@@ -148,8 +148,9 @@ export function control(key, back) {
       if (one.kind === "secret") input.placeholder = one.set ? "Set. Leave it empty to keep it." : "Not set";
       if (!one.overridden) fill(source);
       else {
-        const configured = one.kind === "secret" ? (one.configured_set ? "another one" : "none") : shown(key, one.configured);
-        fill(source, el("span", { class: "tag changed" }, "Saved on this page"), ` The configuration says ${configured}. `, el("button", { type: "button", class: "link", onclick: () => back(key) }, "Use that"));
+        const empty = one.kind === "secret" ? !one.configured_set : one.configured === "";
+        const says = empty ? " " : one.kind === "secret" ? " The configuration has another one. " : ` The configuration says ${shown(key, one.configured)}. `;
+        fill(source, el("span", { class: "tag changed" }, "Saved on this page"), says, el("button", { type: "button", class: "link", "aria-label": `${empty ? "Remove" : "Use that"}: ${labelOf(key)}`, onclick: () => back(key) }, empty ? "Remove" : "Use that"));
       }
     },
     /** What a person has changed it to; undefined: nothing. Raises an Error when it can't be understood. */
