@@ -273,6 +273,8 @@ function typeDialog(eventType, type, changed, sendTest) {
       return selects.get(key).focus();
     });
     selects.clear();
+    // Those that have a rule are seen first.
+    known.sort(([one], [other]) => (other in chosen) - (one in chosen));
     fill(
       rules,
       el("details", { open: Object.keys(chosen).length > 0 },
