@@ -26,7 +26,8 @@ FLAGS = [
 ]
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "screenshots"
-README = {"overview", "halted", "connection", "events", "dead-letter", "overview-phone"}
+README = {"overview", "overview-phone", "halted", "connection", "event", "dead-letter"}
+RENEW = bool(os.environ.get("BRIDGED_RENEW_SCREENSHOTS"))
 OPEN, CLICK, PURCHASE = "users.messages.email.Open", "users.messages.email.Click", "users.behaviors.Purchase"
 # Each with what is there when it has got what it asks for.
 VIEWS = {
@@ -123,7 +124,7 @@ class Eyes:
     def shot(self, page: Page, name: str, *, whole: bool = False) -> None:
         """Keeps what is seen."""
         page.screenshot(path=self._folder / f"{name}.png", full_page=whole)
-        if os.environ.get("BRIDGED_RENEW_SCREENSHOTS") and name in README:
+        if RENEW and name in README:
             DOCS.mkdir(parents=True, exist_ok=True)
             shutil.copy(self._folder / f"{name}.png", DOCS)
 
@@ -228,7 +229,9 @@ def test_a_stranger_connects_braze_and_mixpanel_with_the_page_alone(eyes: Eyes, 
     bearer = page.evaluate("navigator.clipboard.readText()")
     assert re.fullmatch("[0-9a-f]{48}", bearer)
     press(with_token, "I have it")
-    eyes.shot(page, "connection", whole=True)
+    page.evaluate("scrollTo(0, 0)")
+    eyes.shot(page, "connection")
+    eyes.shot(page, "connection-whole", whole=True)
 
     assert fresh.post([currents(OPEN)]) == 401
     assert fresh.post([currents(OPEN, seed=n) for n in range(25)], bearer) == 200
@@ -507,6 +510,31 @@ def test_who_has_no_token_stays_outside(eyes: Eyes, bridge: Callable[..., Bridge
     expect(box(other, "Admin token")).to_be_visible()
 
 
+def test_an_ordinary_day_is_drawn(eyes: Eyes, flowing: Bridge) -> None:
+    """The charts show the last hour and the last day, say in words what they show, and follow the screen's width."""
+    page = eyes.open(flowing)
+    rate = page.get_by_role("img", name="Events per second")
+    # For the pictures of the README there is more to see.
+    for second in range(200 if RENEW else 2):
+        now = time.monotonic()
+        many = 200 + 150 * (second % 40 > 15) + 7 * (second * second % 31)
+        event, moment = currents((OPEN, CLICK, PURCHASE)[second % 3]), time.time_ns()
+        assert flowing.post([event | {"id": f"day-{moment}-{n}"} for n in range(many)]) == 200
+        time.sleep(max(0.0, 1 - (time.monotonic() - now)))
+    expect(rate).to_have_attribute("aria-label", re.compile("accepted [0-9,]+, at most [1-9]"))
+    expect(rate.locator("canvas")).to_be_visible()
+    page.get_by_label("Last day").check()
+    expect(page.get_by_label("Last hour")).not_to_be_checked()
+    page.get_by_label("Last hour").check()
+    expect(rate.locator("canvas")).to_be_visible()
+    eyes.shot(page, "overview")
+    page.set_viewport_size({"width": 360, "height": 740})
+    until(lambda: rate.locator("canvas").bounding_box()["width"] <= 360, "a narrower chart")
+    page.get_by_role("heading", name="How it has been going").scroll_into_view_if_needed()
+    page.evaluate("scrollTo(0, 0)")
+    eyes.shot(page, "overview-phone")
+
+
 def test_a_flood_is_seen_as_one(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """Mixpanel says 429 while events pour in: what waits, for how long, and why it isn't faster."""
     mine = bridge()
@@ -597,11 +625,11 @@ def test_every_view_is_accessible(eyes: Eyes, flowing: Bridge, axe: str, scheme:
             page.get_by_text("Address, retention, pace and alarms").click()
         assert violations(page) == [], view
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
-        eyes.shot(page, f"{view or 'overview'}-{scheme}-{width}", whole=True)
+        eyes.shot(page, f"view-{view or 'overview'}-{scheme}-{width}", whole=True)
         if view in ("events", "dead-letters"):
             page.locator("main .link[aria-haspopup]").first.click()
             expect(page.locator("dialog pre").first).to_be_visible()
             assert violations(page) == [], f"{view}: dialog"
             assert page.evaluate("document.documentElement.scrollWidth") <= width, view
-            eyes.shot(page, f"{view}-dialog-{scheme}-{width}")
+            eyes.shot(page, f"dialog-{view}-{scheme}-{width}")
             page.keyboard.press("Escape")

@@ -50,6 +50,7 @@ function useLive(live) {
   tally.hidden = !status.dead_letters.kept;
   say(tally, short(status.dead_letters.kept));
   tally.title = `${number(status.dead_letters.kept)} dead letters`;
+  if (!before) nav.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   // Aloud only when it is another state: the figures change every second.
   if (before?.status.state !== status.state) speak(overview.headline(status));
   open?.use?.(live);
@@ -92,7 +93,7 @@ function show() {
     if (key === known) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  links[known].scrollIntoView({ block: "nearest", inline: "nearest" });
+  links[known].scrollIntoView({ block: "nearest", inline: "center" });
   document.title = `${VIEWS[known].title} – bridged`;
   fill(main);
   open = VIEWS[known].open(main, { ...context, query: new URLSearchParams(query) });
