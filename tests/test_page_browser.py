@@ -623,9 +623,11 @@ def test_every_view_is_accessible(eyes: Eyes, flowing: Bridge, axe: str, scheme:
         expect(page.locator(there).first).to_be_visible()
         if view == "connection":
             page.get_by_text("Address, retention, pace and alarms").click()
+        elif view == "events":
+            page.get_by_role("searchbox", name="Find").fill("email")  # a hundred rows alike take axe five seconds
         assert violations(page) == [], view
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
-        eyes.shot(page, f"view-{view or 'overview'}-{scheme}-{width}", whole=True)
+        eyes.shot(page, f"view-{view or 'overview'}-{scheme}-{width}", whole=view != "events")
         if view in ("events", "dead-letters"):
             page.locator("main .link[aria-haspopup]").first.click()
             expect(page.locator("dialog pre").first).to_be_visible()
