@@ -13,142 +13,59 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import structlog
 
-from bridged import __version__, reloading
+from bridged import __version__, options, reloading
 from bridged.activity import Activity
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
 from bridged.alarms.watch import Watch
-from bridged.alarms.webhook import Hook, Webhook
+from bridged.alarms.webhook import Webhook
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
-from bridged.backlog.spool import Spool, SpoolOptions
+from bridged.backlog.spool import Spool
 from bridged.clock import Clock
-from bridged.config import secret_files, split_address, with_credentials
+from bridged.config import NO_CREDENTIAL, has_credential, secret_files, value_at, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
-from bridged.delivery.delivery import Delivery, DeliveryOptions
-from bridged.delivery.pacing import Pace, PaceLimits
+from bridged.delivery.delivery import Delivery
+from bridged.delivery.pacing import Pace
 from bridged.delivery.transport import Transport
 from bridged.errors import BridgedError, ConfigError, SpoolError
 from bridged.intake import Intake
-from bridged.mixpanel.mapping import EventMapping, MappingSettings
-from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
+from bridged.mixpanel.mapping import EventMapping
+from bridged.mixpanel.requests import API_SECRET_RETIRED
+from bridged.saved import EDITABLE, Saved, SaveUnderWay, applied, is_secret
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
-from bridged.sources.http import HttpOptions, HttpSource
-from bridged.sources.http_connections import HttpLimits
-from bridged.sources.stream import StreamOptions, StreamSource
+from bridged.sources.http import HttpSource
+from bridged.sources.stream import StreamSource
 
 log = structlog.get_logger()
 
 TYPE_NAMES = dict(iter_types(EVENT_TYPES))
 
 
-def mapping_settings(config: Config) -> MappingSettings:
-    """What the configuration says about mapping."""
-    events, mixpanel = config.events, config.mixpanel
-    return MappingSettings(
-        token=mixpanel.token,
-        partner_id=mixpanel.partner_id,
-        naming=mixpanel.naming,
-        message_engagement=events.message_engagement,
-        customer_behavior=events.customer_behavior,
-        include=events.include,
-        exclude=events.exclude,
-        unknown=events.unknown,
-        anonymous=events.anonymous,
-        names=events.names,
-    )
-
-
-def target(config: Config) -> Target:
-    """Where the configuration says that requests go, and as whom."""
-    mixpanel = config.mixpanel
-    credentials = Credentials(
-        token=mixpanel.token,
-        api_secret=mixpanel.api_secret,
-        service_account=mixpanel.service_account,
-        service_secret=mixpanel.service_secret,
-        project_id=mixpanel.project_id,
-    )
-    return Target(url=mixpanel.url, region=mixpanel.region, credentials=credentials)
-
-
-def spool_options(config: Config) -> SpoolOptions:
-    """What the configuration says about the spool."""
-    return SpoolOptions(
-        path=config.spool.path,
-        max_bytes=config.spool.max_bytes,
-        max_dead_letters=config.spool.max_dead_letters,
-        max_segment_events=config.delivery.max_batch_events,
-        max_segment_bytes=config.delivery.max_batch_bytes,
-    )
-
-
-def delivery_options(config: Config) -> DeliveryOptions:
-    """What the configuration says about delivery, but for the pace."""
-    delivery = config.delivery
-    return DeliveryOptions(
-        max_batch_events=delivery.max_batch_events,
-        max_batch_bytes=delivery.max_batch_bytes,
-        flush_interval_s=delivery.flush_interval,
-        probe_interval_s=delivery.probe_interval,
-        max_age_s=config.retention.max_age,
-        on_expiry=config.retention.on_expiry,
-    )
-
-
-def pace_limits(config: Config) -> PaceLimits:
-    """What the configuration says about the pace."""
-    delivery = config.delivery
-    return PaceLimits(
-        max_events_per_second=delivery.max_events_per_second,
-        max_bytes_per_minute=delivery.max_bytes_per_minute,
-        max_concurrency=delivery.max_concurrency,
-    )
-
-
-def _http_options(config: Config) -> HttpOptions:
-    http = config.sources.http
-    host, port = split_address(http.listen)
-    return HttpOptions(
-        host=host,
-        port=port,
-        bearer_token=http.bearer_token,
-        max_body=http.max_body,
-        tls_cert=http.tls_cert,
-        tls_key=http.tls_key,
-        limits=HttpLimits(max_connections=http.max_connections, max_in_flight=http.max_in_flight),
-    )
-
-
-def _stream_options(config: Config) -> StreamOptions:
-    stream = config.sources.stream
-    return StreamOptions(
-        listen=stream.listen,
-        max_line=stream.max_line,
-        max_connections=stream.max_connections,
-        max_unfinished=stream.max_unfinished,
-        tls_cert=stream.tls_cert,
-        tls_key=stream.tls_key,
-    )
-
-
 class App:
     """The parts of a running daemon, as an async context manager. `config` is what is in force."""
 
     def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
+        self.saved = Saved(config.spool.path)  # on the page: goes before the configuration
+        self.saved.read(set_aside=True)
+        self.base = config  # what the file and the environment last said
+        config = self.saved.in_force(config)
+        if self.saved.problem:
+            log.error("saved_settings_unusable", problem=self.saved.problem, hint="see the page, Connection")
         self.config = config
-        self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before the configuration
+        self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before both
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
-        self._configured = config  # what the configuration last said
+        self._configured = config  # what the configuration last said, with what was saved
+        self._saving = False
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
         self.activity = Activity(f"{config.spool.path}.activity")
@@ -164,16 +81,18 @@ class App:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         config, delivery = self.config, self.config.delivery
-        self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES, self.clock.latest))
+        self.spool = await stack.enter_async_context(
+            Spool(options.spool_options(config), TYPE_NAMES, self.clock.latest)
+        )
         self._begin_activity(stack)
         self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
-        self.transport = await stack.enter_async_context(Transport(target(config), delivery.timeout))
+        self.transport = await stack.enter_async_context(Transport(options.target(config), delivery.timeout))
         self.delivery = Delivery(
             self.backlog,
             self.spool,
             self.transport,
-            Pace(pace_limits(config), random.Random()),
-            delivery_options(config),
+            Pace(options.pace_limits(config), random.Random()),
+            options.delivery_options(config),
             Archive(config.retention.archive_path),
             lambda code: TYPE_NAMES.get(code, ""),
             self.clock.earliest,
@@ -181,9 +100,9 @@ class App:
         self.delivery.happened = self.activity.tell
         self._delivering = asyncio.create_task(self.delivery.run(), name="delivery")
         stack.push_async_callback(self._stop_delivering)
-        self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
+        self.mapping = EventMapping(EVENT_TYPES, options.mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
-        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
+        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(options.hook(config)))
         self.watch.happened = self.activity.tell
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
@@ -191,7 +110,7 @@ class App:
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
-            _stream_options(config),
+            options.stream_options(config),
             self.intake,
             self.spool,
             self._listeners.take,
@@ -200,9 +119,9 @@ class App:
         self.http: HttpSource | None = None
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
-            self.http = await stack.enter_async_context(
-                HttpSource(_http_options(config), self.intake, self.spool, sockets)
-            )
+            # As they are now: the page may have changed the token meanwhile.
+            door = HttpSource(options.http_options(self.config), self.intake, self.spool, sockets)
+            self.http = await stack.enter_async_context(door)
         self._listeners.demand_none_left()
 
     def _begin_activity(self, stack: contextlib.AsyncExitStack) -> None:
@@ -249,8 +168,12 @@ class App:
         Not `asked`: a file of a secret has changed, and if it says what is known already, nobody hears of it.
         """
         try:
-            said = read()
-            given = self.given if target(said).credentials == target(self._configured).credentials else {}
+            base = read()
+            said = applied(base, self.saved.values)
+            self._demand_usable(said)
+            given = (
+                self.given if options.target(said).credentials == options.target(self._configured).credentials else {}
+            )
             before = with_credentials(
                 self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given}
             )
@@ -265,7 +188,8 @@ class App:
             return
         self.reload_problem = ""
         self.admin.reload()
-        self._configured, self.given, self.restart_needed = said, given, restart
+        self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
+        self.saved.revise()
         if asked or changed:
             log.info("reloaded", changed=changed, restart_needed_for=restart)
             self.activity.tell(
@@ -280,24 +204,82 @@ class App:
                 "api_secret would have no effect beside the service account that is in force",
                 'send "service_account": "" along to use the API secret',
             )
+        if not has_credential(config):
+            raise ConfigError(NO_CREDENTIAL)
         self._use(config)
         self.given |= given
+        self.saved.revise()
         self.activity.tell("credentials", "A credential was given by the API, until the next start", keys=sorted(given))
         log.info("credentials_given", kind=self.transport.target.credentials.kind, keys=sorted(given))
 
+    async def save(self, given: Mapping[str, Any], remove: Sequence[str]) -> list[str]:
+        """Settings of the page: on disk for good, then in force; gives the keys that have changed.
+
+        Raises BadSettings or ConfigError for what can't be, SpoolError if the disk doesn't take it; nothing is changed then.
+        """
+        if self._saving:
+            raise SaveUnderWay("another change of the settings is being saved", "look at it, and try again")
+        self._saving = True
+        try:
+            before = self.saved.values
+            values = self.saved.with_changes(given, remove)
+            self._demand_usable(applied(self.base, values))
+            try:
+                await asyncio.to_thread(self.saved.write, values)
+                try:
+                    changed = self._take_saved(values)
+                except BaseException:
+                    await asyncio.to_thread(self.saved.write, before)
+                    raise
+            except OSError as error:
+                raise SpoolError(
+                    f"the settings can't be saved in {self.saved.path}: {error}",
+                    "is there room, and is the folder writable?",
+                ) from error
+        finally:
+            self._saving = False
+        return changed
+
+    def _demand_usable(self, config: Config) -> None:
+        """Raises ConfigError for what would stop a delivery that works, or can't be mapped."""
+        if has_credential(self._configured) and not has_credential(config):
+            raise ConfigError(NO_CREDENTIAL)
+        if options.mapping_settings(config) != options.mapping_settings(self.config):
+            EventMapping(EVENT_TYPES, options.mapping_settings(config))
+
+    def _take_saved(self, values: dict[str, Any]) -> list[str]:
+        """Puts what is on disk now in force. What the API gave goes, if another credential was saved."""
+        said = applied(self.base, values)
+        given = self.given if options.target(said).credentials == options.target(self._configured).credentials else {}
+        before = with_credentials(self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given})
+        config, changed, restart = reloading.take_over(before, said)
+        self._use(with_credentials(config, given))
+        self._configured, self.given, self.restart_needed = said, given, restart
+        self.saved.values, self.saved.problem = values, ""
+        self.saved.revise()
+        if changed:
+            log.info("settings_saved", changed=changed)
+            what = ", ".join(_change(name, before, config) for name in changed)
+            self.activity.tell("settings", f"Settings were saved: {what}", changed=changed)
+        return changed
+
     def _use(self, config: Config) -> None:
         """Puts a configuration in force. First what may fail; then nothing waits, so everybody changes at the same moment."""
-        settings = mapping_settings(config)
+        settings = options.mapping_settings(config)
         mapping = self.mapping
-        if settings != mapping_settings(self.config):
+        if settings != options.mapping_settings(self.config):
             mapping = EventMapping(EVENT_TYPES, settings)
-        aimed = target(config)
+        aimed = options.target(config)
         is_other = aimed != self.transport.target
         self.transport.use(aimed, config.delivery.timeout)
-        self.delivery.use(delivery_options(config), pace_limits(config), Archive(config.retention.archive_path))
+        self.delivery.use(
+            options.delivery_options(config), options.pace_limits(config), Archive(config.retention.archive_path)
+        )
         self.mapping = mapping
         self.intake.use(mapping)
-        self.watch.webhook.use(_hook(config))
+        self.watch.webhook.use(options.hook(config))
+        if door := getattr(self, "http", None):  # it is opened after the admin listener
+            door.use(config.sources.http.bearer_token)
         self.config = config
         if is_other:
             self.delivery.credentials_changed()
@@ -344,8 +326,13 @@ class App:
         raise SpoolError("the delivery ended by itself")
 
 
-def _hook(config: Config) -> Hook:
-    return Hook(config.alerts.webhook_url, config.alerts.webhook_token)
+def _change(name: str, before: Config, after: Config) -> str:
+    """A changed key in words; of a secret, or a list, nothing but that it changed."""
+    key = EDITABLE[name]
+    old, new = value_at(before, key.path), value_at(after, key.path)
+    if is_secret(key) or not isinstance(new, str | int | float):
+        return name
+    return f"{name} is {new!s} (was {old!s})"
 
 
 async def _end(task: "asyncio.Task[None]") -> None:
@@ -379,7 +366,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    warn(config)
+    warn(app.config)
     _allow_connections(config)
     async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
         log.info(
@@ -419,7 +406,9 @@ def _allow_connections(config: Config) -> None:
 
 def warn(config: Config) -> None:
     """Says at start-up what will hurt later."""
-    kind = target(config).credentials.kind
+    if not has_credential(config):
+        log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
+    kind = options.target(config).credentials.kind
     if kind == "API secret":
         log.warning(
             "api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account and set service_account"

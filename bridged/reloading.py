@@ -19,6 +19,7 @@ _AT_ONCE: Final = (
     ("events",),
     ("retention",),
     ("alerts",),
+    ("sources", "http", "bearer_token"),
     *[
         ("delivery", name)
         for name in (

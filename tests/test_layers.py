@@ -22,6 +22,8 @@ LADDER: dict[str, set[str]] = {
     "settings": set(),
     "config": {"errors", "redaction", "settings"},
     "reloading": {"config", "settings"},
+    # What was saved on the page, over the configuration.
+    "saved": {"config", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
     "alarms": set(),
     "currents": set(),
@@ -30,8 +32,23 @@ LADDER: dict[str, set[str]] = {
     "delivery": {"backlog", "errors", "mixpanel", "redaction"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "redaction", "backlog", "intake"},
+    # The configuration in each part's own terms.
+    "options": {"alarms", "backlog", "config", "delivery", "mixpanel", "settings", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
-    "admin": {"activity", "errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery"},
+    "admin": {
+        "activity",
+        "options",
+        "saved",
+        "settings",
+        "errors",
+        "redaction",
+        "config",
+        "alarms",
+        "currents",
+        "mixpanel",
+        "backlog",
+        "delivery",
+    },
     # What a service manager hands over and wants to hear.
     "service": {"errors"},
     # Knows everyone.
@@ -42,6 +59,8 @@ LADDER: dict[str, set[str]] = {
             "settings",
             "config",
             "reloading",
+            "saved",
+            "options",
             "activity",
             "alarms",
             "currents",
@@ -59,13 +78,14 @@ LADDER: dict[str, set[str]] = {
         "errors",
         "settings",
         "config",
+        "saved",
+        "options",
         "currents",
         "mixpanel",
         "backlog",
         "delivery",
         "sources",
         "admin",
-        "app",
     },
     "cli": {"errors", "redaction", "logs", "config", "app", "emulator", "commands"},
     "__main__": {"cli"},
@@ -81,6 +101,7 @@ PURE = [
     ROOT / "delivery" / "pacing.py",
     ROOT / "admin" / "health.py",
     ROOT / "admin" / "sessions.py",
+    ROOT / "admin" / "selection.py",
     ROOT / "alarms" / "rules.py",
     ROOT / "clock.py",
     *[

@@ -1,7 +1,9 @@
 """The JSON API under /api/: what the commands, the page and the operator's own tools ask and order.
 
     GET  /api/status                  the Status of admin/status.py
-    GET  /api/config                  the configuration in force, secrets masked
+    GET  /api/config                  the configuration in force, secrets masked, and which keys were saved on the page
+    GET  /api/history                 ?span=hour|day since=: columns for charts
+    GET  /api/activity                ?before= limit=: what happened, newest first
     GET  /api/dead-letters            ?event_type= reason= stage= since= until= after= limit= (<= 1000), oldest first
     GET  /api/dead-letters/groups     all of them, counted by stage, event type and reason
     GET  /api/dead-letters/export     NDJSON, with the events; the same filters
@@ -130,7 +132,8 @@ class Api:
         return json(status(self._app, (await self._counted())[:_TOP_REASONS]))
 
     async def _config(self, request: web.Request) -> web.Response:
-        return json(config.masked(self._app.config))
+        app = self._app
+        return json(config.masked(app.config) | {"overridden": app.saved.overridden(app.base)})
 
     async def _columns(self, request: web.Request) -> web.Response:
         query = dict(request.query)

@@ -28,6 +28,7 @@ class Live(msgspec.Struct):
     """The data of an event `status`. The others say that something has changed, and is to be asked for again."""
 
     status: Status
+    settings_revision: int
     activity_id: int  # of the newest entry
 
 
@@ -52,7 +53,7 @@ class Broadcast:
         # A little younger is as good: nobody's second begins exactly with another's.
         if now - self._made_at >= 0.9 * EVERY_S:
             app = self._app
-            live = Live(status(app, []), app.activity.last_id)
+            live = Live(status(app, []), app.saved.revision, app.activity.last_id)
             self._snapshot = b"event: status\ndata: " + redacted_bytes(msgspec.json.encode(live)) + b"\n\n"
             self._made_at = now
         return self._snapshot

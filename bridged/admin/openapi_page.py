@@ -5,13 +5,20 @@ from typing import Any, Final
 from bridged.activity import MAX_ENTRIES
 from bridged.admin.access import Standing
 from bridged.admin.api import Happened
+from bridged.admin.events import EventsView, Sample
 from bridged.admin.history import SPANS, Columns
 from bridged.admin.live import Live
 from bridged.admin.operations import json_content, object_of, operation, parameter, ref, required, text_content
+from bridged.admin.selection import ROWS
+from bridged.admin.settings import Changed, Connection, Settings
+from bridged.delivery.probe import Finding
+from bridged.saved import EDITABLE
 
-STRUCTS: Final = (Standing, Columns, Live, Happened)
+STRUCTS: Final = (Standing, Columns, Live, Happened, Settings, Changed, Connection, Finding, EventsView, Sample)
 _MAX_ID: Final = 2**63 - 1
 _ANYTHING: Final = {"*/*": {"schema": {"type": "string"}}}
+
+_EVENT_TYPE: Final = {"name": "event_type", "in": "path", "required": True, "schema": {"enum": list(ROWS)}}
 
 PATHS: Final[dict[str, dict[str, Any]]] = {
     "/": {"get": operation("The page.", text_content("text/html"), 404)},
@@ -74,6 +81,106 @@ PATHS: Final[dict[str, dict[str, Any]]] = {
                 ),
                 parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_ENTRIES}, "At most so many; 100."),
             ],
+        )
+    },
+    "/api/settings": {
+        "get": operation("Every key that the page may change.", json_content(ref("Settings")), 401),
+        "put": operation(
+            "Saves settings over the configuration, at once and for good. 400: `keys` says what is wrong with which.",
+            json_content(ref("Changed")),
+            *(400, 401, 409, 413, 415, 503),
+            body=required(
+                {
+                    "type": "object",
+                    "properties": {
+                        "set": {"type": "object", "description": "Values by key, such as mixpanel.region."},
+                        "remove": {
+                            "type": "array",
+                            "items": {"type": "string"},
+                            "description": "Back to the configuration.",
+                        },
+                        "revision": {
+                            "type": ["integer", "null"],
+                            "description": "Refused with 409 if it isn't the newest.",
+                        },
+                    },
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                }
+            ),
+        ),
+    },
+    "/api/settings/{key}": {
+        "delete": operation(
+            "Back to what the configuration says.",
+            json_content(ref("Changed")),
+            *(400, 401, 404, 409, 413, 415, 503),
+            parameters=[{"name": "key", "in": "path", "required": True, "schema": {"enum": list(EDITABLE)}}],
+            body={"required": False, "content": json_content({"type": "object"})},
+        )
+    },
+    "/api/settings/export": {
+        "get": operation("What was saved, as TOML, without secrets.", text_content("text/plain"), 401)
+    },
+    "/api/connection": {"get": operation("What to give to Braze.", json_content(ref("Connection")), 401)},
+    "/api/test-connection": {
+        "post": operation(
+            "Does Mixpanel take this credential? Nothing is stored, there or here.",
+            json_content(ref("Finding")),
+            *(400, 401, 409, 413, 415),
+            body=required(
+                {
+                    "type": "object",
+                    "properties": {
+                        "mixpanel": {
+                            "type": "object",
+                            "description": "Members of [mixpanel] that differ from what is in force.",
+                        }
+                    },
+                    "additionalProperties": False,
+                }
+            ),
+        )
+    },
+    "/api/events": {"get": operation("Every event type, with its counts.", json_content(ref("EventsView")), 401)},
+    "/api/events/{event_type}": {
+        "put": operation(
+            "Whether a type is forwarded, as what, and which of its fields are transformed.",
+            json_content(ref("Changed")),
+            *(400, 401, 404, 409, 413, 415, 503),
+            parameters=[_EVENT_TYPE],
+            body=required(
+                {
+                    "type": "object",
+                    "properties": {
+                        "selected": {"type": "boolean"},
+                        "name": {"type": ["string", "null"], "description": "null: the default one."},
+                        "transform": {"type": "object", "additionalProperties": {"enum": ["remove", "hash"]}},
+                        "revision": {"type": ["integer", "null"]},
+                    },
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                }
+            ),
+        )
+    },
+    "/api/events/{event_type}/sample": {
+        "get": operation(
+            "An example, and what it becomes.", json_content(ref("Sample")), *(401, 404), parameters=[_EVENT_TYPE]
+        )
+    },
+    "/api/events/test": {
+        "post": operation(
+            "Test events through the whole path, to Mixpanel.",
+            json_content(object_of(sent={"type": "integer"}, user={"type": "string"})),
+            *(400, 401, 413, 415, 503),
+            body=required(
+                {
+                    "type": "object",
+                    "properties": {"types": {"type": ["array", "null"], "items": {"type": "string"}}},
+                    "additionalProperties": False,
+                }
+            ),
         )
     },
 }

@@ -20,13 +20,16 @@ from bridged.admin import metrics, openapi
 from bridged.admin.access import Access
 from bridged.admin.answers import Verbatim, json
 from bridged.admin.api import Api
+from bridged.admin.events import EventsApi
 from bridged.admin.history import History
 from bridged.admin.live import Broadcast
 from bridged.admin.page import Page
+from bridged.admin.settings import SettingsApi
 from bridged.admin.status import health, totals
 from bridged.config import split_address
 from bridged.errors import BridgedError, ConfigError, ListenError
 from bridged.redaction import redacted_bytes
+from bridged.saved import BadSettings
 
 if TYPE_CHECKING:
     from bridged.app import App
@@ -113,6 +116,8 @@ class AdminServer:
         Page().add_routes(router)
         router.add_get("/api/live", self._live.answer, allow_head=False)
         Api(self._app, self._history).add_routes(router)
+        SettingsApi(self._app).add_routes(router)
+        EventsApi(self._app).add_routes(router)
         self._runner = _Runner(web_app, shutdown_timeout=2.0)
         await self._runner.setup()
         try:
@@ -161,7 +166,10 @@ class AdminServer:
         try:
             answer = await handler(request)
         except BridgedError as error:
-            answer = json({"error": error.args[0], "hint": error.hint}, error.http_status)
+            told: dict[str, object] = {"error": error.args[0], "hint": error.hint}
+            if isinstance(error, BadSettings):
+                told["keys"] = error.keys
+            answer = json(told, error.http_status)
         except web.HTTPException as error:
             answer = json({"error": error.text, "hint": ""}, error.status)
             for name in ("Allow", "WWW-Authenticate"):

@@ -112,6 +112,10 @@ class HttpSource:
         self._stopping = False
         self._servers: list[asyncio.Server] = []
 
+    def use(self, bearer_token: str) -> None:
+        """Another token from the next request on."""
+        self._credential = bearer_token.encode() or None
+
     async def __aenter__(self) -> Self:
         options = self._options
         tls = server_context("sources.http", options.tls_cert, options.tls_key)
