@@ -527,7 +527,7 @@ def test_an_ordinary_day_is_drawn(eyes: Eyes, flowing: Bridge) -> None:
     expect(page.get_by_label("Last hour")).not_to_be_checked()
     page.get_by_label("Last hour").check()
     expect(rate.locator("canvas")).to_be_visible()
-    eyes.shot(page, "overview")
+    eyes.shot(page, "overview", whole=True)
     page.set_viewport_size({"width": 360, "height": 740})
     until(lambda: rate.locator("canvas").bounding_box()["width"] <= 360, "a narrower chart")
     page.get_by_role("heading", name="How it has been going").scroll_into_view_if_needed()

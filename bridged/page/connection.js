@@ -1,7 +1,7 @@
 // Connection: Mixpanel's credentials, what to paste into Braze, and what was saved here.
 
 import { ask, order } from "./api.js";
-import { attempt, button, confirmed, copyButton, duration, el, field, fill, newId, problemText, say, section, toast } from "./dom.js";
+import { attempt, button, confirmed, copyButton, duration, el, field, fill, newId, problemText, prose, say, section, toast } from "./dom.js";
 import { changes, complain, control, overrides, Settings, showOnce, tellSaved } from "./settings.js";
 
 export const title = "Connection";
@@ -22,6 +22,17 @@ const MORE = {
   Retention: ["retention.max_age", "retention.on_expiry"],
   Delivery: ["delivery.max_events_per_second", "delivery.max_bytes_per_minute", "delivery.max_concurrency", "delivery.flush_interval", "delivery.timeout", "delivery.probe_interval"],
   Alarms: ["alerts.webhook_url", "alerts.webhook_token", "alerts.spool_share", "alerts.undelivered"],
+};
+/** What a test finds, in a few words. */
+const PROBLEMS = {
+  credential: "Mixpanel refuses the credential",
+  project: "It belongs to another project",
+  region: "The project lives in another region",
+  network: "Mixpanel can’t be reached",
+  clock: "This machine’s clock is wrong",
+  busy: "Mixpanel is busy, and says nothing of the credential",
+  upstream: "Mixpanel has a problem of its own",
+  settings: "What was entered can’t be used",
 };
 const PUBLIC_NAME = "bridged.public-name"; // in this browser: only the address that is shown depends on it
 
@@ -93,7 +104,7 @@ function keep(connection) {
       el("li", {}, el("strong", {}, "Keep the secret current."), " When Mixpanel refuses the credential, nothing is sent until you renew it here. Events are still taken from Braze and kept on disk."),
       el("li", {}, el("strong", {}, "What happens after 48 hours."), ` Braze’s hosted connector deletes what it couldn’t deliver for 48 hours. ${after}`),
       el("li", {}, el("strong", {}, "The API secret’s end."), ` Mixpanel retires API secrets on ${connection.api_secret_retired}. Use a service account before then.`)),
-    connection.warnings.map((text) => el("div", { class: "callout warn" }, el("p", {}, text))),
+    connection.warnings.map((text) => el("div", { class: "callout warn" }, el("p", {}, prose(text)))),
   ];
 }
 
@@ -157,8 +168,8 @@ function mixpanelForm(at, settings, reload) {
     return el(
       "div",
       { class: `callout ${answer.ok ? "good" : "bad"}` },
-      el("p", {}, el("strong", {}, answer.ok ? "It works. " : ""), answer.text),
-      answer.hint && el("p", { class: "hint" }, answer.hint),
+      el("p", {}, el("strong", {}, answer.ok ? "It works. " : `${PROBLEMS[answer.problem] ?? "It doesn’t work"}. `), answer.hint ? prose(answer.hint.charAt(0).toUpperCase() + answer.hint.slice(1)) : ""),
+      el("p", { class: "hint" }, prose(answer.text)),
       skew,
       use && el("div", { class: "actions" }, use),
     );
@@ -308,7 +319,7 @@ function moreForm(at, settings, reload) {
         });
       },
     },
-    Object.entries(MORE).map(([name, keys]) => el("fieldset", {}, el("legend", {}, name), keys.map((key) => at(key).element))),
+    el("div", { class: "columns" }, Object.entries(MORE).map(([name, keys]) => el("fieldset", {}, el("legend", {}, name), keys.map((key) => at(key).element)))),
     el("div", { class: "actions" }, save),
   );
   return el("details", {}, el("summary", {}, "Address, retention, pace and alarms"), form);

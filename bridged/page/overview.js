@@ -192,6 +192,7 @@ function limits(pace) {
 
 function limited(status) {
   const { pace } = status;
+  if (status.state === "not set up") return ["Not set up", "Nothing is sent until Mixpanel’s credential is entered."];
   if (status.halted) return ["Halted", "Nothing is sent until Mixpanel takes the credential."];
   if (pace.limited_by === "backoff") return [`Backing off for ${duration(pace.backing_off_s)}`, pace.reason];
   return LIMITS[pace.limited_by] ?? [pace.limited_by, ""];

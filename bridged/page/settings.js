@@ -1,7 +1,7 @@
 // Settings: a control for each, where its value comes from, and saving them. Shared by the views that change some.
 
 import { ask, order } from "./api.js";
-import { button, confirmed, dialog, el, field, fill, newId, problemText, say, toast } from "./dom.js";
+import { button, confirmed, dialog, el, field, fill, newId, problemText, prose, toast } from "./dom.js";
 
 /** What a person calls a setting; the others are called what they are called in config.toml. */
 const LABELS = {
@@ -116,7 +116,7 @@ export function control(key, back) {
     }
     // The choices are spelled out by the control.
     const about = one.kind === "choice" ? one.description.replace(/^\w+( \| \w+)+: ?/, "") : one.description;
-    const hint = el("p", { class: "hint", id: `${id}-hint` }, about.charAt(0).toUpperCase() + about.slice(1));
+    const hint = el("p", { class: "hint", id: `${id}-hint` }, prose(about.charAt(0).toUpperCase() + about.slice(1)));
     if (one.kind === "boolean") holder.append(el("div", { class: "choice" }, input, el("div", {}, el("label", { for: id }, labelOf(key)), hint, problem, source)));
     else holder.append(el("div", { class: "field" }, el("label", { for: id }, labelOf(key)), input, hint, problem, source));
   }
@@ -129,7 +129,7 @@ export function control(key, back) {
   }
 
   function complain(text) {
-    say(problem, text);
+    fill(problem, prose(text));
     problem.hidden = !text;
     if (text) input.setAttribute("aria-invalid", "true");
     else input?.removeAttribute("aria-invalid");
