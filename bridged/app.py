@@ -241,11 +241,9 @@ class App:
         return changed
 
     def _demand_usable(self, config: Config) -> None:
-        """Raises ConfigError for what would stop a delivery that works, or can't be mapped."""
+        """Raises ConfigError for what would stop a delivery that works."""
         if has_credential(self._configured) and not has_credential(config):
             raise ConfigError(NO_CREDENTIAL)
-        if options.mapping_settings(config) != options.mapping_settings(self.config):
-            EventMapping(EVENT_TYPES, options.mapping_settings(config))
 
     def _take_saved(self, values: dict[str, Any]) -> list[str]:
         """Puts what is on disk now in force. What the API gave goes, if another credential was saved."""

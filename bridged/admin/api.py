@@ -4,10 +4,12 @@
     GET  /api/config                  the configuration in force, secrets masked, and which keys were saved on the page
     GET  /api/history                 ?span=hour|day since=: columns for charts
     GET  /api/activity                ?before= limit=: what happened, newest first
-    GET  /api/dead-letters            ?event_type= reason= stage= since= until= after= limit= (<= 1000), oldest first
-    GET  /api/dead-letters/groups     all of them, counted by stage, event type and reason
+    GET  /api/dead-letters            ?event_type= reason= exact_reason= stage= since= until= order=oldest|newest after=|before=
+                                      limit= (<= 1000)
+    GET  /api/dead-letters/groups     counted by stage, event type and reason; the same filters
     GET  /api/dead-letters/export     NDJSON, with the events; the same filters
-    GET  /api/dead-letters/ID         one, with its event
+    GET  /api/dead-letters/ID         one, with its event as it came and as it was mapped, as far as there are both
+    POST /api/dead-letters/count      how many an order, such as the following, would be about
     POST /api/dead-letters/replay     {"ids": [...]} or {"filter": {...}} or {"all": true}
     POST /api/dead-letters/purge      likewise
     POST /api/credentials             {"token", "api_secret", "service_account", "service_secret", "project_id"}: those that
@@ -31,13 +33,12 @@ from bridged.activity import MAX_ENTRIES, Entry
 from bridged.admin.answers import body_of, json, number_of
 from bridged.admin.history import SPANS, History
 from bridged.admin.status import status
-from bridged.backlog.dead_letters import MAX_LISTED, DeadLetters, Filter, Group, Summary, exported
+from bridged.backlog.dead_letters import MAX_ID, MAX_LISTED, DeadLetters, Filter, Group, Summary, exported
 from bridged.errors import BadRequest, ConfigError
 
 if TYPE_CHECKING:
     from bridged.app import App
 
-_MAX_ID: Final = 2**63 - 1
 # Counting the reasons goes through the whole table: the status uses an old count for so many times what it took.
 _PATIENCE: Final = 30.0
 _TOP_REASONS: Final = 20
@@ -72,7 +73,7 @@ class Order(Struct, forbid_unknown_fields=True):
             if self.filter == Filter():
                 raise BadRequest("the filter is empty", '{"all": true} means all of them')
             return self.filter
-        if self.ids is not None and any(not 0 < id_ <= _MAX_ID for id_ in self.ids):
+        if self.ids is not None and any(not 0 < id_ <= MAX_ID for id_ in self.ids):
             raise BadRequest("ids are positive numbers")
         return Filter() if self.ids is None else self.ids
 
@@ -123,6 +124,7 @@ class Api:
         router.add_get("/api/dead-letters/groups", self._all_groups)
         router.add_get("/api/dead-letters/export", self._export)
         router.add_get(r"/api/dead-letters/{id:\d{1,19}}", self._show)
+        router.add_post("/api/dead-letters/count", self._count)
         router.add_post("/api/dead-letters/replay", self._replay)
         router.add_post("/api/dead-letters/purge", self._purge)
         router.add_post("/api/replay", self._replay_archived)
@@ -144,7 +146,7 @@ class Api:
 
     async def _activity(self, request: web.Request) -> web.Response:
         query = dict(request.query)
-        limit, before = number_of(query, "limit", 100, MAX_ENTRIES), number_of(query, "before", _MAX_ID, _MAX_ID)
+        limit, before = number_of(query, "limit", 100, MAX_ENTRIES), number_of(query, "before", MAX_ID, MAX_ID)
         _demand_nothing_else(query)
         entries = self._app.activity.newest(limit, before)
         return json(Happened(entries, entries[-1].id if entries and len(entries) == limit else None))
@@ -161,21 +163,31 @@ class Api:
         return self._groups
 
     async def _all_groups(self, request: web.Request) -> web.Response:
-        return json(await self._dead_letters.groups())
+        return json(await self._dead_letters.groups(_filter(dict(request.query))))
+
+    async def _count(self, request: web.Request) -> web.Response:
+        wanted = (await body_of(request, Order)).wanted()
+        return json({"count": await self._dead_letters.count(wanted)})
 
     async def _list(self, request: web.Request) -> web.Response:
         query = dict(request.query)
-        after = number_of(query, "after", 0, _MAX_ID)
-        limit = number_of(query, "limit", 100, MAX_LISTED)
-        rows = await self._dead_letters.list_after(_filter(query), after, limit)
+        limit, order = number_of(query, "limit", 100, MAX_LISTED), query.pop("order", "oldest")
+        if order not in ("oldest", "newest"):
+            raise BadRequest("order: oldest or newest")
+        if order == "oldest":
+            after = number_of(query, "after", 0, MAX_ID)
+            rows = await self._dead_letters.list_after(_filter(query), after, limit)
+        else:
+            before = number_of(query, "before", MAX_ID, MAX_ID)
+            rows = await self._dead_letters.list_before(_filter(query), before, limit)
         return json(Listing(rows, rows[-1].id if rows and len(rows) == limit else None))
 
     async def _show(self, request: web.Request) -> web.Response:
         id_ = int(request.match_info["id"])
-        row = await self._dead_letters.get(id_) if id_ <= _MAX_ID else None
+        row = await self._dead_letters.get(id_) if id_ <= MAX_ID else None
         if row is None:
             raise web.HTTPNotFound(text=f"there is no dead letter {id_}")
-        return json(exported(row))
+        return json(exported(row) | self._app.intake.both_forms(row))
 
     async def _export(self, request: web.Request) -> web.StreamResponse:
         wanted = _filter(dict(request.query))
@@ -189,12 +201,17 @@ class Api:
     async def _replay(self, request: web.Request) -> web.Response:
         wanted = (await body_of(request, Order)).wanted()
         self._demand_quiet()
-        return json(await self._dead_letters.replay(wanted))
+        outcome = await self._dead_letters.replay(wanted)
+        text = "Dead letters were replayed"
+        self._app.activity.tell("replay", text, replayed=outcome.replayed, refused_again=outcome.refused)
+        return json(outcome)
 
     async def _purge(self, request: web.Request) -> web.Response:
         wanted = (await body_of(request, Order)).wanted()
         self._demand_quiet()
-        return json({"purged": await self._dead_letters.purge(wanted)})
+        purged = await self._dead_letters.purge(wanted)
+        self._app.activity.tell("purge", "Dead letters were deleted for good", "warning", purged=purged)
+        return json({"purged": purged})
 
     async def _replay_archived(self, request: web.Request) -> web.Response:
         """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk."""

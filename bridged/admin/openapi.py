@@ -29,12 +29,19 @@ class _Dead(msgspec.Struct):
 _FILTER: Final = [
     parameter("event_type", {"type": "string"}, "Only of this event type."),
     parameter("reason", {"type": "string"}, "Only with this in their reason, in any case."),
+    parameter("exact_reason", {"type": "string"}, "Only with this very reason."),
     parameter("stage", {"enum": ["door", "mixpanel"]}, "Only refused there."),
     parameter("since", {"type": "number"}, "Only refused, last, at or after this time, in seconds."),
     parameter("until", {"type": "number"}, "Only refused, last, before this time, in seconds."),
 ]
 _PAGE: Final = [
     parameter("after", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The `next` of the page before."),
+    parameter("before", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The same, with the newest first."),
+    parameter(
+        "order",
+        {"enum": ["oldest", "newest"]},
+        "Which come first; oldest. `before` is for newest alone, `after` for oldest.",
+    ),
     parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_LISTED}, "At most so many; 100."),
 ]
 _ORDER: Final = {
@@ -80,6 +87,9 @@ _LETTER: Final = {
         "reason": {"type": "string"},
         "event": {"type": ["object", "array"]},
         "event_base64": {"type": "string"},
+        "original": {"description": "As Braze sent it; null: it isn't kept, or isn't JSON."},
+        "mapped": {"description": "As it was sent to Mixpanel, or would be today; null: it can't be."},
+        "mapped_problem": {"type": "string"},
     },
     "required": ["id", "first_at", "last_at", "attempts", "stage", "event_type", "reason"],
 }
@@ -125,7 +135,13 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         )
     },
     "/api/dead-letters/groups": {
-        "get": operation("All of them, counted.", json_content({"type": "array", "items": ref("Group")}), 401)
+        "get": operation(
+            "Those that match, counted.",
+            json_content({"type": "array", "items": ref("Group")}),
+            400,
+            401,
+            parameters=_FILTER,
+        )
     },
     "/api/dead-letters/export": {
         "get": operation("NDJSON, with the events.", text_content("application/x-ndjson"), 400, 401, parameters=_FILTER)
@@ -143,6 +159,14 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
                     "schema": {"type": "integer", "minimum": 0, "maximum": _MAX_ID},
                 }
             ],
+        )
+    },
+    "/api/dead-letters/count": {
+        "post": operation(
+            "How many there are of them.",
+            json_content(object_of(count={"type": "integer"})),
+            *(400, 401, 413, 415, 503),
+            body=required(_ORDER),
         )
     },
     "/api/dead-letters/replay": {

@@ -212,7 +212,8 @@ class SettingsApi:
         try:
             return options.target(applied(config, values))
         except ConfigError as error:
-            raise BadSettings(str(error.args[0]), {}, "nothing was asked") from error
+            said = str(error.args[0])
+            raise BadSettings(said, _by_key(said), "nothing was asked") from error
 
 
 async def saved(app: "App", change: Change) -> web.Response:
@@ -309,20 +310,9 @@ def _kind(key: Key) -> Kind:
 
 
 def _connection_warnings(config: Config) -> list[str]:
-    """What the documentation of both sides wants everybody to know."""
-    http, retention, mixpanel = config.sources.http, config.retention, config.mixpanel
-    fate = {
-        "archive": f"are archived in {retention.archive_path}, for `bridged replay`",
-        "drop": "are deleted, as the hosted connector does",
-    }
-    found = [
-        "Keep the credential current: while Mixpanel refuses it, nothing is delivered, and events wait here. "
-        + (
-            f"After {retention.max_age} they {fate[retention.on_expiry]}."
-            if retention.on_expiry != "keep"
-            else "They are kept until it is taken again."
-        )
-    ]
+    """What somebody should do about this configuration."""
+    http, mixpanel = config.sources.http, config.mixpanel
+    found = []
     if mixpanel.api_secret and not mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account.")
     if mixpanel.service_account and not mixpanel.token:
