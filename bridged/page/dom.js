@@ -161,7 +161,10 @@ export function dialog(title, build, { wide = false } = {}) {
   const box = el("dialog", { "aria-labelledby": id, class: wide ? "wide" : null });
   const closed = new Promise((resolve) => {
     box.addEventListener("close", () => {
+      // What was just said stays to be read.
+      const said = box.querySelectorAll(".toast");
       box.remove();
+      (document.querySelector("dialog[open] .toasts") ?? document.getElementById("toasts")).append(...said);
       if (before?.isConnected) before.focus();
       resolve(box.returnValue);
     });
