@@ -99,7 +99,7 @@ class Intake:
         return self._spool.append(mapped)
 
     def both_forms(self, row: DeadLetterRow) -> dict[str, object]:
-        """A dead letter as Braze sent it (`original`), and as it was, or would be today, for Mixpanel (`mapped`); None: not known.
+        """A dead letter as Braze sent it (`original`) and as Mixpanel got or would get it (`mapped`); None: not known.
 
         What Mixpanel refused is kept as it was sent there; `mapped_problem` says why there is no mapped form of the other.
         """

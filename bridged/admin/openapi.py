@@ -40,7 +40,7 @@ _PAGE: Final = [
     parameter(
         "order",
         {"enum": ["oldest", "newest"]},
-        "Which come first; oldest. `before` is for newest alone, `after` for oldest.",
+        "Which come first; oldest. `before` goes with newest, `after` with oldest.",
     ),
     parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_LISTED}, "At most so many; 100."),
 ]

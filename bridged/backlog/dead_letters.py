@@ -34,6 +34,10 @@ _LINE_BREAKS: Final = bytes.maketrans(b"\r\n", b"  ")
 Replay = Callable[[DeadLetterRow], "asyncio.Future[None] | str"]
 
 
+# Stage, event type, reason.
+_Alike = tuple[Stage, str, str]
+
+
 class Filter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which dead letters. Empty: all of them."""
 
@@ -108,6 +112,11 @@ class DeadLetters:
         self.busy = False
         self._spool = spool
         self._replay_one = replay_one
+        self._changes = 0  # of what lies in the table: more than that some were added
+        # What was counted, up to which id, and what the table was like then.
+        self._known: Counter[_Alike] = Counter()
+        self._known_to = 0
+        self._known_of: tuple[int, int] | None = None
         self._clock = clock
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -154,13 +163,24 @@ class DeadLetters:
         return DeadLetterRow(*rows[0]) if rows else None
 
     async def groups(self, wanted: Filter | None = None) -> list[Group]:
-        """Those that match, counted by what is alike; the most frequent first."""
-        wanted = wanted or Filter()
-        counts: Counter[tuple[Stage, str, str]] = Counter()
-        async for low, high in self._windows(0):
-            for *key, n in await self._read(_grouped, low, high, wanted):
-                counts[tuple(key)] += n
-        return [Group(*key, count) for key, count in counts.most_common()]
+        """Those that match, counted by what is alike; the most frequent first.
+
+        Of all of them, only those are counted that came since the last time, as long as none has gone or changed.
+        """
+        if wanted is None or wanted == Filter():
+            key = (self._changes, self._spool.dropped_dead_letters)
+            if key != self._known_of or self.busy:
+                self._known, self._known_to, self._known_of = Counter(), 0, key
+            counts, known_to = Counter(self._known), self._known_to
+        else:
+            counts, known_to, key = Counter[_Alike](), 0, None
+        async for low, high in self._windows(known_to):
+            for *alike, n in await self._read(_grouped, low, high, wanted or Filter()):
+                counts[tuple(alike)] += n
+            known_to = high
+        if key is not None and key == (self._changes, self._spool.dropped_dead_letters) and not self.busy:
+            self._known, self._known_to = counts, known_to
+        return [Group(*alike, count) for alike, count in counts.most_common()]
 
     async def slices(self, wanted: "Filter | Sequence[int]") -> AsyncIterator[list[DeadLetterRow]]:
         """Those that match now, with their events, a few at a time; ids that don't exist are passed over."""
@@ -232,10 +252,12 @@ class DeadLetters:
         if self.busy:
             raise SpoolError("another replay or purge of dead letters is under way", "wait for its end, and try again")
         self.busy = True
+        self._changes += 1
         try:
             yield
         finally:
             self.busy = False
+            self._changes += 1
 
     async def _touch(self, refused: list[tuple[int, str]]) -> None:
         """Notes that a replay didn't help."""
@@ -300,7 +322,8 @@ def _until(cursor: sqlite3.Cursor, max_bytes: int | None) -> list[Any]:
 
 def _grouped(db: sqlite3.Connection, low: int, high: int, wanted: Filter) -> list[Any]:
     condition, values = wanted.sql()
-    query = f"SELECT stage, event_type, reason, count(*) FROM dead_letters WHERE id > ? AND id <= ? AND {condition} GROUP BY 1, 2, 3"
+    columns = "stage, event_type, reason"
+    query = f"SELECT {columns}, count(*) FROM dead_letters WHERE id > ? AND id <= ? AND {condition} GROUP BY {columns}"
     return db.execute(query, (low, high, *values)).fetchall()
 
 
