@@ -207,6 +207,24 @@ def test_every_section_of_the_page_is_made_from_what_its_benchmark_writes(ran, t
     assert all(f"]({name})" in text for name in pictures)
 
 
+def test_the_page_says_when_the_machine_was_not_quiet():
+    """Figures from a busy machine look like any others: what others used stands beside them."""
+    run = {
+        "events": 1,
+        "ready_s": 1,
+        "drained_per_s": 1,
+        "drain_us": 1,
+        "drain_peak_mb": 1,
+        "shrunk_s": 1,
+        "failure": "",
+    }
+    run |= {"final_bytes": 1, "empty_bytes": 1}
+    about = dict.fromkeys(("cpu", "cores", "kernel", "filesystem", "load_average", "python", "sqlite"), 0)
+    for cores, said in ((0.05, False), (1.2, True)):
+        results = {"backlog": {"machine": about, "runs": [run | {"other_cores": cores}]}}
+        assert ("Not a quiet machine: others used 1.20 cores" in "\n".join(page.page(results, {}))) is said
+
+
 def test_the_page_says_that_there_are_no_results(tmp_path, capsys):
     """An empty folder is no page."""
     assert page.main(["--results", str(tmp_path), "--page", str(tmp_path / "page")]) == 1
