@@ -15,7 +15,7 @@ from bench.peers.subject import Subject, kill
 _LINES = 200
 _LAST_WORDS_S = 5.0
 _FIRST_S = 20.0
-ACKED: Final = ("stream", "http", "array")
+ACKED: Final = ("stream", "http")
 
 
 class Ledger:
@@ -38,9 +38,9 @@ async def load_until_killed(
 ) -> Ledger:
     """Sends events, each once, as fast as they are taken; kills the subject so long after the first have arrived."""
     ledger = Ledger()
-    if door in {"http", "array"}:
+    if door == "http":
         starts = iter(range(0, len(lines), per_request))
-        clients = [_requests(subject.port, door, lines, per_request, starts, ledger) for _ in range(connections)]
+        clients = [_requests(subject.port, lines, per_request, starts, ledger) for _ in range(connections)]
     else:
         clients = [_stream(subject.port, lines, ledger, acks=door == "stream")]
     tasks = [asyncio.create_task(client) for client in clients]
@@ -59,15 +59,12 @@ async def load_until_killed(
     return ledger
 
 
-async def _requests(
-    port: int, door: Door, lines: Sequence[bytes], per_request: int, starts: Iterator[int], ledger: Ledger
-) -> None:
-    form = data.http_request if door == "http" else data.array_request
+async def _requests(port: int, lines: Sequence[bytes], per_request: int, starts: Iterator[int], ledger: Ledger) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     with contextlib.closing(writer):
         for start in starts:
             events = range(start, min(start + per_request, len(lines)))
-            writer.write(form(lines[start : events.stop]))
+            writer.write(data.http_request(lines[start : events.stop]))
             await writer.drain()
             ledger.sent.update(events)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -296,7 +296,7 @@ def run_all(arguments: argparse.Namespace) -> Results:
         for row in rows:
             with _failing(row, results):
                 _say(f"verifying {row.name}")
-                kept = temporary / "kept"
+                kept = temporary / f"{row.name}.kept"
                 keep(row, lines, count, kept, arguments)
                 results.differences[row.name] = compare.difference(ours, kept, maps=row.maps).text()
         for row in rows if arguments.kill else ():
@@ -411,42 +411,60 @@ def _show_ratios(good: dict[str, list[Run]]) -> None:
 
 
 def _show_absent(results: Results) -> None:
-    here = results.runs.keys()
     print("\nmeasured elsewhere (a quiet 2-core machine, 704-byte events; compare with nothing above)")
-    for each in PUBLISHED:
-        if each.name not in here:
-            why = results.missing.get(each.name) or each.wanted or "not asked for"
-            print(f"  {each.name}: {each.events_per_s:,} events/s, {each.cpu_us:g} us; here: {why}")
+    for each in absent(results):
+        figures = each["published"]
+        print(
+            f"  {each['name']}: {figures['events_per_s']:,} events/s, {figures['cpu_us_per_event']:g} us; "
+            f"here: {each['why']}"
+        )
     for name in results.missing.keys() - {each.name for each in PUBLISHED}:
         print(f"  {name}: not installed here, no figure: {results.missing[name]}")
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """What `--json` has for `bench report`: a row for everyone who was measured."""
+    """What `--json` has for a page: a row for everyone who was measured, with the figures of each run."""
     found = []
     for name, runs in results.runs.items():
         good = [run for run in runs if not run.failure]
         row, killed = ROWS[name], results.killed.get(name)
-        if good:
-            rates = [run.events_per_s for run in good]
-            found.append(
-                {
-                    "name": name,
-                    "door": row.door,
-                    "maps": row.maps,
-                    "durable": row.durable,
-                    "acks": row.acks,
-                    "events_per_s": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
-                    "cpu_us_per_event": statistics.median(run.cpu_us for run in good),
-                    "peak_rss_mb": statistics.median(run.peak_mb for run in good),
-                    "disk_bytes": statistics.median(run.disk_bytes for run in good),
-                    "written_bytes_per_event": statistics.median(run.written_bytes / run.events for run in good),
-                    "lost_after_kill": killed and {"lost": killed.lost, "events": killed.events, "of": killed.of},
-                    "version": results.versions.get(name, ""),
-                    "note": row.tuned,
-                }
-            )
+        found.append(
+            {
+                "name": name,
+                "door": f"http-{row.per_request}" if row.door == "http" else row.door,
+                "maps": row.maps,
+                "disk": row.disk,
+                "durable": row.durable,
+                "acks": row.acks,
+                "events_per_s": [run.events_per_s for run in good],
+                "cpu_us_per_event": [run.cpu_us for run in good],
+                "peak_rss_mb": [run.peak_mb for run in good],
+                "bytes_on_disk": max((run.disk_bytes for run in good), default=None),
+                "written_bytes_per_event": [run.written_bytes / run.events for run in good],
+                "lost_after_kill": killed and killed.lost,
+                "lost_after_kill_of": killed and f"{killed.events} {killed.of}",
+                "differs": results.differences.get(name, ""),
+                "events": sum(run.events for run in good),
+                "version": results.versions.get(name, ""),
+                "note": row.tuned,
+                "failure": next((run.failure for run in runs if run.failure), ""),
+            }
+        )
     return found
+
+
+def absent(results: Results) -> list[dict[str, Any]]:
+    """Who was not measured in this run, with what was measured elsewhere: never to be mixed with this run's figures."""
+    return [
+        {
+            "name": each.name,
+            "why": results.missing.get(each.name) or each.wanted or "not asked for",
+            "published": {"events_per_s": each.events_per_s, "cpu_us_per_event": each.cpu_us},
+            "source": "measured elsewhere on a quiet 2-core machine, 704-byte events",
+        }
+        for each in PUBLISHED
+        if each.name not in results.runs
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -469,7 +487,7 @@ def main(argv: Sequence[str]) -> int:
     with ended_by_signals():
         results = run_all(arguments)
     whole = show(results)
-    report.write(arguments.json, {**msgspec.to_builtins(results), "peers": rows(results)})
+    report.write(arguments.json, {**msgspec.to_builtins(results), "rows": rows(results), "absent": absent(results)})
     return 0 if whole else 1
 
 
