@@ -1,7 +1,7 @@
 # make demo          a day of events through a daemon and an emulated Mixpanel; KEEP=1 leaves them running
 # make test          lint, types, tests; as root on Debian or Ubuntu it installs the tools that they use, else it names them
 # make lint          lint and types only
-# make bench         how fast it is on this machine
+# make bench         how fast it is on this machine: everything, some ten minutes, and a page with plots in docs/bench
 # make clean         removes what the others made
 #
 # Everything but those tools is installed into .venv. PYTHON chooses the interpreter: make demo PYTHON=python3.12
@@ -38,8 +38,8 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m bench
+bench: $(VENV)/.benched
+	$(BIN)/python -m bench all
 
 clean:
 	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
@@ -49,6 +49,11 @@ clean:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV) ..."
 	@$(PIP) install --editable ".[cli]"
+	@touch $@
+
+$(VENV)/.benched: pyproject.toml $(VENV)/.installed
+	@echo "Installing what the benchmarks' plots need into $(VENV) ..."
+	@$(PIP) install --editable ".[cli,bench]"
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml $(VENV)/.installed

@@ -2,10 +2,11 @@
 
 The emulator checks every event as Mixpanel does, which costs more than the daemon that is to be measured; the sink only
 gunzips and counts newlines. With `--check` it also keeps every `$insert_id`, to tell whether one came twice. With
-`--keep FILE` it writes all that it gets there, for `bench peers`, whose peers send other forms than bridged does.
+`--bodies FILE` it writes all that it gets there, for `bench peers`, whose peers send other forms than bridged does.
 
 It prints `{"port":N}` when it listens, and a `Report` for every line that comes on its standard input. It ends with
-its input.
+its input. With `--arrivals` it keeps every body with the time at which it was there, and a line that names a file makes
+it write there what was in them: afterwards, when nothing is measured any more.
 """
 
 import argparse
@@ -44,14 +45,23 @@ class Report(Struct, kw_only=True):
     cpu_s: float = 0.0
 
 
+class Arrival(Struct, array_like=True):
+    """A batch: when it was there, by the monotonic clock, and the `$insert_id` of its events."""
+
+    at: float
+    ids: list[str]
+
+
 class Sink:
     """The counts, shared by all connections."""
 
-    def __init__(self, *, check: bool, keep: Path | None = None) -> None:
+    def __init__(self, *, check: bool = False, arrivals: bool = False, bodies: Path | None = None) -> None:
         self._report = Report()
         self._check = check
+        self._keep = arrivals
+        self._kept: list[tuple[float, bytes]] = []
         self._ids: set[bytes] = set()
-        self._keep = keep
+        self._bodies = bodies
 
     def take(self, body: bytes) -> bytes:
         """Counts a request; gives the answer."""
@@ -66,14 +76,24 @@ class Sink:
         report.bytes += len(body)
         if self._check:
             self._ids.update(_INSERT_ID.findall(raw))
-        if self._keep:
-            with self._keep.open("ab") as file:
+        if self._bodies:
+            with self._bodies.open("ab") as file:
                 file.write(_plain(raw).rstrip(b"\n") + b"\n")
         report.last_at = time.monotonic()
+        if self._keep:
+            self._kept.append((report.last_at, body))
         if body.startswith(_FORM):
             # What the official clients want to hear, the one with verbose=1 in its form and the one without.
             return _answer(b"200 OK", b'{"status":1,"error":null}' if b"verbose=1" in body[-100:] else b"1")
         return _answer(b"200 OK", b'{"code":200,"num_records_imported":%d,"status":"OK"}' % events)
+
+    def write_arrivals(self, path: Path) -> None:
+        """Writes every batch that was kept."""
+        arrivals = [
+            Arrival(at, [id_.decode() for id_ in _INSERT_ID.findall(isal_zlib.decompress(body, _GZIP))])
+            for at, body in self._kept
+        ]
+        path.write_bytes(msgspec.msgpack.encode(arrivals))
 
     def report(self) -> Report:
         self._report.distinct = len(self._ids)
@@ -143,12 +163,14 @@ class _Connection(asyncio.Protocol):
 async def run(arguments: argparse.Namespace) -> None:
     """Serves until its standard input ends."""
     loop = asyncio.get_running_loop()
-    sink = Sink(check=arguments.check, keep=arguments.keep)
+    sink = Sink(check=arguments.check, arrivals=arguments.arrivals, bodies=arguments.bodies)
     server = await loop.create_server(lambda: _Connection(sink), "127.0.0.1", arguments.port)
     gc.freeze()
     gc.disable()
     print(msgspec.json.encode({"port": server.sockets[0].getsockname()[1]}).decode(), flush=True)
-    while await asyncio.to_thread(sys.stdin.readline):
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        if path := line.strip():
+            sink.write_arrivals(Path(path))
         print(msgspec.json.encode(sink.report()).decode(), flush=True)
     server.close()
 
@@ -158,8 +180,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sink", description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="keep every $insert_id, to find doubled events")
+    parser.add_argument("--arrivals", action="store_true", help="keep every body, to tell when each event came")
     parser.add_argument(
-        "--keep", type=Path, metavar="FILE", help="write all bodies there: arrays and objects, a line each"
+        "--bodies", type=Path, metavar="FILE", help="write all bodies there: arrays and objects, a line each"
     )
     arguments = parser.parse_args(argv)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -21,6 +21,7 @@ LADDER: dict[str, set[str]] = {
     "settings": set(),
     "config": {"errors", "redaction", "settings"},
     "reloading": {"config", "settings"},
+    "memory": set(),
     # Facts in, notices out: it knows nobody.
     "alarms": set(),
     "currents": set(),
@@ -41,6 +42,7 @@ LADDER: dict[str, set[str]] = {
             "settings",
             "config",
             "reloading",
+            "memory",
             "alarms",
             "currents",
             "mixpanel",
@@ -65,7 +67,7 @@ LADDER: dict[str, set[str]] = {
         "admin",
         "app",
     },
-    "cli": {"errors", "redaction", "logs", "config", "app", "emulator", "commands"},
+    "cli": {"errors", "redaction", "logs", "config", "memory", "app", "emulator", "commands"},
     "__main__": {"cli"},
 }
 
