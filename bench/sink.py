@@ -71,7 +71,9 @@ class Sink:
             raw, events = _read(body)
         except (_GzipError, ValueError):
             report.bad += 1
-            return _answer(b"400 Bad Request", b'{"code":400,"error":"not gzip","status":"Bad Request"}')
+            return _answer(
+                b"400 Bad Request", b'{"code":400,"error":"nothing that can be read","status":"Bad Request"}'
+            )
         report.events += events
         report.bytes += len(body)
         if self._check:

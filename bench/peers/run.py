@@ -153,6 +153,8 @@ def keep(row: Row, lines: Path, count: int, path: Path, arguments: argparse.Name
         subject.ready()
         events, _, _ = _loader(row, subject, lines, temporary, options, stack)()
         _arrived(sink, subject, events)
+        # For what comes twice.
+        time.sleep(_SETTLE_S)
         kill(subject)
 
 
@@ -292,8 +294,12 @@ def main(argv: Sequence[str]) -> int:
             print(f"peers: {error}", file=sys.stderr)
             return 1
         return 0
-    with ended_by_signals():
-        results = run_all(arguments)
+    try:
+        with ended_by_signals():
+            results = run_all(arguments)
+    except BenchError as error:
+        print(f"peers: bridged itself: {error}", file=sys.stderr)
+        return 1
     whole = show(results)
     report.write(arguments.json, {**msgspec.to_builtins(results), "rows": rows(results), "absent": absent(results)})
     return 0 if whole else 1
