@@ -18,12 +18,14 @@ QUESTIONS = {
     "mapping": "what mapping costs: untouched, mapped, checked, with an odd event in the batch",
     "restart": "what a restart costs the senders: the daemon restarted under load, its sockets held by a service manager",
     "corrupt": "what damage costs: bits flipped and bytes cut off in a spool's files, and a start for each",
+    "cohorts": "what a cohort costs: a full sync to Braze and a repeated one, and SIGKILL while it receives, sweeps, sends",
     "spool": "what durability costs: events a commit x synchronous, beside a bare write and fsync of the same bytes",
     "hostile": "what slow, endless, explosive and deaf clients cost: the daemon's memory, and an honest client's p99",
     "fuzz": "inputs that nobody sends, by the million, into decoder, framer and mapping: executions, and what broke",
     "crash": "what SIGKILL loses: the daemon dies again and again under load, and a ledger outside counts",
     "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root)",
     "peers": "bridged beside what a user would pick instead, on the same events and the same sink",
+    "browser": "what an open page costs: the daemon's CPU an event with and without a browser that shows it",
     "images": "what a power cut could leave: a recorded write log, replayed with unsynced writes dropped and torn",
 }
 

@@ -153,10 +153,10 @@ class Sink(Child):
     """bench.sink, listening."""
 
     def __init__(
-        self, folder: Path, *, check: bool = False, port: int = 0, arrivals: bool = False, bodies: Path | None = None
+        self, folder: Path, *, check: bool = False, port: int = 0, arrivals: bool = False, keep: Path | None = None
     ) -> None:
         options = [*(["--check"] if check else []), *(["--arrivals"] if arrivals else []), "--port", str(port)]
-        options += ["--bodies", str(bodies)] if bodies else []
+        options += ["--keep", str(keep)] if keep else []
         super().__init__("sink", ["-m", "bench.sink", *options], folder)
         self.port = port
 
@@ -214,7 +214,9 @@ class Daemon(Child):
         python: Sequence[str] = (),
         flush_interval: str = "200ms",
         ceilings: bool = False,
+        more: str = "",
     ) -> None:
+        """`python`: options of the interpreter; `more`: further tables of the configuration."""
         self.http_port, self.stream_port, self.admin_port = free_ports(3)
         config = folder / "config.toml"
         # As installed but for: no rate ceiling, and a run's last, unfilled batch doesn't wait a whole second for more.
@@ -236,6 +238,7 @@ path = "spool.db"
 listen = "127.0.0.1:{self.admin_port}"
 [log]
 format = "json"
+{more}
 """,
             encoding="utf-8",
         )

@@ -2,7 +2,7 @@
 
 The emulator checks every event as Mixpanel does, which costs more than the daemon that is to be measured; the sink only
 gunzips and counts newlines. With `--check` it also keeps every `$insert_id`, to tell whether one came twice. With
-`--bodies FILE` it writes all that it gets there, for `bench peers`, whose peers send other forms than bridged does.
+`--keep FILE` it writes all that it gets there, for `bench peers`, whose peers send other forms than bridged does.
 
 It prints `{"port":N}` when it listens, and a `Report` for every line that comes on its standard input. It ends with
 its input. With `--arrivals` it keeps every body with the time at which it was there, and a line that names a file makes
@@ -55,13 +55,13 @@ class Arrival(Struct, array_like=True):
 class Sink:
     """The counts, shared by all connections."""
 
-    def __init__(self, *, check: bool = False, arrivals: bool = False, bodies: Path | None = None) -> None:
+    def __init__(self, *, check: bool = False, arrivals: bool = False, keep: Path | None = None) -> None:
         self._report = Report()
         self._check = check
-        self._keep = arrivals
-        self._kept: list[tuple[float, bytes]] = []
+        self._arrivals = arrivals
+        self._arrived: list[tuple[float, bytes]] = []
         self._ids: set[bytes] = set()
-        self._bodies = bodies
+        self._keep = keep
 
     def take(self, body: bytes) -> bytes:
         """Counts a request; gives the answer."""
@@ -71,19 +71,17 @@ class Sink:
             raw, events = _read(body)
         except (_GzipError, ValueError):
             report.bad += 1
-            return _answer(
-                b"400 Bad Request", b'{"code":400,"error":"nothing that can be read","status":"Bad Request"}'
-            )
+            return _answer(b"400 Bad Request", b'{"code":400,"error":"unreadable","status":"Bad Request"}')
         report.events += events
         report.bytes += len(body)
         if self._check:
             self._ids.update(_INSERT_ID.findall(raw))
-        if self._bodies:
-            with self._bodies.open("ab") as file:
+        if self._keep:
+            with self._keep.open("ab") as file:
                 file.write(_plain(raw).rstrip(b"\n") + b"\n")
         report.last_at = time.monotonic()
-        if self._keep:
-            self._kept.append((report.last_at, body))
+        if self._arrivals:
+            self._arrived.append((report.last_at, body))
         if body.startswith(_FORM):
             # What the official clients want to hear, the one with verbose=1 in its form and the one without.
             return _answer(b"200 OK", b'{"status":1,"error":null}' if b"verbose=1" in body[-100:] else b"1")
@@ -93,7 +91,7 @@ class Sink:
         """Writes every batch that was kept."""
         arrivals = [
             Arrival(at, [id_.decode() for id_ in _INSERT_ID.findall(isal_zlib.decompress(body, _GZIP))])
-            for at, body in self._kept
+            for at, body in self._arrived
         ]
         path.write_bytes(msgspec.msgpack.encode(arrivals))
 
@@ -165,7 +163,7 @@ class _Connection(asyncio.Protocol):
 async def run(arguments: argparse.Namespace) -> None:
     """Serves until its standard input ends."""
     loop = asyncio.get_running_loop()
-    sink = Sink(check=arguments.check, arrivals=arguments.arrivals, bodies=arguments.bodies)
+    sink = Sink(check=arguments.check, arrivals=arguments.arrivals, keep=arguments.keep)
     server = await loop.create_server(lambda: _Connection(sink), "127.0.0.1", arguments.port)
     gc.freeze()
     gc.disable()
@@ -184,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="keep every $insert_id, to find doubled events")
     parser.add_argument("--arrivals", action="store_true", help="keep every body, to tell when each event came")
     parser.add_argument(
-        "--bodies", type=Path, metavar="FILE", help="write all bodies there: arrays and objects, a line each"
+        "--keep", type=Path, metavar="FILE", help="write all bodies there: arrays and objects, a line each"
     )
     arguments = parser.parse_args(argv)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -104,7 +104,7 @@ def test_the_sink_counts_and_keeps_every_form(tmp_path, form):
         "form": urlencode({"data": array, "verbose": 1, "ip": 0}).encode(),
         "base64": b"data=" + b64encode(array),
     }[form]
-    taker = sink.Sink(bodies=tmp_path / "kept")
+    taker = sink.Sink(keep=tmp_path / "kept")
     answer = taker.take(body)
     assert b" 200 OK" in answer
     assert taker.report().events == 3

@@ -46,7 +46,7 @@ class Difference(Struct, kw_only=True):
 
 
 def kept(path: Path) -> Iterator[dict[str, Any]]:
-    """All events of a file that `bench.sink --bodies` wrote, in Mixpanel's form or Braze's."""
+    """All events of a file that `bench.sink --keep` wrote, in Mixpanel's form or Braze's."""
     with path.open("rb") as file:
         for line in file:
             decoded = msgspec.json.decode(line)

@@ -144,7 +144,7 @@ def keep(row: Row, lines: Path, count: int, path: Path, arguments: argparse.Name
     """One life with a sink that keeps everything: so many events go in."""
     options = argparse.Namespace(**{**vars(arguments), "events": count})
     with folder() as temporary, contextlib.ExitStack() as stack:
-        sink = stack.enter_context(Sink(temporary, bodies=path))
+        sink = stack.enter_context(Sink(temporary, keep=path))
         sink.ready()
         where = temporary / "subject"
         where.mkdir()
@@ -164,7 +164,7 @@ def crash(row: Row, lines: Path, count: int) -> Killed:
     ids = [msgspec.json.decode(line)["id"] for line in events]
     with folder() as temporary, contextlib.ExitStack() as stack:
         path = temporary / "kept"
-        sink = stack.enter_context(Sink(temporary, bodies=path))
+        sink = stack.enter_context(Sink(temporary, keep=path))
         sink.ready()
         where = temporary / "subject"
         where.mkdir()

@@ -1,4 +1,4 @@
-"""The HTTP door: Braze's Custom HTTP connector posts Currents events here.
+"""The HTTP door: Braze's Custom HTTP connector posts Currents events here. (And Mixpanel its cohorts: see `cohorts`.)
 
 Answers, in Braze's terms (what the connector does with each is in its documentation):
 
@@ -33,6 +33,8 @@ from bridged.backlog.spool import Spool
 from bridged.errors import BadRequest, BridgedError, ListenError, SpoolError, SpoolFull, TooLarge, Unauthorized
 from bridged.intake import Intake
 from bridged.redaction import redacted
+from bridged.sources import cohorts
+from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
 from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
 from bridged.sources.tls import HANDSHAKE_S, server_context
@@ -116,14 +118,23 @@ class HttpSource:
     connections: HttpConnections
 
     def __init__(
-        self, options: HttpOptions, intake: Intake, spool: Spool, sockets: Sequence[socket.socket] = ()
+        self,
+        options: HttpOptions,
+        intake: Intake | None,
+        spool: Spool,
+        sockets: Sequence[socket.socket] = (),
+        cohorts: CohortSource | None = None,
     ) -> None:
-        """Listens at `sockets`, which were opened elsewhere and outlive it, else at the options' address."""
+        """Listens at `sockets`, which were opened elsewhere and outlive it, else at the options' address.
+
+        `intake` None: no events are taken.
+        """
         self.requests = 0
         self.answers: Counter[int] = Counter()  # by status
         self.port = options.port
         self._options = options
         self._intake = intake
+        self._cohorts = cohorts
         self._spool = spool
         self._sockets = sockets
         self._large = asyncio.Semaphore()  # who expands a large body
@@ -132,6 +143,13 @@ class HttpSource:
         self._busy = 0  # requests that have no answer yet
         self._stopping = False
         self._servers: list[asyncio.Server] = []
+
+    def use(self, bearer_token: str) -> None:
+        """Another token from the next request on."""
+        if bearer_token != self._options.bearer_token:
+            self._options = msgspec.structs.replace(self._options, bearer_token=bearer_token)
+            self._credential = bearer_token.encode() or None
+            self.connections.forget_heads()
 
     async def __aenter__(self) -> Self:
         options = self._options
@@ -175,9 +193,36 @@ class HttpSource:
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         connection.answered = False
-        plain = False
+        credential = self._credential
+        response: web.StreamResponse | None = None
         try:
-            await self._accept(request, connection)
+            response = await self._answer(request, connection)
+        finally:
+            self._busy -= 1
+            connection.answered = True
+            came = request.content.total_bytes
+            connection.release(came)
+            usual = (
+                came > 0 and not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
+            )
+            connection.handled(came, plain=usual and response is self._ok)
+        if response is not self._ok and self._last(request, connection):
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest, connection: HttpConnection) -> web.StreamResponse:
+        """What became of a request, in words."""
+        response: web.StreamResponse
+        try:
+            if self._cohorts is not None and request.path.rstrip("/") == cohorts.PATH:
+                response = await self._accept_cohort(request, connection, self._cohorts)
+            else:
+                await self._accept(request, connection)
+                # Who doesn't read his answers gets the kind that waits until he does.
+                plain = request.keep_alive and request.version == HttpVersion11 and not connection.writing_paused
+                response = self._ok
+                if not plain or self._last(request, connection):
+                    response = web.Response(body=_OK, content_type="application/json")
         except (ConnectionError, RuntimeError) as error:
             # Who reads from a connection that is gone already is told so by a RuntimeError.
             if isinstance(error, RuntimeError) and connection.transport is not None:
@@ -186,27 +231,12 @@ class HttpSource:
             error.__traceback__ = None
             return _Nobody()
         except BridgedError as error:
-            response = self._refusal(error)
+            return self._refusal(error)
         except web.HTTPException as error:
-            self.answers[error.status] += 1
             # Its Content-Type is that of its own text.
             headers = {name: value for name, value in error.headers.items() if name.lower() == "allow"}
             response = web.json_response({"error": error.text}, status=error.status, headers=headers)
-        else:
-            self.answers[200] += 1
-            plain = request.keep_alive and request.version == HttpVersion11 and not self._last(request, connection)
-            # Who doesn't read his answers gets the kind that waits until he does.
-            if plain := plain and not connection.writing_paused:
-                return self._ok
-            response = web.Response(body=_OK, content_type="application/json")
-        finally:
-            self._busy -= 1
-            connection.answered = True
-            connection.release(request.content.total_bytes)
-            plain = plain and request.content.total_bytes > 0 and not any(name in request.headers for name in _UNUSUAL)
-            connection.handled(request.content.total_bytes, plain=plain)
-        if self._last(request, connection):
-            response.force_close()
+        self.answers[response.status] += 1
         return response
 
     def _last(self, request: web.BaseRequest, connection: HttpConnection) -> bool:
@@ -218,7 +248,7 @@ class HttpSource:
 
     async def _accept(self, request: web.BaseRequest, connection: HttpConnection) -> None:
         """Takes one request up to its commit. Raises what its answer says, ConnectionError when the client is gone."""
-        if request.path.rstrip("/") != PATH:
+        if request.path.rstrip("/") != PATH or self._intake is None:
             raise web.HTTPNotFound(text=f"nothing here; Currents events go to POST {PATH}")
         if self._credential is not None:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -232,11 +262,7 @@ class HttpSource:
         if not self._spool.room.is_set():
             # Before the body is read: until then TCP holds it, not we.
             await self._wait_for_room()
-        body = await self._read(request)
-        if "Content-Encoding" in request.headers:
-            body = await self._decoded(request, connection, body)
-        if len(body) > self._options.max_body:
-            raise TooLarge(f"the body is larger than {self._options.max_body} bytes")
+        body = await self._body(request, connection)
         if not self._spool.room.is_set():
             await self._wait_for_room()
         if connection.transport is None:
@@ -247,6 +273,33 @@ class HttpSource:
         del body
         connection.release(request.content.total_bytes)
         await written
+
+    async def _accept_cohort(
+        self, request: web.BaseRequest, connection: HttpConnection, source: CohortSource
+    ) -> web.Response:
+        """The same for a page of a cohort, whose refusals are told in Mixpanel's form."""
+        body, headers = b"", {}
+        try:
+            source.authorize(request.headers.get("Authorization", ""))
+            if request.method != "POST":
+                raise web.HTTPMethodNotAllowed(request.method, ["POST"], text="cohorts are posted")
+            body = await self._body(request, connection)
+            if connection.transport is None:
+                raise ConnectionResetError
+            status, said = 200, await source.take(body)
+        except BridgedError as error:
+            status, said = error.http_status, source.refusal(error, body)
+            headers = self._headers_of(error, 'Basic realm="bridged"')
+        return web.Response(body=said, status=status, headers=headers, content_type="application/json")
+
+    async def _body(self, request: web.BaseRequest, connection: HttpConnection) -> bytes:
+        """A whole body, expanded. Raises what its answer says."""
+        body = await self._read(request)
+        if "Content-Encoding" in request.headers:
+            body = await self._decoded(request, connection, body)
+        if len(body) > self._options.max_body:
+            raise TooLarge(f"the body is larger than {self._options.max_body} bytes")
+        return body
 
     async def _read(self, request: web.BaseRequest) -> bytes:
         if not request.can_read_body:
@@ -317,18 +370,23 @@ class HttpSource:
 
     def _refusal(self, error: BridgedError) -> web.Response:
         self.answers[error.http_status] += 1
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else {}
-        if error.http_status == 401:
-            headers["WWW-Authenticate"] = 'Bearer realm="bridged"'
+        headers = self._headers_of(error, 'Bearer realm="bridged"')
         return web.Response(
             body=_said(error), content_type="application/json", status=error.http_status, headers=headers
         )
+
+    def _headers_of(self, error: BridgedError, challenge: str) -> dict[str, str]:
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else {}
+        if error.http_status == 401:
+            headers["WWW-Authenticate"] = challenge
+        return headers
 
     # -- requests whose head is known: `connections` tells them -----------------------------------------------------------
 
     def accept_again(self, body: bytes) -> "asyncio.Future[None] | None":
         """What `_accept` does with a plain body while there is room. None: it must do it, and find the right words."""
-        if self._stopping or not self._spool.room.is_set() or not 0 < len(body) <= self._options.max_body:
+        fits = 0 < len(body) <= self._options.max_body
+        if self._intake is None or self._stopping or not fits or not self._spool.room.is_set():
             return None
         try:
             written = self._intake.accept_body(body)
