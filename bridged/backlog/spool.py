@@ -201,9 +201,11 @@ class Spool:
         tables.adopt_types(db, self._names)
         codes = {name: code for code, name in self._names.items()}
         self.accounts.load(db.execute("SELECT body FROM books").fetchone()[0], codes)
-        self.segments, self.last_id = db.execute("SELECT count(*), coalesce(max(id), 0) FROM segments").fetchone()
-        for (row_codes,) in db.execute("SELECT codes FROM segments"):
-            self.accounts.add("waiting", row_codes)
+        rows = db.execute("SELECT id, codes FROM segments ORDER BY id")
+        # Many at a time: counting costs something for each type that occurs, however few its events are.
+        while some := rows.fetchmany(100):
+            self.segments, self.last_id = self.segments + len(some), some[-1][0]
+            self.accounts.add("waiting", b"".join([codes_ for _, codes_ in some]))
         self._letters = tables.letters_that(db)
         self.used_bytes = tables.measured(db)
         if problems := self.accounts.problems(self._names):
@@ -404,13 +406,14 @@ class Spool:
         """One transaction, in the connection's thread. Changes nothing but the file, `change` and, at its end, `_letters`."""
         started = time.perf_counter()
         now = self._clock()
+        # One after the other: uncompressed, all of them at once would be the most that the daemon ever holds.
         cuts = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
+        segments = [pack(id_, now, ndjson, codes) for id_, (ndjson, codes) in enumerate(cuts, self.last_id + 1)]
         # Parts aren't joined again, or a segment that was too large would come back as it was.
         parts = [(part, settled.segments[0]) for settled in work.settlements for part in settled.parts]
-        first, behind = self.last_id + 1, self.last_id + 1 + len(cuts)
-        segments = [pack(first + n, now, ndjson, codes) for n, (ndjson, codes) in enumerate(cuts)]
+        behind = self.last_id + 1 + len(segments)
         # A part is as old as what it is part of: splitting must not put off its expiry.
-        segments += [pack(behind + n, of.created_at, part.ndjson, part.codes) for n, (part, of) in enumerate(parts)]
+        segments += [pack(id_, of.created_at, part.ndjson, part.codes) for id_, (part, of) in enumerate(parts, behind)]
         letters = [letter for intaken in work.intaken for letter in intaken.dead_letters]
         letters += [letter for settlement in work.settlements for letter in settlement.dead_letters]
         gone = [segment for settlement in work.settlements for segment in settlement.segments]
