@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import structlog
 
-from bridged import __version__, reloading
+from bridged import __version__, memory, reloading
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
 from bridged.alarms.watch import Watch
@@ -402,6 +402,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         loop.add_signal_handler(number, end)
     warn(config)
     _allow_connections(config)
+    memory.give_back_large_blocks()
     async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
         log.info(
             "ready",
@@ -414,6 +415,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         )
         loop.add_signal_handler(signal.SIGHUP, read_again)
         service.ready(app.sentence())
+        memory.settle()
         watching = asyncio.create_task(app.watch_secrets(reload), name="secrets")
         try:
             await app.until(stop)

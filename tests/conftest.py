@@ -35,10 +35,15 @@ NAMES = dict(iter_types(EVENT_TYPES))
 ROWS = {row.event_type: row for row in EVENT_TYPES}
 
 
+# Of tests that run beside each other (pytest -n) each process has its own ports: hypothesis seeds `random` for all alike.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+PORTS = range(12_000 + 2_500 * _WORKER, 14_500 + 2_500 * _WORKER)
+
+
 def free_port() -> int:
     """A port that nobody listens at, below those that the kernel gives to outgoing connections."""
     while True:
-        port = random.randrange(12_000, 32_000)
+        port = random.choice(PORTS)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("127.0.0.1", port))

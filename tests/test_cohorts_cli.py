@@ -221,6 +221,23 @@ async def test_orders_that_make_no_sense_change_nothing(synced, client, braze):
     assert braze.summary().points == before
 
 
+async def test_a_damaged_file_is_told_everywhere(daemon, importing, client, command):
+    """The export goes on; the status, the metrics, the alarm and the commands say what is wrong with the cohorts."""
+    with open(importing["cohorts__path"], "wb") as file:  # noqa: ASYNC230, PTH123  # a few bytes
+        file.write(b"no database at all, " * 1000)
+    app = await daemon(**importing)
+    assert app.membership is None
+    code, output, _ = await command(app, "status")
+    assert code == 0
+    assert "cohorts: Not imported: " in output
+    assert "cohorts.db" in output
+    code, _, error = await command(app, "cohorts", "list")
+    assert (code, "no cohorts are imported" in error) == (69, True)
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/metrics") as answer:
+        assert "bridged_cohorts_failed 1.0" in await answer.text()
+    await until(lambda: "cohorts_halted" in {one.alarm for one in app.watch.alarms.open}, "the alarm", 30)
+
+
 async def test_check_tells_of_cohorts_and_asks_braze(tmp_path, braze, capsys):
     """What the configuration amounts to, what may be dear, and with --online what Braze says to the key; nothing is written."""
     path = tmp_path / "check.toml"

@@ -162,11 +162,7 @@ def in_step():
     members = sum(map(len, sync.members.values()))
     refused = len(sync.members)
     figures = Figures(members=members, in_braze=members - refused, rejected=refused, received=sync.received)
-    writer = dict.fromkeys(field.name for field in msgspec.structs.fields(WriterStatus)) | {
-        "verdicts": {},
-        "users_sent": 0,
-    }
-    status = CohortsStatus(sentence="", figures=figures, writer=WriterStatus(**writer))
+    status = CohortsStatus(sentence="", figures=figures, writer=WriterStatus(state="idle", problem=""))
     in_braze = {name: users - {demo_cohorts.BLOCKED} for name, users in sync.members.items()}
     return sync, demo_cohorts.SyncOutcome(status, 1, 1.0, in_braze, 1, 1)
 

@@ -8,7 +8,7 @@
     POST /api/cohorts/forget          {"cohort": KEY}: its members leave it in Braze, then it is gone here
     POST /api/cohorts/allow           {"points": N}: so many data points more today; 0: as many as are due
 
-KEY is project:cohort, or the cohort alone where one project has it. All are 404 while [cohorts] is off.
+KEY is project:cohort, or the cohort alone where one project has it. All are 404 while [cohorts] is off, 503 when it is broken.
 """
 
 import time
@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 
 from bridged.admin.answers import body, json, number
 from bridged.cohorts.records import CohortRow, Figures, Refusal
-from bridged.errors import BadRequest
+from bridged.errors import BadRequest, MembershipError
 
 if TYPE_CHECKING:
     from bridged.app import App
@@ -70,13 +70,13 @@ class WriterStatus(Struct, kw_only=True):
 
     state: str  # idle | sending | backing off | halted | capped | off
     problem: str  # what Braze or the network last said that was no success
-    halted: BrazeHalt | None
-    delivered_at: float | None  # wall clock, seconds: the last success
-    requests: int
-    in_flight: int
-    users_sent: int
-    unknown_users: int  # that Braze didn't count: probably it doesn't know them
-    verdicts: dict[str, int]  # on Braze's answers
+    halted: BrazeHalt | None = None
+    delivered_at: float | None = None  # wall clock, seconds: the last success
+    requests: int = 0
+    in_flight: int = 0
+    users_sent: int = 0
+    unknown_users: int = 0  # that Braze didn't count: probably it doesn't know them
+    verdicts: dict[str, int] = {}  # on Braze's answers
 
 
 class CohortsStatus(Struct, kw_only=True):
@@ -96,12 +96,17 @@ class Overview(CohortsStatus, kw_only=True):
 def cohorts_status(app: "App") -> CohortsStatus | None:
     """The status of the import, now; None: [cohorts] is off."""
     membership, writer = app.membership, app.cohort_writer
+    figures = membership.figures if membership is not None else Figures()
+    if app.cohorts_problem:
+        off = WriterStatus(state="off", problem=app.cohorts_problem)
+        return CohortsStatus(sentence=f"Not imported: {app.cohorts_problem}", figures=figures, writer=off)
     if membership is None or writer is None:
         return None
     halt = writer.halted
+    said = sentence(writer.state, writer.problem, figures)
     return CohortsStatus(
-        sentence=sentence(writer.state, writer.problem, membership.figures),
-        figures=membership.figures,
+        sentence=f"Refusing Mixpanel's pages: {membership.full}. {said}" if membership.full else said,
+        figures=figures,
         writer=WriterStatus(
             state=writer.state,
             problem=writer.problem,
@@ -116,6 +121,15 @@ def cohorts_status(app: "App") -> CohortsStatus | None:
             verdicts=dict(writer.verdicts),
         ),
     )
+
+
+def trouble(app: "App") -> tuple[str, str]:
+    """For the alarms: why no cohorts are imported, and that the day's data points are spent; empty when it isn't so."""
+    status = cohorts_status(app)
+    if status is None:
+        return "", ""
+    is_broken = status.writer.state in ("halted", "off") or bool(app.membership is not None and app.membership.full)
+    return status.sentence if is_broken else "", status.sentence if status.writer.state == "capped" else ""
 
 
 def sentence(state: str, problem: str, figures: Figures) -> str:
@@ -156,6 +170,8 @@ class CohortsApi:
 
     @property
     def _membership(self) -> "Membership":
+        if self._app.cohorts_problem:
+            raise MembershipError(f"no cohorts are imported: {self._app.cohorts_problem}", "see the log for what to do")
         if self._app.membership is None:
             raise web.HTTPNotFound(text="no cohorts are imported: [cohorts] enabled is false")
         return self._app.membership

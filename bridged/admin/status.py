@@ -3,13 +3,13 @@
 import asyncio
 import math
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec import Struct
 
 from bridged import __version__
-from bridged.admin.cohorts import CohortsStatus, cohorts_status
+from bridged.admin.cohorts import CohortsStatus, cohorts_status, trouble
 from bridged.admin.health import Facts, Health, is_stall, judge
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
@@ -181,6 +181,7 @@ def health(app: "App") -> Health:
 def alarm_facts(app: "App") -> AlarmFacts:
     """What the alarms depend on, now."""
     delivery, spool, config = app.delivery, app.spool, app.config
+    cohorts_halted, cohorts_capped = trouble(app)
     well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
     # Since the last success, but no longer than the oldest event has waited, or the daemon has run.
     ages = (age_s, delivery.success_age_s, app.clock.uptime_s())
@@ -211,18 +212,9 @@ def alarm_facts(app: "App") -> AlarmFacts:
         refusing=spool.near_cap,
         skew_s=app.transport.clock_skew_s,
         configuration_problem=app.reload_problem,
-        **_cohort_facts(app),
+        cohorts_halted=cohorts_halted,
+        cohorts_capped=cohorts_capped,
     )
-
-
-def _cohort_facts(app: "App") -> dict[str, Any]:
-    cohorts = cohorts_status(app)
-    if cohorts is None:
-        return {}
-    return {
-        "cohorts_halted": cohorts.sentence if cohorts.writer.state == "halted" else "",
-        "cohorts_capped": cohorts.sentence if cohorts.writer.state == "capped" else "",
-    }
 
 
 def _open_alarms(app: "App") -> list[AlarmStatus]:

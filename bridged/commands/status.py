@@ -156,7 +156,7 @@ def _cohorts(cohorts: CohortsStatus) -> Iterator[str]:
         rows.append(["rejected", f"{rejected:,} memberships: see `bridged cohorts show`"])
     if writer.unknown_users:
         rows.append(["not counted", f"{writer.unknown_users:,} updates: probably users that Braze doesn't know"])
-    if writer.problem and writer.state not in ("halted", "backing off"):
+    if writer.problem and writer.state not in ("halted", "off", "backing off"):
         rows.append(["last problem", writer.problem])
     yield table(rows)
 
