@@ -214,6 +214,26 @@ async def test_a_late_diff_of_an_older_session_undoes_nothing(membership: Member
     await counted(membership)
 
 
+async def test_an_older_session_can_t_take_back_what_a_newer_one_said(membership: Membership) -> None:
+    """Even with a page that was never seen before: the newer one knew better."""
+    await hear(membership, page("members", "ab"))
+    await deliver(membership)
+    await hear(membership, page("remove_members", "c", "s2", 1, 2), page("add_members", "ac", "s3"))
+    await hear(membership, page("remove_members", "ab", "s2", 2, 2))
+    assert await wanted(membership) == "ac"
+    await counted(membership)
+
+
+async def test_a_round_that_newer_diffs_ran_into_still_sweeps(membership: Membership) -> None:
+    """That as many are in as it named is then no proof that they are the same."""
+    await hear(membership, page("members", "abc"))
+    await deliver(membership)
+    await hear(membership, page("members", "ab", "s2", 1, 2), page("remove_members", "b", "s3"))
+    await hear(membership, page("members", "", "s2", 2, 2))
+    assert await wanted(membership) == "a"
+    await counted(membership)
+
+
 async def test_pages_without_a_session_each_stand_for_themselves(membership: Membership) -> None:
     """Consumers have seen bodies without session and page_info."""
     await hear(membership, page("members", "ab", ""), page("members", "bc", ""), page("add_members", "d", ""))

@@ -33,9 +33,11 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-# Merging many pages at once costs a fraction of merging each: so long they are let come, if there are fewer members.
+# Merging many pages at once costs a fraction of merging each, and pages that come shall not wait for it. So it waits until
+# so long none has come, but not for longer than that since the first, and not beyond so many members.
 _LINGER_S: Final = 0.5
-_MANY: Final = 20_000
+_LONGEST_S: Final = 10.0
+_MANY: Final = 500_000
 # Pages that wait for a commit, beyond which Mixpanel is asked to come again.
 _MAX_PENDING_BYTES: Final = 32 * 2**20
 # New pages are refused beyond this share of the cap, so that what is here can be merged and settled.
@@ -82,6 +84,7 @@ class Membership:
         self._commit_seconds = 0.0
         self._waiting = 0  # members in pages that wait to be merged; the connection's thread's
         self._inbox_since: float | None = None  # loop time since which such pages wait
+        self._page_at = 0.0  # loop time of the last page
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -380,7 +383,11 @@ class Membership:
             return _FULL_RETRY_S
         if self._inbox_since is None:
             return None
-        return max(0.0, self._inbox_since + _LINGER_S - asyncio.get_running_loop().time())
+        return max(0.0, self._merge_at(self._inbox_since) - asyncio.get_running_loop().time())
+
+    def _merge_at(self, since: float) -> float:
+        """Loop time from which on pages are merged that have waited since then."""
+        return min(self._page_at + _LINGER_S, since + _LONGEST_S)
 
     async def _commit(self, work: _Work) -> None:
         """Pages first: they are waited for. On a full disk they are refused; results are kept until there is room."""
@@ -389,6 +396,7 @@ class Membership:
         try:
             if work.pages:
                 await self.run(self._receive, work.pages)
+                self._page_at = asyncio.get_running_loop().time()
                 _done(work.futures)
         except sqlite3.Error as error:
             self._is_full(error)
@@ -431,7 +439,7 @@ class Membership:
     def _may_merge(self) -> bool:
         since = self._inbox_since
         return since is not None and (
-            self.figures.waiting >= _MANY or asyncio.get_running_loop().time() >= since + _LINGER_S
+            self._waiting >= _MANY or asyncio.get_running_loop().time() >= self._merge_at(since)
         )
 
     def _step_once(self, db: sqlite3.Connection, may_merge: bool) -> tuple[bool, bool]:
