@@ -283,12 +283,15 @@ def test_any_requests_in_any_pieces(tmp_path_factory, kinds, cuts, waits):
 
     async def conversation():
         async with opened(tmp_path_factory.mktemp("spool")) as door:
-            stream, ends = b"", []
-            for data, _, _ in made:
+            stream, ends, whole = b"", [], set()
+            for data, status, _ in made:
+                if status in (401, 404):
+                    # Refused for its head: if its body is still on its way, the answer is the connection's last one.
+                    whole.update(range(len(stream) + 1, len(stream) + len(data)))
                 stream += data
                 ends.append(len(stream))
             at, answers = 0, []
-            for piece, to in enumerate(sorted({*(cut for cut in cuts if cut < len(stream)), *ends})):
+            for piece, to in enumerate(sorted({*(cut for cut in cuts if cut < len(stream)), *ends} - whole)):
                 await door.send(stream[at:to])
                 at = to
                 if waits[piece % len(waits)]:
