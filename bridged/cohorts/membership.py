@@ -27,7 +27,7 @@ from bridged.cohorts import looking, merging, tables, taking
 from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refusal
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
-from bridged.errors import MembershipDamaged, MembershipError, UnknownCohort
+from bridged.errors import MembershipDamaged, MembershipError
 
 log = structlog.get_logger()
 
@@ -315,13 +315,7 @@ class Membership:
         self.changed()
 
     def _row(self, key: str) -> CohortRow:
-        found = [row for row in self.rows if key in (row.key, row.cohort)]
-        if not found:
-            known = ", ".join(row.key for row in self.rows[:20])
-            raise UnknownCohort(f"no cohort {key!r}", f"known are: {known}" if known else "none has come yet")
-        if len(found) > 1:
-            raise UnknownCohort(f"several projects have a cohort {key!r}", f"say {' or '.join(r.key for r in found)}")
-        return found[0]
+        return looking.row_of(self.rows, key)
 
     # -- the writer ---------------------------------------------------------------------------------------------------
 
