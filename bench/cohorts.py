@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import random
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -77,7 +78,9 @@ level = "warning"
         while True:
             try:
                 await self.state(session)
-            except aiohttp.ClientError:
+                # The doors open after the admin side.
+                socket.create_connection(("127.0.0.1", self.http_port), 1).close()
+            except (aiohttp.ClientError, OSError):
                 if self.process.poll() is not None or time.monotonic() > until:
                     raise BenchError(f"the daemon isn't ready:\n{self.last_words()}") from None
                 await asyncio.sleep(0.05)
