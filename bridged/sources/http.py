@@ -144,6 +144,13 @@ class HttpSource:
         self._stopping = False
         self._servers: list[asyncio.Server] = []
 
+    def use(self, bearer_token: str) -> None:
+        """Another token from the next request on."""
+        if bearer_token != self._options.bearer_token:
+            self._options = msgspec.structs.replace(self._options, bearer_token=bearer_token)
+            self._credential = bearer_token.encode() or None
+            self.connections.forget_heads()
+
     async def __aenter__(self) -> Self:
         options = self._options
         tls = server_context("sources.http", options.tls_cert, options.tls_key)
@@ -186,12 +193,36 @@ class HttpSource:
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         connection.answered = False
-        plain, cohort = False, None
+        credential = self._credential
+        response: web.StreamResponse | None = None
+        try:
+            response = await self._answer(request, connection)
+        finally:
+            self._busy -= 1
+            connection.answered = True
+            came = request.content.total_bytes
+            connection.release(came)
+            usual = (
+                came > 0 and not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
+            )
+            connection.handled(came, plain=usual and response is self._ok)
+        if response is not self._ok and self._last(request, connection):
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest, connection: HttpConnection) -> web.StreamResponse:
+        """What became of a request, in words."""
+        response: web.StreamResponse
         try:
             if self._cohorts is not None and request.path.rstrip("/") == cohorts.PATH:
-                cohort = await self._accept_cohort(request, connection, self._cohorts)
+                response = await self._accept_cohort(request, connection, self._cohorts)
             else:
                 await self._accept(request, connection)
+                # Who doesn't read his answers gets the kind that waits until he does.
+                plain = request.keep_alive and request.version == HttpVersion11 and not connection.writing_paused
+                response = self._ok
+                if not plain or self._last(request, connection):
+                    response = web.Response(body=_OK, content_type="application/json")
         except (ConnectionError, RuntimeError) as error:
             # Who reads from a connection that is gone already is told so by a RuntimeError.
             if isinstance(error, RuntimeError) and connection.transport is not None:
@@ -200,27 +231,12 @@ class HttpSource:
             error.__traceback__ = None
             return _Nobody()
         except BridgedError as error:
-            response = self._refusal(error)
+            return self._refusal(error)
         except web.HTTPException as error:
-            self.answers[error.status] += 1
             # Its Content-Type is that of its own text.
             headers = {name: value for name, value in error.headers.items() if name.lower() == "allow"}
             response = web.json_response({"error": error.text}, status=error.status, headers=headers)
-        else:
-            self.answers[200 if cohort is None else cohort.status] += 1
-            plain = request.keep_alive and request.version == HttpVersion11 and not self._last(request, connection)
-            # Who doesn't read his answers gets the kind that waits until he does.
-            if plain := plain and cohort is None and not connection.writing_paused:
-                return self._ok
-            response = cohort or web.Response(body=_OK, content_type="application/json")
-        finally:
-            self._busy -= 1
-            connection.answered = True
-            connection.release(request.content.total_bytes)
-            plain = plain and request.content.total_bytes > 0 and not any(name in request.headers for name in _UNUSUAL)
-            connection.handled(request.content.total_bytes, plain=plain)
-        if self._last(request, connection):
-            response.force_close()
+        self.answers[response.status] += 1
         return response
 
     def _last(self, request: web.BaseRequest, connection: HttpConnection) -> bool:
@@ -369,9 +385,9 @@ class HttpSource:
 
     def accept_again(self, body: bytes) -> "asyncio.Future[None] | None":
         """What `_accept` does with a plain body while there is room. None: it must do it, and find the right words."""
-        if self._stopping or not self._spool.room.is_set() or not 0 < len(body) <= self._options.max_body:
+        fits = 0 < len(body) <= self._options.max_body
+        if self._intake is None or self._stopping or not fits or not self._spool.room.is_set():
             return None
-        assert self._intake is not None  # it has taken the first with this head
         try:
             written = self._intake.accept_body(body)
         except BridgedError:
