@@ -40,6 +40,7 @@ _EARLY_PROBE_S: Final = 2.0
 _LOOK_S: Final = 10.0
 # So many users refused without one success in between: it isn't they who are wrong.
 _REFUSALS_TO_HALT: Final = 150
+_PUT_BACK_S: Final = 1.0
 # A success so recent shows that it is the user, and not the road, that is refused.
 _UNDERSTOOD_S: Final = 5.0
 
@@ -179,8 +180,10 @@ class CohortWriter:
         until = loop.time() + grace_s
         while loop.time() < until and self._in_flight:
             await asyncio.sleep(0.01)
-        await self._put_back(self._ready, sure=True)
-        self._ready = []
+        # Charged and noted as perhaps known to Braze: harmless if the disk doesn't take it, and nobody waits for it then.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PUT_BACK_S):
+                await self._put_back_ready()
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
@@ -371,6 +374,7 @@ class CohortWriter:
         """Braze has all but the failures."""
         self._resume()
         self._refused = 0
+        self._doubted.clear()
         self._took_at = asyncio.get_running_loop().time()
         self.delivered_at = self._clock()
         self.users_sent += len(parcel.users) - len(failures)
@@ -404,15 +408,13 @@ class CohortWriter:
     async def _put_back_ready(self) -> None:
         """What was taken and hasn't left goes back: when it is tried again, Mixpanel may want something else."""
         ready, self._ready = self._ready, []
-        await self._put_back(ready, sure=True)
-
-    async def _put_back(self, parcels: list[_Parcel], *, sure: bool) -> None:
-        for parcel in parcels:
+        for parcel in ready:
             result = Settled(day=parcel.block.day)
-            if sure:
-                self._back(parcel, result)
-            await self._membership.settle(result)
-            self._release(parcel.users)
+            self._back(parcel, result)
+            try:
+                await self._membership.settle(result)
+            finally:
+                self._release(parcel.users)
 
     def _halt(self, why: Halt) -> None:
         self.problem = why.reason
