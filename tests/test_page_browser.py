@@ -351,9 +351,9 @@ def test_events_are_chosen_renamed_and_transformed(eyes: Eyes, bridge: Callable[
 def test_dead_letters_are_grouped_filtered_paged_replayed_and_purged(eyes: Eyes, flowing: Bridge) -> None:
     """From the reason to one event beside Mixpanel's words; replay, export and purge of one, of a filter and of all."""
     page = eyes.open(flowing, "dead-letters")
-    reasons = page.get_by_role("region", name="Reasons").last
+    reasons = page.get_by_role("region", name="Table of reasons")
     expect(reasons.get_by_role("row").nth(1)).to_contain_text("118")
-    letters = page.get_by_role("region", name="Dead letters").last
+    letters = page.get_by_role("region", name="Table of dead letters")
     expect(letters.get_by_role("row")).to_have_count(51)
     press(page, "Older")
     expect(page.get_by_text("Page 2")).to_be_visible()
@@ -414,7 +414,7 @@ def test_what_looks_like_markup_is_shown_as_text(eyes: Eyes, bridge: Callable[..
     mine.post([{"event_type": SCRIPT, "id": SCRIPT, "time": int(time.time()), "user": {"external_user_id": SCRIPT}}])
     until(lambda: mine.events()["dead_lettered"] == 2, "both dead letters")
     page = eyes.open(mine, "dead-letters")
-    letters = page.get_by_role("region", name="Dead letters").last
+    letters = page.get_by_role("region", name="Table of dead letters")
     expect(letters.get_by_role("row")).to_have_count(3)
     for number in (0, 1):
         letters.get_by_role("button").nth(number).click()
@@ -567,7 +567,7 @@ def test_the_whole_page_by_keyboard_alone(eyes: Eyes, flowing: Bridge) -> None:
     page.get_by_role("navigation").get_by_role("link", name="Dead letters").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1, name="Dead letters")).to_be_focused()
-    letter = page.get_by_role("region", name="Dead letters").last.get_by_role("button").first
+    letter = page.get_by_role("region", name="Table of dead letters").get_by_role("button").first
     expect(letter).to_be_visible()
 
     for _ in range(200):

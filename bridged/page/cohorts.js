@@ -82,7 +82,7 @@ function overview(reload) {
   const head = [["Cohort", ""], ["Last sync", ""], ["Members", "right"], ["In Braze", "right"], ["Waiting", "right"], ["Rejected", "right"]];
   const list = el(
     "div",
-    { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Cohorts" },
+    { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Table of cohorts" },
     el("table", { class: "cards" }, el("thead", {}, el("tr", {}, head.map(([text, side]) => el("th", { scope: "col", class: side || null }, text)), el("td", {}))), tbody),
   );
   const all = button("Resync all", () => resync(all, { all: true }, "all cohorts", reload));

@@ -106,7 +106,7 @@ export function open(main, context) {
     fill(
       groups,
       rows.length
-        ? el("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Reasons" }, el("table", { class: "cards" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "right" }, "Events"), ["Reason", "Refused by", "Event type"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, rows)))
+        ? el("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Table of reasons" }, el("table", { class: "cards" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "right" }, "Events"), ["Reason", "Refused by", "Event type"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, rows)))
         : el("p", { class: "empty-state" }, "None that match."),
       found.length > MOST_GROUPS && el("p", { class: "hint" }, `And ${count(found.length - MOST_GROUPS, "more reason")}: filter to see them.`),
     );
@@ -148,7 +148,7 @@ export function open(main, context) {
       rows.length
         ? el(
             "div",
-            { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Dead letters" },
+            { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Table of dead letters" },
             el("table", { class: "cards picks" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "tight" }, all), el("th", { scope: "col" }, "Reason"), el("th", { scope: "col" }, "Refused"), el("th", { scope: "col" }, "By"), el("th", { scope: "col", class: "right" }, "Attempts"), el("th", { scope: "col", class: "right" }, "Size"))), el("tbody", {}, rows)),
           )
         : el("p", { class: "empty-state" }, "None that match."),

@@ -228,7 +228,7 @@ export function overrides(settings, back) {
     el("p", {}, "They are kept in ", el("code", {}, answer.saved_in), " and go before what ", configured, " says."),
     el(
       "div",
-      { class: "scrolls", role: "region", tabindex: "0", "aria-label": "Settings saved on this page" },
+      { class: "scrolls", role: "region", tabindex: "0", "aria-label": "Table of settings saved on this page" },
       el("table", { class: "cards" }, el("thead", {}, el("tr", {}, ["Setting", "Saved here", "In the configuration", ""].map((text) => (text ? el("th", { scope: "col" }, text) : el("td", {}))))), el("tbody", {}, rows)),
     ),
     el(
