@@ -253,13 +253,15 @@ function history() {
   return { element: box, tick: () => void more(), end: drawn.end };
 }
 
-const MOST_POINTS = 720;
+const SPANS_S = { hour: 3600, day: 86_400 };
 
-/** What is drawn, and what came since. After a restart of the daemon its history begins anew; ours goes on. */
+/** What is drawn, and what came since, no longer than the span. After a restart of the daemon its history begins anew; ours goes on. */
 function joined(before, later) {
+  const at = [...before.at, ...later.at];
+  const first = at.findIndex((one) => one > at.at(-1) - SPANS_S[later.span]);
   const both = { ...later };
   for (const [name, values] of Object.entries(later)) {
-    if (Array.isArray(values)) both[name] = [...before[name], ...values].slice(-MOST_POINTS);
+    if (Array.isArray(values)) both[name] = [...before[name], ...values].slice(Math.max(first, 0));
   }
   return both;
 }
