@@ -60,7 +60,7 @@ class SaveUnderWay(BridgedError):
 
 def _editable() -> Iterator[Key]:
     for key in keys():
-        if key.path in _KEYS or (key.path[0] in _SECTIONS and not key.path[-1].endswith("_file")):
+        if key.path in _KEYS or (key.path[0] in _SECTIONS and not key.path[-1].endswith(("_file", "export"))):
             yield key
 
 

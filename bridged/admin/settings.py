@@ -20,7 +20,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from bridged import options
-from bridged.admin.answers import body_of, json
+from bridged.admin.answers import body, json
 from bridged.admin.selection import problems
 from bridged.config import Key, has_credential, value_at
 from bridged.delivery.probe import Finding, probe
@@ -139,7 +139,7 @@ class SettingsApi:
         )
 
     async def _change(self, request: web.Request) -> web.Response:
-        change = await body_of(request, Change)
+        change = await body(request, Change)
         if not (change.set or change.remove):
             raise BadRequest("which settings?", '{"set": {"mixpanel.region": "eu"}} or {"remove": ["mixpanel.region"]}')
         return await saved(self._app, change)
@@ -182,7 +182,7 @@ class SettingsApi:
         )
 
     async def _test(self, request: web.Request) -> web.Response:
-        candidate = (await body_of(request, Candidate)).mixpanel
+        candidate = (await body(request, Candidate)).mixpanel
         if self._testing:
             raise SaveUnderWay("another test of a connection is under way", "wait for its end")
         target = self._candidate(candidate)
