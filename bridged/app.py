@@ -1,6 +1,9 @@
 """The daemon: opens everything in the order of an event's path, from the disk outward, and knows everyone.
 
     spool -> backlog -> delivery -> intake -> doors -> admin
+    membership -> cohort writer -> the HTTP door         the way back, beside it
+
+What is off (mixpanel.export, cohorts.enabled) isn't there, but for the spool, which then lies still.
 
 Leaving the block is the shutdown, in reverse: doors close and finish their requests, senders get their grace, the writer commits,
 SQLite closes. A task that dies takes the process down, and systemd starts it again: start-up is recovery.
@@ -19,7 +22,7 @@ from typing import Any, Self
 
 import structlog
 
-from bridged import __version__, options, reloading
+from bridged import __version__, memory, options, reloading
 from bridged.activity import Activity
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
@@ -29,21 +32,26 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool
 from bridged.clock import Clock
+from bridged.cohort_import import CohortImport, cohort_options, raised
+from bridged.cohorts.membership import Membership
+from bridged.cohorts.writer import CohortWriter
 from bridged.config import NO_CREDENTIAL, has_credential, secret_files, value_at, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery
 from bridged.delivery.pacing import Pace
 from bridged.delivery.transport import Transport
-from bridged.errors import BridgedError, ConfigError, SpoolError
+from bridged.errors import BridgedError, ConfigError, MembershipDamaged, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping
 from bridged.mixpanel.requests import API_SECRET_RETIRED
+from bridged.redaction import redacted
 from bridged.saved import EDITABLE, Saved, SaveUnderWay, applied, is_secret
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
+from bridged.sources.cohorts import CohortSource
 from bridged.sources.http import HttpSource
-from bridged.sources.stream import StreamSource
+from bridged.sources.stream import StreamOptions, StreamSource
 
 log = structlog.get_logger()
 
@@ -70,6 +78,10 @@ class App:
         self.started_at = self.clock.started_at
         self.activity = Activity(f"{config.spool.path}.activity")
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
+        self.membership: Membership | None = None  # None: no cohorts are imported
+        self.cohort_writer: CohortWriter | None = None
+        self.cohorts_problem = ""  # why cohorts are enabled and yet not imported
+        self._importing: CohortImport | None = None
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
 
@@ -98,8 +110,11 @@ class App:
             self.clock.earliest,
         )
         self.delivery.happened = self.activity.tell
-        self._delivering = asyncio.create_task(self.delivery.run(), name="delivery")
+        delivering = self.delivery.run() if config.mixpanel.export else _nothing()
+        self._delivering = asyncio.create_task(delivering, name="delivery")
         stack.push_async_callback(self._stop_delivering)
+        if config.cohorts.enabled:
+            await self._open_cohorts(stack, config)
         self.mapping = EventMapping(EVENT_TYPES, options.mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(options.hook(config)))
@@ -110,17 +125,20 @@ class App:
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
-            options.stream_options(config),
+            options.stream_options(config) if config.mixpanel.export else StreamOptions(listen=()),
             self.intake,
             self.spool,
             self._listeners.take,
         )
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
+        self.cohorts: CohortSource | None = None
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
             # As they are now: the page may have changed the token meanwhile.
-            door = HttpSource(options.http_options(self.config), self.intake, self.spool, sockets)
+            self.cohorts = CohortSource(cohort_options(self.config), self.membership)
+            taking = self.intake if config.mixpanel.export else None
+            door = HttpSource(options.http_options(self.config), taking, self.spool, sockets, self.cohorts)
             self.http = await stack.enter_async_context(door)
         self._listeners.demand_none_left()
 
@@ -141,6 +159,23 @@ class App:
             self.activity.close()
 
         stack.push(ended)
+
+    async def _open_cohorts(self, stack: contextlib.AsyncExitStack, config: Config) -> None:
+        """Damage there is no reason to stop the export."""
+        importing = CohortImport(config, self.clock, self.hurry)
+        try:
+            await stack.enter_async_context(importing)
+        except MembershipDamaged as error:
+            self._cohorts_failed(error)
+            return
+        self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
+
+    def _cohorts_failed(self, error: BaseException) -> None:
+        """Notes why no cohorts are imported. Raises it when nothing else is done here: the process ends."""
+        self.cohorts_problem = redacted(str(error.args[0]) if error.args else repr(error))
+        if not self.config.mixpanel.export:
+            raise error
+        log.error("cohorts_failed", error=self.cohorts_problem, hint=getattr(error, "hint", ""))
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -278,6 +313,10 @@ class App:
         self.watch.webhook.use(options.hook(config))
         if door := getattr(self, "http", None):  # it is opened after the admin listener
             door.use(config.sources.http.bearer_token)
+        if self._importing is not None:
+            self._importing.use(config)
+        if door := getattr(self, "cohorts", None):
+            door.use(cohort_options(config))
         self.config = config
         if is_other:
             self.delivery.credentials_changed()
@@ -306,6 +345,8 @@ class App:
             asyncio.create_task(self.spool.ended(), name="writer's end"),
             asyncio.create_task(self._delivery_ended(), name="delivery's end"),
         }
+        if self._importing is not None:
+            waits.add(asyncio.create_task(self._cohorts_ended(self._importing), name="cohorts' end"))
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -315,13 +356,21 @@ class App:
                 task.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _delivery_ended(self) -> None:
+    async def _cohorts_ended(self, importing: CohortImport) -> None:
         try:
-            await asyncio.shield(self._delivering)
-        except ExceptionGroup as group:
-            # The first is the reason; if it is one for people, they shall read it as such.
-            raise group.exceptions[0] from group
+            await importing.ended()
+        except Exception as error:
+            self._cohorts_failed(error)
+        await asyncio.Event().wait()
+
+    async def _delivery_ended(self) -> None:
+        await raised(self._delivering)
         raise SpoolError("the delivery ended by itself")
+
+
+async def _nothing() -> None:
+    """Delivers nothing, for ever."""
+    await asyncio.Event().wait()
 
 
 def _change(name: str, before: Config, after: Config) -> str:
@@ -366,6 +415,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         loop.add_signal_handler(number, end)
     warn(app.config)
     _allow_connections(config)
+    memory.give_back_large_blocks()
     async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
         log.info(
             "ready",
@@ -378,6 +428,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         )
         loop.add_signal_handler(signal.SIGHUP, read_again)
         service.ready(app.sentence())
+        memory.settle()
         watching = asyncio.create_task(app.watch_secrets(reload), name="secrets")
         try:
             await app.until(stop)
@@ -411,7 +462,7 @@ def warn(config: Config) -> None:
         log.warning(
             "api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account and set service_account"
         )
-    if not config.mixpanel.token:
+    if config.mixpanel.export and not config.mixpanel.token:
         log.warning(
             "no_project_token", hint="events carry no `token` property; set mixpanel.token as Braze's connector does"
         )

@@ -95,6 +95,10 @@ def numbers(data):
     return [int(found) for found in INSERT_ID.findall(data)]
 
 
+class Crash(Exception):
+    """The end of a process, as its threads see it."""
+
+
 class Mixpanel:
     """In the transport's place. Requests wait here until the machine answers them."""
 
@@ -396,31 +400,66 @@ class PathModel(RuleBasedStateMachine):
             shutil.copytree(self.path.parent, self.folder / str(self.generation + 1))
 
         async def ended():
-            if not orderly:
-                self.hear()  # what was acked by now is promised
-                await self.spool.run(copy)
-            asked = list(self.asked)
-            await self.close()
             if orderly:
+                await self.close()
                 self.hear()
-            else:
-                self.asked.clear()
-                shutil.rmtree(self.path.parent)
-                self.generation += 1
-            # A start goes by the wall clock that it finds: what happened to it before is the past.
-            self.jumped_s = 0.0
-            self.full = False
-            await self.open()
-            if not orderly:
-                # What wasn't acked may be there, as a whole, or not.
-                waiting, letters = await self.rows()
-                for taken, _, future in asked:
-                    there = {n for n in taken if n in waiting or n in letters or n in self.mixpanel.stored}
-                    assert there in (set(), set(taken)), future
-                    if there:
-                        self.promise(taken)
+                await self.start()
+                return
+            self.hear()  # what was acked by now is promised
+            await self.spool.run(copy)
+            await self.start_from_copy()
 
         self.run(ended())
+
+    @rule(kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3), committed=st.booleans())
+    def crash_in_a_commit(self, kinds, committed):
+        """A crash in the midst of the writer's work, just before a transaction or just behind it: what is acked by then is there."""
+        spool, transact = self.spool, self.spool._transact
+
+        def crash(*args):
+            if committed:
+                transact(*args)
+            shutil.copytree(self.path.parent, self.folder / str(self.generation + 1))
+            raise Crash
+
+        async def crashed():
+            spool._transact = crash
+            await self.take(kinds)
+            while not spool.failed and (self.loop.made_up.busy or spool._wake.is_set()):
+                await asyncio.sleep(0)
+            if spool.failed:
+                await self.start_from_copy()
+            else:  # a full disk: nothing was taken
+                spool._transact = transact
+
+        self.run(crashed())
+
+    async def start(self):
+        """A start goes by the wall clock that it finds: what happened to it before is the past."""
+        self.jumped_s = 0.0
+        self.full = False
+        await self.open()
+
+    async def start_from_copy(self):
+        """What a crash left. What was acked by now is promised; what wasn't may be there, as a whole, or not."""
+        unacked = []
+        for taken, skipped, future in self.asked:
+            if future.done() and future.exception() is None:
+                self.promise(taken)
+                self.skipped += skipped
+            else:
+                unacked.append((taken, skipped, future))
+        self.asked.clear()
+        await self.close()
+        shutil.rmtree(self.path.parent)
+        self.generation += 1
+        await self.start()
+        waiting, letters = await self.rows()
+        for taken, _, future in unacked:
+            there = {n for n in taken if n in waiting or n in letters or n in self.mixpanel.stored}
+            assert there in (set(), set(taken)), future
+            if there:
+                self.promise(taken)
 
     @rule()
     def replay_dead_letters(self):

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from bridged import __version__
+from bridged.admin.cohorts import CohortsStatus, cohorts_status, trouble
 from bridged.admin.health import Facts, Health, is_stall, judge
 from bridged.admin.history import Totals
 from bridged.alarms.rules import Facts as AlarmFacts
@@ -147,6 +148,7 @@ class Status(Struct, kw_only=True):
     http: HttpDoorStatus | None  # None: closed
     stream: StreamDoorStatus | None
     alarms: list[AlarmStatus]
+    cohorts: CohortsStatus | None  # None: none are imported
     webhook: WebhookStatus | None  # None: there is none
     reload: ReloadStatus
     overridden: list[str]  # keys of the configuration that were saved on the page
@@ -182,6 +184,7 @@ def health(app: "App") -> Health:
 def alarm_facts(app: "App") -> AlarmFacts:
     """What the alarms depend on, now."""
     delivery, spool, config = app.delivery, app.spool, app.config
+    cohorts_halted, cohorts_capped = trouble(app)
     well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
     # Since the last success, but no longer than the oldest event has waited, or the daemon has run.
     ages = (age_s, delivery.success_age_s, app.clock.uptime_s())
@@ -212,6 +215,8 @@ def alarm_facts(app: "App") -> AlarmFacts:
         refusing=spool.near_cap,
         skew_s=app.transport.clock_skew_s,
         configuration_problem=app.reload_problem or app.saved.problem,
+        cohorts_halted=cohorts_halted,
+        cohorts_capped=cohorts_capped,
     )
 
 
@@ -282,7 +287,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
     well = health(app)
     refusal = str(spool.refusal().args[0]) if spool.near_cap else ""
     state, sentence = _state(well, halted, pace, refusal)
-    if not app.transport.target.credentials.given:
+    if config.mixpanel.export and not app.transport.target.credentials.given:
         safe = f". {well.waiting:,} events wait, safe on disk" if well.waiting else ""
         state, sentence = "not set up", f"Not set up: Mixpanel's credential isn't given yet{safe}"
     return Status(
@@ -325,6 +330,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         if stream and config.sources.stream.listen
         else None,
         alarms=_open_alarms(app),
+        cohorts=cohorts_status(app),
         webhook=app.watch.webhook.status,
         reload=ReloadStatus(
             credential=app.transport.target.credentials.kind,
@@ -431,7 +437,7 @@ def _warnings(app: "App") -> list[str]:
         )
     if config.mixpanel.api_secret and not config.mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account")
-    if not config.mixpanel.token:
+    if config.mixpanel.export and not config.mixpanel.token:
         found.append("mixpanel.token is empty: events carry no `token` property, as those of Braze's connector do")
     if app.intake.unknown_fields:
         count = len(app.intake.unknown_fields)
