@@ -229,6 +229,7 @@ def test_a_stranger_connects_braze_and_mixpanel_with_the_page_alone(eyes: Eyes, 
     bearer = page.evaluate("navigator.clipboard.readText()")
     assert re.fullmatch("[0-9a-f]{48}", bearer)
     press(with_token, "I have it")
+    told(page, "Copied bearer token")
     page.evaluate("scrollTo(0, 0)")
     eyes.shot(page, "connection")
     eyes.shot(page, "connection-whole", whole=True)
@@ -323,6 +324,8 @@ def test_events_are_chosen_renamed_and_transformed(eyes: Eyes, bridge: Callable[
     press(dialog, "Save")
     expect(dialog.get_by_label("As Mixpanel gets it", exact=True)).to_contain_text('"Mail Read"')
     expect(dialog.get_by_label("As Mixpanel gets it", exact=True)).to_contain_text("[REDACTED]")
+    told(page, "Saved")
+    dialog.evaluate("dialog => { dialog.scrollTop = 0 }")
     eyes.shot(page, "event")
     press(dialog, "Send a test event")
     expect(dialog.get_by_text(re.compile("Sent 1 test event"))).to_be_visible()
@@ -397,6 +400,25 @@ def test_dead_letters_are_grouped_filtered_paged_replayed_and_purged(eyes: Eyes,
     press(page, "Replay")
     press(page.get_by_role("dialog"), "Replay 116 dead letters")
     told(page, "116 were refused again")
+
+
+def test_cohorts_are_seen_paid_for_and_written_again(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Mixpanel's page comes, the day's cap stops it, a person lets it go on, and orders the cohort anew."""
+    mine = bridge(cohort_points=3)
+    assert mine.sync("778", SCRIPT, [f"user-{n}" for n in range(40)]) == 200
+    page = eyes.open(mine, "cohorts")
+    row = page.get_by_role("row").filter(has_text="117:778")
+    expect(row.locator("[data-label=members]")).to_have_text("40")
+    expect(row).to_contain_text("<script>")
+    expect(page.get_by_text("Capped", exact=True)).to_be_visible()
+    press(page, "Spend what is due")
+    page.get_by_role("dialog").get_by_role("button", name=re.compile(r"^Spend \d+ data points$")).click()
+    told(page, "Allowed, for today.")
+    expect(row.locator("[data-label='in Braze']")).to_have_text("40")
+    eyes.shot(page, "cohorts")
+    row.get_by_role("button", name="Resync").click()
+    press(page.get_by_role("dialog"), "Resync")
+    told(page, "40 memberships will be written again.")
 
 
 # -- what comes from outside is text ----------------------------------------------------------------------------------

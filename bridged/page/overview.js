@@ -24,6 +24,8 @@ const LIMITS = {
 /** Where a person goes from an alarm. */
 const HELP = {
   dead_letters: ["Look at them", "#/dead-letters"],
+  cohorts_halted: ["Look at the cohorts", "#/cohorts"],
+  cohorts_capped: ["Look at the cohorts", "#/cohorts"],
   dead_letters_dropped: ["Look at them", "#/dead-letters"],
   halted: ["Renew the credential", "#/connection"],
   expiring_50: ["Renew the credential", "#/connection"],
