@@ -25,12 +25,12 @@ QUESTIONS = {
     "crash": "what SIGKILL loses: the daemon dies again and again under load, and a ledger outside counts",
     "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root)",
     "peers": "bridged beside what a user would pick instead, on the same events and the same sink",
-    "browser": "what an open page costs: the daemon's CPU an event with and without a browser that shows it",
+    "page": "what an open page costs: the daemon's CPU an event with and without a browser that shows it",
     "images": "what a power cut could leave: a recorded write log, replayed with unsynced writes dropped and torn",
 }
 
 # Where a name isn't that of its module.
-_MODULES = {"all": "suite", "report": "page"}
+_MODULES = {"all": "suite", "report": "page", "page": "watched"}
 
 
 def main(argv: Sequence[str]) -> int:

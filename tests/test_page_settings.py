@@ -124,7 +124,7 @@ def test_which_keys_there_are():
     ("given_", "part"),
     [
         ({"mixpanel.region": "mars"}, "us"),
-        ({"mixpanel.region": None}, "str"),
+        ({"mixpanel.region": None}, "us | eu | in"),
         ({"mixpanel.regoin": "us"}, "no such key"),
         ({"admin.token": "x"}, "can't be changed here"),
         ({"mixpanel.token_file": "/etc/shadow"}, "can't be changed here"),
@@ -265,6 +265,16 @@ async def test_a_save_that_cannot_be(daemon, client):
         assert (await say(client, app, "PUT", "/api/settings", body))[0] == 400
 
 
+async def test_what_the_configuration_says_is_not_the_pages_fault(daemon, client):
+    """A name for a type that the table doesn't have may stand in config.toml; the page saves other things all the same."""
+    app = await daemon(events__names='{"users.messages.fax.Send" = "Fax"}')
+    assert (await put(client, app, set={"events.exclude": ["users.messages.sms.Send"]}))[0] == 200
+    kind = "users.messages.email.Send"
+    assert (await say(client, app, "PUT", f"/api/events/{kind}", {"name": "Mail"}))[0] == 200
+    assert app.config.events.names == {"users.messages.fax.Send": "Fax", kind: "Mail"}
+    assert (await put(client, app, set={"events.names": {"users.nothing": "x"}}))[0] == 400
+
+
 async def test_two_windows(daemon, client):
     """Who has not seen the other's change is told so, instead of undoing it."""
     app = await daemon()
@@ -346,6 +356,20 @@ async def test_a_secret_is_not_sent_elsewhere(daemon, client, emulator):
     assert app.config.mixpanel.url == emulator.url
     assert (await put(client, app, set={"mixpanel.url": emulator.url}))[0] == 200
     assert (await put(client, app, set=elsewhere | {"mixpanel.api_secret": "another"}))[0] == 200
+
+
+async def test_secrets_without_end(daemon, client, monkeypatch):
+    """Each is masked in all that is said ever after, which costs: somebody who tries thousands is stopped, nobody else."""
+    monkeypatch.setattr(saved, "_MAX_SECRETS", 3)
+    app = await daemon()
+    for n in (1, 2, 2, 3, 1):
+        assert (await put(client, app, set={"mixpanel.api_secret": f"{CANARY}-{n}"}))[0] == 200
+    status, told = await put(client, app, set={"mixpanel.api_secret": f"{CANARY}-4"})
+    assert (status, "too many" in told["keys"]["mixpanel.api_secret"]) == (400, True)
+    assert CANARY not in json.dumps(told)
+    status, told = await say(client, app, "POST", "/api/test-connection", {"mixpanel": {"api_secret": f"{CANARY}-5"}})
+    assert (status, "too many" in told["error"]) == (400, True)
+    assert (await put(client, app, set={"mixpanel.region": "eu"}))[0] == 200
 
 
 async def test_brazes_token(daemon, client):

@@ -20,13 +20,13 @@ from aiohttp import web
 from msgspec import Struct
 
 from bridged import options
-from bridged.admin.answers import body_of, json
+from bridged.admin.answers import body, json
 from bridged.admin.selection import problems
 from bridged.config import Key, has_credential, value_at
 from bridged.delivery.probe import Finding, probe
 from bridged.errors import BadRequest, ConfigError
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Target
-from bridged.saved import EDITABLE, BadSettings, SaveUnderWay, applied, checked, is_secret, shown, toml
+from bridged.saved import EDITABLE, BadSettings, SaveUnderWay, applied, is_secret, shown, toml
 from bridged.settings import Config, Seconds, Size
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class SettingsApi:
         )
 
     async def _change(self, request: web.Request) -> web.Response:
-        change = await body_of(request, Change)
+        change = await body(request, Change)
         if not (change.set or change.remove):
             raise BadRequest("which settings?", '{"set": {"mixpanel.region": "eu"}} or {"remove": ["mixpanel.region"]}')
         return await saved(self._app, change)
@@ -182,7 +182,7 @@ class SettingsApi:
         )
 
     async def _test(self, request: web.Request) -> web.Response:
-        candidate = (await body_of(request, Candidate)).mixpanel
+        candidate = (await body(request, Candidate)).mixpanel
         if self._testing:
             raise SaveUnderWay("another test of a connection is under way", "wait for its end")
         target = self._candidate(candidate)
@@ -202,7 +202,7 @@ class SettingsApi:
                 {f"mixpanel.{name}"[:200]: "there is no such key" for name in unknown},
             )
         changes = {f"mixpanel.{name}": value for name, value in given.items()}
-        values, wrong = checked(changes)
+        values, wrong = self._app.saved.checked(changes)
         if wrong:
             raise BadSettings(
                 "; ".join(f"{name}: {problem}" for name, problem in wrong.items()), wrong, "nothing was asked"
@@ -231,7 +231,10 @@ async def saved(app: "App", change: Change) -> web.Response:
     _demand_secrets_for_new_addresses(
         app.config, {name: value_at(config, EDITABLE[name].path) for name in _SENT_TO}, change.set
     )
-    if wrong := problems(options.mapping_settings(config)):
+    before = problems(options.mapping_settings(app.config))
+    # What the configuration says already is not this change's fault.
+    wrong = {name: of for name, of in problems(options.mapping_settings(config)).items() if before.get(name) != of}
+    if wrong:
         raise BadSettings("; ".join(f"{name}: {problem}" for name, problem in wrong.items()), wrong)
     try:
         changed = await app.save(change.set, change.remove)

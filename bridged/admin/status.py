@@ -287,7 +287,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
     well = health(app)
     refusal = str(spool.refusal().args[0]) if spool.near_cap else ""
     state, sentence = _state(well, halted, pace, refusal)
-    if not app.transport.target.credentials.given:
+    if config.mixpanel.export and not app.transport.target.credentials.given:
         safe = f". {well.waiting:,} events wait, safe on disk" if well.waiting else ""
         state, sentence = "not set up", f"Not set up: Mixpanel's credential isn't given yet{safe}"
     return Status(
