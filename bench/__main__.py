@@ -16,6 +16,7 @@ QUESTIONS = {
     "fuzz": "inputs that nobody sends, by the million, into decoder, framer and mapping: executions, and what broke",
     "crash": "what SIGKILL loses: the daemon dies again and again under load, and a ledger outside counts",
     "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root)",
+    "disk": "what a bad disk loses: full to the last byte, and failing at its k-th write and fsync (root, fiu-utils)",
     "images": "what a power cut could leave: a recorded write log, replayed with unsynced writes dropped and torn",
 }
 

@@ -206,6 +206,7 @@ class Spool:
             self.accounts.add("waiting", row_codes)
         self._letters = tables.letters_that(db)
         self.used_bytes = tables.measured(db)
+        tables.settle_folder(path)  # the WAL is there by now
         if problems := self.accounts.problems(self._names):
             log.error("books_unbalanced", problems=problems[:10], spool=options.path)
         self._look_for_room()
