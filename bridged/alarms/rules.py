@@ -52,6 +52,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     expired: int = 0
     dead_letters_dropped: int = 0
     damaged: int = 0  # segments, or whole files
+    missing: int = 0  # events that were acknowledged, and gone from the spool at the start
     used_bytes: int = 0  # of the spool
     max_bytes: int = 0
     spool_share: float = 0.8
@@ -99,7 +100,7 @@ class _Memory:
                 expired=facts.expired,
             )
         self._last = facts
-        counts = ("accepted", "delivered", "dead_lettered", "expired", "dead_letters_dropped", "damaged")
+        counts = ("accepted", "delivered", "dead_lettered", "expired", "dead_letters_dropped", "damaged", "missing")
         # A replay takes dead letters out of the books: what they grow by next is what is new.
         self.grew = {name: max(0, getattr(facts, name) - getattr(last, name)) for name in counts}
         letters = self.grew["dead_lettered"]
@@ -303,6 +304,17 @@ RULES: Final = (
             "Check the disk"
         ),
         end="No more damage was found",
+        calm_s=3600.0,
+    ),
+    _Rule(
+        name="missing",
+        severity="critical",
+        says=_grew("missing"),
+        text=lambda facts, _: (
+            f"{facts.missing:,} events that had been acknowledged were gone from the spool at the start: its newest commits are "
+            "missing. Was its WAL cut off, or an old copy put in its place? Check the disk"
+        ),
+        end="No more events are missing",
         calm_s=3600.0,
     ),
     _Rule(
