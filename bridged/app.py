@@ -123,7 +123,11 @@ def _http_options(config: Config) -> HttpOptions:
         max_body=http.max_body,
         tls_cert=http.tls_cert,
         tls_key=http.tls_key,
-        limits=HttpLimits(max_connections=http.max_connections, max_in_flight=http.max_in_flight),
+        limits=HttpLimits(
+            max_connections=http.max_connections,
+            max_connections_per_client=http.max_connections_per_client,
+            max_in_flight=http.max_in_flight,
+        ),
     )
 
 
@@ -133,6 +137,7 @@ def _stream_options(config: Config) -> StreamOptions:
         listen=stream.listen,
         max_line=stream.max_line,
         max_connections=stream.max_connections,
+        max_connections_per_client=stream.max_connections_per_client,
         max_unfinished=stream.max_unfinished,
         tls_cert=stream.tls_cert,
         tls_key=stream.tls_key,
@@ -240,7 +245,9 @@ class App:
             log.error("reload_failed", error=str(error), hint="the configuration in force is the old one")
             return
         self.reload_problem = ""
-        self.admin.reload()
+        for listener in (self.admin, self.stream, self.http):
+            if listener is not None:
+                listener.reload()
         self._configured, self.given, self.restart_needed = said, given, restart
         if asked or changed:
             log.info("reloaded", changed=changed, restart_needed_for=restart)
