@@ -36,7 +36,7 @@ class SpoolStatus(Struct, kw_only=True):
     disk_free_bytes: int  # besides what the spool keeps in reserve there
     segments: int
     segments_damaged: int
-    events_missing: int  # accepted in an earlier life, and gone when this one began
+    events_missing: int  # accepted in an earlier life, and unknown to the file when this one began
     set_aside: list[str]  # damaged files, kept beside it
     commits: int
     commit_seconds: float
@@ -378,7 +378,9 @@ def _warnings(app: "App") -> list[str]:
     if spool.damaged:
         found.append(f"{spool.damaged} segments were damaged on disk: check the disk; they are kept as dead letters")
     if spool.missing:
-        found.append(f"{spool.missing} events that had been acknowledged are gone from the spool: check the disk")
+        found.append(
+            f"{spool.missing} events that were accepted before are unknown to the spool: what wasn't delivered is lost"
+        )
     if spool.set_aside:
         found.append(
             f"the spool was damaged and salvaged: check the disk; the damaged file is kept as {', '.join(spool.set_aside[-3:])}"

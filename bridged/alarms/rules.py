@@ -320,8 +320,8 @@ RULES: Final = (
         severity="critical",
         says=_grew("missing"),
         text=lambda facts, _: (
-            f"{facts.missing:,} events that had been acknowledged were gone from the spool at the start: its newest commits are "
-            "missing. Was its WAL cut off, or an old copy put in its place? Check the disk"
+            f"At the start the spool knew nothing of {facts.missing:,} events that it had accepted before: what of them wasn't "
+            "delivered is lost. Was its WAL cut off, or an old copy put in its place? Check the disk"
         ),
         end="No more events are missing",
         calm_s=3600.0,

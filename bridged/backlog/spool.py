@@ -92,7 +92,7 @@ class Spool:
         self.commits = 0
         self.commit_seconds = 0.0
         self.damaged = 0  # segments that were set aside because their checksum was wrong
-        self.missing = 0  # events that were accepted in an earlier life, and that the file knew nothing of at the start
+        self.missing = 0  # events that an earlier life had accepted, and that the file knew nothing of at the start
         self.set_aside: list[str] = []  # damaged files that salvages have left beside it
         self.dropped_dead_letters = 0
         self.last_id = 0  # of the newest segment
@@ -155,7 +155,7 @@ class Spool:
         accepted = self.accounts.total("accepted")
         self.missing = max(0, self._witness.accepted - accepted)
         if self.missing:
-            hint = "commits are gone: was the WAL cut off, or an old copy put in its place? check the disk"
+            hint = "commits are gone, and what of them wasn't delivered: was the WAL cut off, or an old copy put in its place?"
             log.error("events_missing", events=self.missing, spool=self._options.path, hint=hint)
         self._witness.accepted = accepted
         self._witness.say(salvage.KNOWN)
