@@ -1,7 +1,7 @@
 # make demo          a day of events through a daemon and an emulated Mixpanel; KEEP=1 leaves them running
 # make test          lint, types, tests; as root on Debian or Ubuntu it installs the tools that they use, else it names them
 # make lint          lint and types only
-# make bench         how fast it is on this machine
+# make bench         how fast it is on this machine: everything, some ten minutes, and a page with plots in docs/bench
 # make clean         removes what the others made
 #
 # Everything but those tools is installed into .venv. PYTHON chooses the interpreter: make demo PYTHON=python3.12
@@ -12,9 +12,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # What the tests use besides Python: the official Node.js client; systemd's own judgement of the units; calls that fail
-# (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup).
-TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount
-PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount
+# (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup);
+# Prometheus, for the alert rules and the dashboard.
+TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount prometheus promtool
+PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount prometheus
+# Debian starts a server that it installs, for everybody to reach; one that is masked it doesn't.
+MASKED := /etc/systemd/system/prometheus.service
 
 .PHONY: demo test tools lint bench clean
 .DEFAULT_GOAL := demo
@@ -31,6 +34,7 @@ tools:
 	[ -z "$$missing" ] && exit 0; \
 	echo "The tests also use$$missing: apt-get install $(PACKAGES)"; \
 	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "Install them, or run this as root."; exit 1; }; \
+	command -v prometheus >/dev/null || [ -e $(MASKED) ] || { mkdir -p $(dir $(MASKED)) && ln -s /dev/null $(MASKED); }; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null
 
 lint: $(VENV)/.tested
@@ -38,8 +42,8 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m bench
+bench: $(VENV)/.benched
+	$(BIN)/python -m bench all
 
 clean:
 	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
@@ -49,6 +53,11 @@ clean:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV) ..."
 	@$(PIP) install --editable ".[cli]"
+	@touch $@
+
+$(VENV)/.benched: pyproject.toml $(VENV)/.installed
+	@echo "Installing what the benchmarks' plots need into $(VENV) ..."
+	@$(PIP) install --editable ".[cli,bench]"
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml $(VENV)/.installed

@@ -9,9 +9,9 @@ number of the round: the loader shares its cores with the daemon, so it must not
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -25,13 +25,19 @@ _HEX = [b"%x" % digit for digit in range(16)]
 _ID = re.compile(rb'("id":"[0-9a-f-]{34})[0-9a-f]{2}"')
 
 
-def write(path: Path, count: int, seed: int = 1) -> None:
-    """Writes so many distinct events, one a line, with room for the round in their ids."""
+def write(
+    path: Path,
+    count: int,
+    seed: int = 1,
+    *,
+    day: Callable[[random.Random, int, int], Iterable[dict[str, Any]]] = example_day,
+) -> None:
+    """Writes so many distinct events, one a line, with room for the round in their ids. `day` makes them."""
     # All of them in the past: an event that is ahead of the clock would leave the common path.
     start_s = int(time.time()) - 2 * 86_400
     encode = msgspec.json.Encoder().encode
     with path.open("wb") as file:
-        for event in example_day(random.Random(seed), count, start_s):
+        for event in day(random.Random(seed), count, start_s):
             line, found = _ID.subn(lambda match: match[1] + _HIGH + _LOW + b'"', encode(event), count=1)
             if found != 1:
                 raise AssertionError(f"no id to patch: {line[:200]!r}")
@@ -90,7 +96,19 @@ def ndjson(lines: Sequence[bytes]) -> bytes:
 
 def http_request(lines: Sequence[bytes]) -> bytes:
     """A request for the HTTP door, as Braze's Custom HTTP connector makes it."""
-    body = b'{"events":[' + b",".join([line[:-1] for line in lines]) + b"]}"
+    return _request(b'{"events":' + _array(lines) + b"}")
+
+
+def array_request(lines: Sequence[bytes]) -> bytes:
+    """The same for who takes no object around the events."""
+    return _request(_array(lines))
+
+
+def _array(lines: Sequence[bytes]) -> bytes:
+    return b"[" + b",".join([line[:-1] for line in lines]) + b"]"
+
+
+def _request(body: bytes) -> bytes:
     return (
         b"POST /v1/currents HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
         % (len(body), body)

@@ -10,7 +10,7 @@ import asyncio
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -151,6 +151,23 @@ class StreamConnection(_Connection):
             self._finish()
 
 
+class LinesConnection(StreamConnection):
+    """For who never acks: done, and its half closed, when the kernel has taken the last line."""
+
+    def start(self) -> None:
+        self._pump()
+
+    def data_received(self, data: bytes) -> None:
+        """Nothing that it says is an ack."""
+
+    def _look(self) -> None:
+        if self._transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_later(0.002, self._look)
+        else:
+            self._finish()
+            self._transport.write_eof()
+
+
 class HttpConnection(_Connection):
     """One request at a time: the next one goes when the answer to the last one is there."""
 
@@ -187,22 +204,27 @@ class HttpConnection(_Connection):
 
 
 def _content_length(head: bytes) -> int:
-    at = head.find(b"Content-Length: ") + 16
+    at = head.lower().find(b"content-length: ") + 16
     end = head.find(b"\r\n", at)
     return int(head[at : end if end >= 0 else None])
+
+
+DOORS: dict[str, tuple[type[_Connection], Callable[[Sequence[bytes]], bytes]]] = {
+    "stream": (StreamConnection, data.ndjson),
+    "http": (HttpConnection, data.http_request),
+    "lines": (LinesConnection, data.ndjson),  # bench.peers: no acks
+    "array": (HttpConnection, data.array_request),  # bench.peers: no object around the events
+}
 
 
 async def run(arguments: argparse.Namespace) -> Report:
     """Connects, waits to be told to start, sends everything, waits for every ack."""
     loop = asyncio.get_running_loop()
     lines = data.read(arguments.data)
-    if arguments.door == "stream":
-        feed = data.Feed(lines, STREAM_CHUNK, data.ndjson)
-    else:
-        feed = data.Feed(lines, arguments.per_request, data.http_request)
+    kind, form = DOORS[arguments.door]
+    per_chunk = arguments.per_request if kind is HttpConnection else STREAM_CHUNK
+    load = Load(data.Feed(lines, per_chunk, form), arguments.events, arguments.seconds)
     del lines
-    load = Load(feed, arguments.events, arguments.seconds)
-    kind = StreamConnection if arguments.door == "stream" else HttpConnection
     connections = [
         (await loop.create_connection(lambda: kind(load), "127.0.0.1", arguments.port))[1]
         for _ in range(arguments.connections)
@@ -235,7 +257,7 @@ async def run(arguments: argparse.Namespace) -> Report:
 def main(argv: Sequence[str]) -> int:
     """Runs a loader; its report is on standard output."""
     parser = argparse.ArgumentParser(prog="python -m bench.loader", description=__doc__.partition("\n")[0])
-    parser.add_argument("--door", choices=("stream", "http"), required=True)
+    parser.add_argument("--door", choices=list(DOORS), required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--data", type=Path, required=True, help="a file that bench.data wrote")
     parser.add_argument("--connections", type=int, default=1)

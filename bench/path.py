@@ -10,7 +10,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,18 +20,16 @@ from msgspec import Struct
 from bench import data, floor, report
 from bench.floor import Floor
 from bench.loader import Report as LoaderReport
-from bench.processes import BenchError, Daemon, Emulator, Loader, Sink, ended_by_signals, folder, machine_cpu_s
+from bench.processes import BenchError, Daemon, Emulator, Loader, Meter, Sink, ended_by_signals, folder, get
 from bench.sink import Report as SinkReport
 
-PEAK_MB: Final = 150.0
-IDLE_MB: Final = 60.0
+PEAK_MB: Final = 120.0
+IDLE_MB: Final = 55.0
 _VERIFIED_EVENTS = 50_000
 _LONGEST_S = 300.0
 _SETTLE_S = 0.3
 # The sink has everything when it has got nothing new for so long, or all of it.
 _QUIET_S = 15.0
-# Beyond this others on the machine are in the way.
-_QUIET_CORES = 0.15
 
 
 class Cell(Struct, frozen=True, kw_only=True):
@@ -42,16 +40,28 @@ class Cell(Struct, frozen=True, kw_only=True):
     per_request: int = 0
     goal: float = 0  # events/s
     goal_us: float = 0  # of daemon CPU an event
+    goal_floors: float = 0  # the same, in multiples of the floor
 
 
-CELLS: Final = {
-    "stream": Cell(door="stream", connections=1, goal=250_000, goal_us=4.0),
+# What is measured when no loads are named.
+USUAL: Final = {
+    "stream": Cell(door="stream", connections=1, goal=350_000, goal_us=3.0, goal_floors=1.7),
     "stream-4": Cell(door="stream", connections=4),
     "http-1000": Cell(door="http", connections=4, per_request=1000),
-    "http-100": Cell(door="http", connections=16, per_request=100, goal=180_000),
-    "http-10": Cell(door="http", connections=64, per_request=10, goal=80_000),
-    "http-1": Cell(door="http", connections=64, per_request=1, goal=15_000),
+    "http-100": Cell(door="http", connections=16, per_request=100, goal=250_000, goal_us=4.0),
+    "http-10": Cell(door="http", connections=64, per_request=10, goal=110_000),
+    "http-1": Cell(door="http", connections=64, per_request=1, goal=22_000),
 }
+CONNECTIONS: Final = (1, 4, 16, 64)
+CELLS: Final = (
+    USUAL
+    | {f"stream-{n}": Cell(door="stream", connections=n) for n in CONNECTIONS[2:]}
+    | {
+        f"http-{size}x{n}": Cell(door="http", connections=n, per_request=size)
+        for size in (1000, 100, 10, 1)
+        for n in CONNECTIONS
+    }
+)
 
 
 class Run(Struct, kw_only=True):
@@ -75,45 +85,58 @@ class Run(Struct, kw_only=True):
     failure: str = ""
 
 
-def measure(cell: Cell, arguments: argparse.Namespace, *, check: bool = False, events: int | None = None) -> Run:
-    """One run: starts the three, loads, waits until everything is delivered, ends them."""
+def measure(
+    cell: Cell,
+    events_file: Path,
+    *,
+    seconds: float = 0.0,
+    events: int = 0,
+    check: bool = False,
+    emulator: bool = False,
+    wanted: Callable[[int], int] = lambda sent: sent,
+) -> Run:
+    """One run: starts the three, loads, waits until everything is delivered, ends them.
+
+    It lasts for so many seconds, or events if they are given. `wanted` tells how many of the events that were sent are
+    to be delivered.
+    """
     with folder() as temporary, contextlib.ExitStack() as stack:
-        sink: Sink | Emulator = Emulator(temporary) if arguments.emulator else Sink(temporary, check=check)
+        sink: Sink | Emulator = Emulator(temporary) if emulator else Sink(temporary, check=check)
         stack.enter_context(sink)
         sink.ready()
         daemon = stack.enter_context(Daemon(temporary, sink.port))
         daemon.ready()
-        loader = stack.enter_context(Loader(temporary, _loader_options(cell, daemon, arguments, events)))
+        options = loader_options(cell, daemon, events_file, seconds=seconds, events=events)
+        loader = stack.enter_context(Loader(temporary, options))
         loader.ready()
         time.sleep(_SETTLE_S)
         idle_mb = daemon.memory_mb("VmRSS")
         sink_before = sink.report()
-        cpu_before, machine_before = daemon.cpu_s(), machine_cpu_s()
-        started_at = time.monotonic()
+        meter = Meter(daemon, sink, loader)
         loaded = loader.load(_LONGEST_S)
-        arrived = _arrived(sink, daemon, loaded.events)
-        daemon_cpu_s, machine_s = daemon.cpu_s() - cpu_before, machine_cpu_s() - machine_before
-        wall_s = time.monotonic() - started_at
+        arrived = arrivals(sink, daemon, wanted(loaded.events))
+        (daemon_cpu_s, _, _), other_cores = meter.used()
         peak_mb = daemon.memory_mb("VmHWM")
+        books = msgspec.json.decode(get(daemon.admin_port, "/api/status"))["events"]
         daemon.stop()
         run = _figures(loaded, arrived, sink_before, daemon_cpu_s)
-        run.idle_mb, run.peak_mb = idle_mb, peak_mb
-        ours_s = daemon_cpu_s + loaded.cpu_s + arrived.cpu_s - sink_before.cpu_s
-        run.other_cores = max(0.0, machine_s - ours_s) / wall_s
+        run.idle_mb, run.peak_mb, run.other_cores = idle_mb, peak_mb, other_cores
         # After the daemon's end: whatever it was going to send twice, it has sent.
-        run.failure = _failure(sink.report(), loaded.events, check=check)
+        run.failure = _failure(sink.report(), wanted(loaded.events), check=check) or _unbalanced(books, loaded.events)
         return run
 
 
-def _loader_options(cell: Cell, daemon: Daemon, arguments: argparse.Namespace, events: int | None) -> list[str]:
+def loader_options(
+    cell: Cell, daemon: Daemon, events_file: Path, *, seconds: float = 0.0, events: int = 0
+) -> list[str]:
+    """What tells a loader to load a daemon like this."""
     port = daemon.stream_port if cell.door == "stream" else daemon.http_port
-    options = ["--door", cell.door, "--port", str(port), "--data", str(arguments.data)]
+    options = ["--door", cell.door, "--port", str(port), "--data", str(events_file)]
     options += ["--connections", str(cell.connections), "--per-request", str(cell.per_request or 1)]
-    events = events or arguments.events
-    return [*options, *(["--events", str(events)] if events else ["--seconds", str(arguments.seconds)])]
+    return [*options, *(["--events", str(events)] if events else ["--seconds", str(seconds)])]
 
 
-def _arrived(sink: Sink | Emulator, daemon: Daemon, events: int) -> SinkReport:
+def arrivals(sink: Sink | Emulator, daemon: Daemon, events: int) -> SinkReport:
     """Waits until the sink has got everything, or nothing more comes."""
     arrived = sink.report()
     quiet_since = time.monotonic()
@@ -159,6 +182,12 @@ def _failure(arrived: SinkReport, events: int, *, check: bool) -> str:
     return ""
 
 
+def _unbalanced(books: dict[str, int], events: int) -> str:
+    """What is wrong with the daemon's own books."""
+    ends = sum(books[kind] for kind in ("delivered", "dead_lettered", "expired", "skipped", "waiting"))
+    return "" if books["accepted"] == events == ends else f"{events} events sent, and the books say {books}"
+
+
 class Results(Struct, kw_only=True):
     """Everything that `--json` writes."""
 
@@ -179,7 +208,7 @@ def run_all(arguments: argparse.Namespace) -> Results:
         data.write(arguments.data, distinct)
         lines = [data.patched(line, 0) for line in data.read(arguments.data)[: floor.EVENTS]]
         for name in arguments.cells if not arguments.emulator else ():
-            _say(f"verifying {name}")
+            say(f"verifying {name}")
             events = min(_VERIFIED_EVENTS, arguments.events or _VERIFIED_EVENTS)
             if CELLS[name].per_request == 1:
                 events = min(events, 10_000)
@@ -189,22 +218,30 @@ def run_all(arguments: argparse.Namespace) -> Results:
             for name in arguments.cells:
                 if results.verified.get(name):
                     continue  # what loses events has no speed
-                _say(f"run {number + 1} of {arguments.runs}: {name}")
+                say(f"run {number + 1} of {arguments.runs}: {name}")
                 results.cells.setdefault(name, []).append(_attempt(name, arguments))
-    _say("")
+    say("")
     return results
 
 
 def _attempt(name: str, arguments: argparse.Namespace, *, check: bool = False, events: int | None = None) -> Run:
     """A run; one that breaks is a failed run, and the others go on."""
     try:
-        return measure(CELLS[name], arguments, check=check, events=events)
+        return measure(
+            CELLS[name],
+            arguments.data,
+            seconds=arguments.seconds,
+            events=events or arguments.events or 0,
+            check=check,
+            emulator=arguments.emulator,
+        )
     except BenchError as error:
         figures = {field.name: 0 for field in msgspec.structs.fields(Run) if field.required}
         return msgspec.convert({**figures, "failure": str(error)}, Run)
 
 
-def _say(progress: str) -> None:
+def say(progress: str) -> None:
+    """Overwrites the line that tells a person how far it is."""
     if sys.stderr.isatty():
         print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
 
@@ -255,9 +292,7 @@ def show(results: Results) -> bool:
     print(report.table(head, rows))
     _show_floor(floors)
     _show_goals(results)
-    others = [run.other_cores for every in results.cells.values() for run in every if not run.failure]
-    if others and statistics.median(others) > _QUIET_CORES:
-        print(f"CAUTION: not a quiet machine, others used {report.spread(others, 2)} cores: rates are too low")
+    report.caution([run.other_cores for every in results.cells.values() for run in every if not run.failure])
     for name, every in results.cells.items():
         good = [run for run in every if not run.failure]
         if good and CELLS[name].door == "http":
@@ -284,6 +319,9 @@ def _show_goals(results: Results) -> None:
             middle = statistics.median(run.daemon_us for run in runs)
             goal = CELLS[name].goal_us
             print(f"{name}: {middle:.2f} us of daemon CPU an event, goal {goal:g}: {_met(middle, goal)}")
+            if floors := CELLS[name].goal_floors:
+                ratio = middle / statistics.median(floor_.total for floor_ in results.floors)
+                print(f"{name}: {ratio:.2f} times the floor, goal {floors:g}: {_met(ratio, floors)}")
     peak = max(statistics.median(run.peak_mb for run in runs) for runs in good.values() if runs)
     idle = statistics.median(run.idle_mb for run in every)
     print(f"peak RSS: {peak:.0f} MB, goal {PEAK_MB:g}: {_met(peak, PEAK_MB)}")
@@ -313,7 +351,14 @@ def _show_failures(results: Results) -> bool:
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark. 1 when an event was lost or doubled, or a process broke; missed goals are only shown."""
     parser = report.options("path", __doc__)
-    parser.add_argument("--cells", metavar="NAME,...", type=_cells, default=list(CELLS), help=f"of {', '.join(CELLS)}")
+    parser.add_argument(
+        "--cells",
+        metavar="NAME,...",
+        type=_cells,
+        default=list(USUAL),
+        help=f"default {','.join(USUAL)}; also stream-16, stream-64, and http-NxC, C connections with N events a request: "
+        f"N of 1000, 100, 10, 1, C of {', '.join(map(str, CONNECTIONS))}",
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a run, default %(default)g")
     parser.add_argument("--events", type=int, help="a run ends after so many events instead")
     parser.add_argument("--emulator", action="store_true", help="`bridged emulator` in the sink's place")

@@ -19,6 +19,8 @@ from typing import Any, Self
 import msgspec
 
 from bench.loader import Report as LoaderReport
+from bench.openloop import Report as OpenLoopReport
+from bench.sink import Arrival
 from bench.sink import Report as SinkReport
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -34,16 +36,19 @@ class BenchError(Exception):
 class Child:
     """A process in a session of its own (Ctrl-C reaches the benchmark alone, which then ends its children in order)."""
 
-    def __init__(self, name: str, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], folder: Path, *, program: str = sys.executable, **extra: str
+    ) -> None:
         self.name = name
         self.folder = folder
         self._log = folder / f"{name}.log"
         # A stray configuration in the environment must not change what is measured.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("BRIDGED_")}
+        environment |= extra
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH", "")]))
         with self._log.open("wb") as log, _signals_held():
             self.process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [program, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -75,10 +80,10 @@ class Child:
                 with contextlib.suppress(OSError):
                     pipe.close()
 
-    def say(self) -> None:
-        """Writes an empty line to its standard input: the sign to start, or to report."""
+    def say(self, what: str = "") -> None:
+        """Writes a line to its standard input; an empty one is the sign to start, or to report."""
         assert self.process.stdin is not None
-        self.process.stdin.write(b"\n")
+        self.process.stdin.write(what.encode() + b"\n")
 
     def hear(self, timeout_s: float) -> bytes:
         """The next line of its standard output. Raises BenchError when there is none in time."""
@@ -124,12 +129,36 @@ class Loader(Child):
         return msgspec.json.decode(self.hear(timeout_s), type=LoaderReport)
 
 
+class OpenLoader(Child):
+    """bench.openloop, connected and ready."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+        super().__init__("loader", ["-m", "bench.openloop", *arguments], folder)
+
+    def ready(self) -> None:
+        """Returns when it could start at once."""
+        self.hear(_START_S)
+
+    def load(self, timeout_s: float) -> OpenLoopReport:
+        """Sends everything when it is due; returns when everything is acked."""
+        self.say()
+        return self.loaded(timeout_s)
+
+    def loaded(self, timeout_s: float) -> OpenLoopReport:
+        """What it did, once it was told to start."""
+        return msgspec.json.decode(self.hear(timeout_s), type=OpenLoopReport)
+
+
 class Sink(Child):
     """bench.sink, listening."""
 
-    def __init__(self, folder: Path, *, check: bool) -> None:
-        super().__init__("sink", ["-m", "bench.sink", *(["--check"] if check else [])], folder)
-        self.port = 0
+    def __init__(
+        self, folder: Path, *, check: bool = False, port: int = 0, arrivals: bool = False, keep: Path | None = None
+    ) -> None:
+        options = [*(["--check"] if check else []), *(["--arrivals"] if arrivals else []), "--port", str(port)]
+        options += ["--keep", str(keep)] if keep else []
+        super().__init__("sink", ["-m", "bench.sink", *options], folder)
+        self.port = port
 
     def ready(self) -> None:
         """Returns when it listens."""
@@ -139,6 +168,13 @@ class Sink(Child):
         """What has come so far."""
         self.say()
         return msgspec.json.decode(self.hear(_START_S), type=SinkReport)
+
+    def arrivals(self) -> list[Arrival]:
+        """With `arrivals`: when each batch came, and what was in it."""
+        path = self.folder / "arrivals"
+        self.say(str(path))
+        self.hear(_START_S * 4)
+        return msgspec.msgpack.decode(path.read_bytes(), type=list[Arrival])
 
 
 class Emulator(Child):
@@ -168,12 +204,23 @@ class Emulator(Child):
 
 
 class Daemon(Child):
-    """`bridged run` with a configuration and a spool of its own, all ceilings off."""
+    """`bridged run` with a configuration and a spool of its own, all ceilings off unless they are asked for."""
 
-    def __init__(self, folder: Path, sink_port: int, *, python: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sink_port: int,
+        *,
+        python: Sequence[str] = (),
+        flush_interval: str = "200ms",
+        ceilings: bool = False,
+        more: str = "",
+    ) -> None:
+        """`python`: options of the interpreter; `more`: further tables of the configuration."""
         self.http_port, self.stream_port, self.admin_port = free_ports(3)
         config = folder / "config.toml"
         # As installed but for: no rate ceiling, and a run's last, unfilled batch doesn't wait a whole second for more.
+        limits = "" if ceilings else "max_events_per_second = 0\nmax_bytes_per_minute = 0\n"
         config.write_text(
             f"""
 [sources.http]
@@ -186,19 +233,18 @@ token = "0123456789abcdef0123456789abcdef"
 [spool]
 path = "spool.db"
 [delivery]
-max_events_per_second = 0
-max_bytes_per_minute = 0
-flush_interval = "200ms"
+{limits}flush_interval = "{flush_interval}"
 [admin]
 listen = "127.0.0.1:{self.admin_port}"
 [log]
 format = "json"
+{more}
 """,
             encoding="utf-8",
         )
         super().__init__("daemon", [*python, "-m", "bridged", "run", "--config", str(config)], folder)
 
-    def ready(self) -> None:
+    def ready(self, every_s: float = 0.02) -> None:
         """Returns when /readyz says so and both doors are open."""
         until = time.monotonic() + _START_S
         while True:
@@ -209,13 +255,16 @@ format = "json"
             except (OSError, http.client.HTTPException, BenchError) as error:
                 if self.process.poll() is not None or time.monotonic() > until:
                     raise BenchError(f"the daemon isn't ready ({error}):\n{self.last_words()}") from error
-                time.sleep(0.02)
+                time.sleep(every_s)
             else:
                 return
 
-    def stop(self) -> None:
-        """SIGTERM. Raises BenchError if it does not end in good order."""
+    def stop(self, *, hurry: bool = False) -> None:
+        """SIGTERM, and a second one to skip the grace. Raises BenchError if it does not end in good order."""
         self.process.terminate()
+        if hurry:
+            time.sleep(0.1)  # two signals at once may be one
+            self.process.terminate()
         try:
             code = self.process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -236,6 +285,24 @@ def get(port: int, path: str) -> bytes:
     if response.status != 200:
         raise BenchError(f"{path} answered {response.status}: {body[:200]!r}")
     return body
+
+
+class Meter:
+    """What processes, and the rest of the machine, use from now on."""
+
+    def __init__(self, *children: Child) -> None:
+        self._children = children
+        self._before = [child.cpu_s() for child in children]
+        self._own_s = time.process_time()
+        self._machine_s = machine_cpu_s()
+        self._at = time.monotonic()
+
+    def used(self) -> tuple[list[float], float]:
+        """CPU seconds of each process so far, and the cores that others kept busy: 0 on a quiet machine."""
+        wall_s = max(time.monotonic() - self._at, 1e-3)
+        used = [child.cpu_s() - before for child, before in zip(self._children, self._before, strict=True)]
+        others_s = machine_cpu_s() - self._machine_s - sum(used) - (time.process_time() - self._own_s)
+        return used, max(0.0, others_s) / wall_s
 
 
 def machine_cpu_s() -> float:

@@ -7,11 +7,17 @@ import os
 import platform
 import sqlite3
 import statistics
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+
+from bridged import __version__
+
+# Beyond so many cores others on the machine are in the way.
+QUIET_CORES: Final = 0.15
 
 
 def options(name: str, doc: str | None, *, runs: int = 5) -> argparse.ArgumentParser:
@@ -40,8 +46,24 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         **{package: importlib.metadata.version(package) for package in packages},
+        "bridged": __version__,
+        "commit": _commit(),
         "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str:
+    """Of what is measured; "+" if files differ from it; empty where there is no git, or no repository."""
+    project = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(project)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        if head.returncode:
+            return ""
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "bridged"], capture_output=True, check=False)
+    except OSError:
+        return ""
+    return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def filesystem(path: Path) -> str:
@@ -93,3 +115,9 @@ def write(path: Path | None, figures: dict[str, Any]) -> None:
     """Writes the figures for `--json`."""
     if path is not None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(figures)) + b"\n")
+
+
+def caution(other_cores: Sequence[float]) -> None:
+    """Says so if the machine was not quiet while it was measured."""
+    if other_cores and statistics.median(other_cores) > QUIET_CORES:
+        print(f"CAUTION: not a quiet machine, others used {spread(other_cores, 2)} cores: rates are too low")

@@ -1,19 +1,24 @@
 """The sink: a bare Mixpanel in a process of its own. It takes every batch, counts its events, and says 200.
 
 The emulator checks every event as Mixpanel does, which costs more than the daemon that is to be measured; the sink only
-gunzips and counts newlines. With `--check` it also keeps every `$insert_id`, to tell whether one came twice.
+gunzips and counts newlines. With `--check` it also keeps every `$insert_id`, to tell whether one came twice. With
+`--keep FILE` it writes all that it gets there, for `bench peers`, whose peers send other forms than bridged does.
 
 It prints `{"port":N}` when it listens, and a `Report` for every line that comes on its standard input. It ends with
-its input.
+its input. With `--arrivals` it keeps every body with the time at which it was there, and a line that names a file makes
+it write there what was in them: afterwards, when nothing is measured any more.
 """
 
 import argparse
 import asyncio
+import base64
 import gc
 import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import parse_qs
 
 import msgspec
 import uvloop
@@ -22,7 +27,9 @@ from msgspec import Struct
 
 _INSERT_ID = re.compile(rb'"\$insert_id":"([^"]*)"')
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CONTINUE = re.compile(rb"\r\nexpect: *100-continue", re.IGNORECASE)
 _GzipError: type[Exception] = isal_zlib.IsalError  # type: ignore[assignment]  # its stub has an instance for the class
+_FORM = b"data="
 _GZIP = 31  # zlib's number for "with a gzip header and trailer"
 
 
@@ -38,37 +45,84 @@ class Report(Struct, kw_only=True):
     cpu_s: float = 0.0
 
 
+class Arrival(Struct, array_like=True):
+    """A batch: when it was there, by the monotonic clock, and the `$insert_id` of its events."""
+
+    at: float
+    ids: list[str]
+
+
 class Sink:
     """The counts, shared by all connections."""
 
-    def __init__(self, *, check: bool) -> None:
+    def __init__(self, *, check: bool, arrivals: bool = False, keep: Path | None = None) -> None:
         self._report = Report()
         self._check = check
+        self._arrivals = arrivals
+        self._arrived: list[tuple[float, bytes]] = []
         self._ids: set[bytes] = set()
+        self._keep = keep
 
     def take(self, body: bytes) -> bytes:
         """Counts a request; gives the answer."""
         report = self._report
         report.requests += 1
         try:
-            # The last four bytes of gzip are the size of what it holds: no guessing, no growing.
-            raw = isal_zlib.decompress(body, _GZIP, max(16, int.from_bytes(body[-4:], "little")))
-        except _GzipError:
+            raw, events = _read(body)
+        except (_GzipError, ValueError):
             report.bad += 1
             return _answer(b"400 Bad Request", b'{"code":400,"error":"not gzip","status":"Bad Request"}')
-        # Seven times as fast as raw.count(b"\n"), which looks at every byte by itself in some Pythons.
-        events = len(raw) - len(raw.replace(b"\n", b""))
         report.events += events
         report.bytes += len(body)
         if self._check:
             self._ids.update(_INSERT_ID.findall(raw))
+        if self._keep:
+            with self._keep.open("ab") as file:
+                file.write(_plain(raw).rstrip(b"\n") + b"\n")
         report.last_at = time.monotonic()
+        if self._arrivals:
+            self._arrived.append((report.last_at, body))
+        if body.startswith(_FORM):
+            # What the official clients want to hear, the one with verbose=1 in its form and the one without.
+            return _answer(b"200 OK", b'{"status":1,"error":null}' if b"verbose=1" in body[-100:] else b"1")
         return _answer(b"200 OK", b'{"code":200,"num_records_imported":%d,"status":"OK"}' % events)
+
+    def write_arrivals(self, path: Path) -> None:
+        """Writes every batch that was kept."""
+        arrivals = [
+            Arrival(at, [id_.decode() for id_ in _INSERT_ID.findall(isal_zlib.decompress(body, _GZIP))])
+            for at, body in self._arrived
+        ]
+        path.write_bytes(msgspec.msgpack.encode(arrivals))
 
     def report(self) -> Report:
         self._report.distinct = len(self._ids)
         self._report.cpu_s = time.process_time()
         return self._report
+
+
+def _read(body: bytes) -> tuple[bytes, int]:
+    """The text of a body, and its events: gzip or not; NDJSON, an array, or a form that holds an array."""
+    if body.startswith(b"\x1f\x8b"):
+        # The last four bytes of gzip are the size of what it holds: no guessing, no growing.
+        raw = isal_zlib.decompress(body, _GZIP, max(16, int.from_bytes(body[-4:], "little")))
+    elif body.startswith((b"{", b"[", _FORM)):
+        raw = body
+    else:
+        raise ValueError("nothing that Mixpanel takes")
+    if raw.startswith(b"["):
+        return raw, raw.count(b'"$insert_id"')
+    if raw.startswith(_FORM):
+        if b"%24insert_id" not in raw:
+            raw = base64.b64decode(raw.removeprefix(_FORM), validate=True)
+            return raw, raw.count(b'"$insert_id"')
+        return raw, raw.count(b"%24insert_id")
+    # Seven times as fast as raw.count(b"\n"), which looks at every byte by itself in some Pythons.
+    return raw, len(raw) - len(raw.replace(b"\n", b"")) + (not raw.endswith(b"\n"))
+
+
+def _plain(raw: bytes) -> bytes:
+    return parse_qs(raw)[b"data"][0] if raw.startswith(_FORM) else raw
 
 
 def _answer(status: bytes, body: bytes) -> bytes:
@@ -97,6 +151,8 @@ class _Connection(asyncio.Protocol):
                 length = _LENGTH.search(buffer, 0, end + 4)
                 self._head = end + 4
                 self._wanted = self._head + (int(length[1]) if length else 0)
+                if _CONTINUE.search(buffer, 0, end + 4):
+                    self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             if len(buffer) < self._wanted:
                 return
             self._transport.write(self._sink.take(bytes(buffer[self._head : self._wanted])))
@@ -107,12 +163,14 @@ class _Connection(asyncio.Protocol):
 async def run(arguments: argparse.Namespace) -> None:
     """Serves until its standard input ends."""
     loop = asyncio.get_running_loop()
-    sink = Sink(check=arguments.check)
+    sink = Sink(check=arguments.check, arrivals=arguments.arrivals, keep=arguments.keep)
     server = await loop.create_server(lambda: _Connection(sink), "127.0.0.1", arguments.port)
     gc.freeze()
     gc.disable()
     print(msgspec.json.encode({"port": server.sockets[0].getsockname()[1]}).decode(), flush=True)
-    while await asyncio.to_thread(sys.stdin.readline):
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        if path := line.strip():
+            sink.write_arrivals(Path(path))
         print(msgspec.json.encode(sink.report()).decode(), flush=True)
     server.close()
 
@@ -122,6 +180,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sink", description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="keep every $insert_id, to find doubled events")
+    parser.add_argument("--arrivals", action="store_true", help="keep every body, to tell when each event came")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write all bodies there: arrays and objects, a line each"
+    )
     arguments = parser.parse_args(argv)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(arguments))

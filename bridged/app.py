@@ -1,6 +1,9 @@
 """The daemon: opens everything in the order of an event's path, from the disk outward, and knows everyone.
 
     spool -> backlog -> delivery -> intake -> doors -> admin
+    membership -> cohort writer -> the HTTP door         the way back, beside it
+
+What is off (mixpanel.export, cohorts.enabled) isn't there, but for the spool, which then lies still.
 
 Leaving the block is the shutdown, in reverse: doors close and finish their requests, senders get their grace, the writer commits,
 SQLite closes. A task that dies takes the process down, and systemd starts it again: start-up is recovery.
@@ -28,18 +31,23 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool, SpoolOptions
 from bridged.clock import Clock
+from bridged.cohort_import import CohortImport, cohort_options, raised
+from bridged.cohorts.membership import Membership
+from bridged.cohorts.writer import CohortWriter
 from bridged.config import secret_files, split_address, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.delivery.transport import Transport
-from bridged.errors import BridgedError, ConfigError, SpoolError
+from bridged.errors import BridgedError, ConfigError, MembershipDamaged, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
+from bridged.redaction import redacted
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
+from bridged.sources.cohorts import CohortSource
 from bridged.sources.http import HttpOptions, HttpSource
 from bridged.sources.http_connections import HttpLimits
 from bridged.sources.stream import StreamOptions, StreamSource
@@ -156,6 +164,10 @@ class App:
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
+        self.membership: Membership | None = None  # None: no cohorts are imported
+        self.cohort_writer: CohortWriter | None = None
+        self.cohorts_problem = ""  # why cohorts are enabled and yet not imported
+        self._importing: CohortImport | None = None
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
 
@@ -180,8 +192,11 @@ class App:
             lambda code: TYPE_NAMES.get(code, ""),
             self.clock.earliest,
         )
-        self._delivering = asyncio.create_task(self.delivery.run(), name="delivery")
+        delivering = self.delivery.run() if config.mixpanel.export else _nothing()
+        self._delivering = asyncio.create_task(delivering, name="delivery")
         stack.push_async_callback(self._stop_delivering)
+        if config.cohorts.enabled:
+            await self._open_cohorts(stack, config)
         self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
@@ -191,19 +206,39 @@ class App:
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
-            _stream_options(config),
+            _stream_options(config) if config.mixpanel.export else StreamOptions(listen=()),
             self.intake,
             self.spool,
             self._listeners.take,
         )
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
+        self.cohorts: CohortSource | None = None
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
+            self.cohorts = CohortSource(cohort_options(config), self.membership)
+            taking = self.intake if config.mixpanel.export else None
             self.http = await stack.enter_async_context(
-                HttpSource(_http_options(config), self.intake, self.spool, sockets)
+                HttpSource(_http_options(config), taking, self.spool, sockets, self.cohorts)
             )
         self._listeners.demand_none_left()
+
+    async def _open_cohorts(self, stack: contextlib.AsyncExitStack, config: Config) -> None:
+        """Damage there is no reason to stop the export."""
+        importing = CohortImport(config, self.clock, self.hurry)
+        try:
+            await stack.enter_async_context(importing)
+        except MembershipDamaged as error:
+            self._cohorts_failed(error)
+            return
+        self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
+
+    def _cohorts_failed(self, error: BaseException) -> None:
+        """Notes why no cohorts are imported. Raises it when nothing else is done here: the process ends."""
+        self.cohorts_problem = redacted(str(error.args[0]) if error.args else repr(error))
+        if not self.config.mixpanel.export:
+            raise error
+        log.error("cohorts_failed", error=self.cohorts_problem, hint=getattr(error, "hint", ""))
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -277,6 +312,10 @@ class App:
         self.mapping = mapping
         self.intake.use(mapping)
         self.watch.webhook.use(_hook(config))
+        if self._importing is not None:
+            self._importing.use(config)
+        if self.cohorts is not None:
+            self.cohorts.use(cohort_options(config))
         self.config = config
         if is_other:
             self.delivery.credentials_changed()
@@ -305,6 +344,8 @@ class App:
             asyncio.create_task(self.spool.ended(), name="writer's end"),
             asyncio.create_task(self._delivery_ended(), name="delivery's end"),
         }
+        if self._importing is not None:
+            waits.add(asyncio.create_task(self._cohorts_ended(self._importing), name="cohorts' end"))
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -314,13 +355,21 @@ class App:
                 task.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _delivery_ended(self) -> None:
+    async def _cohorts_ended(self, importing: CohortImport) -> None:
         try:
-            await asyncio.shield(self._delivering)
-        except ExceptionGroup as group:
-            # The first is the reason; if it is one for people, they shall read it as such.
-            raise group.exceptions[0] from group
+            await importing.ended()
+        except Exception as error:
+            self._cohorts_failed(error)
+        await asyncio.Event().wait()
+
+    async def _delivery_ended(self) -> None:
+        await raised(self._delivering)
         raise SpoolError("the delivery ended by itself")
+
+
+async def _nothing() -> None:
+    """Delivers nothing, for ever."""
+    await asyncio.Event().wait()
 
 
 def _hook(config: Config) -> Hook:
@@ -405,7 +454,7 @@ def warn(config: Config) -> None:
         log.warning(
             "api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account and set service_account"
         )
-    if not config.mixpanel.token:
+    if config.mixpanel.export and not config.mixpanel.token:
         log.warning(
             "no_project_token", hint="events carry no `token` property; set mixpanel.token as Braze's connector does"
         )

@@ -18,20 +18,28 @@ if TYPE_CHECKING:
 # name -> the module with its add_arguments and main (none: it is here), one line for people
 _COMMANDS = {
     "run": ("", "run the daemon"),
-    "check": ("bridged.commands.check", "check the configuration, and with --online the credential"),
+    "check": ("bridged.commands.check", "check the configuration, and with --online the credentials"),
     "config": ("bridged.commands.config", "print the configuration in force, or the defaults"),
     "status": ("bridged.commands.status", "what the running daemon does"),
     "dead-letters": (
         "bridged.commands.dead_letters",
         "events that can't be delivered: list, show, replay, export, purge",
     ),
+    "cohorts": (
+        "bridged.commands.cohorts",
+        "Mixpanel's cohorts in Braze: list, show, plan, allow, resync, forget",
+    ),
     "replay": ("bridged.commands.replay", "hand expired events back that [retention] has archived"),
+    "backfill": ("bridged.commands.backfill", "send files of Currents events to the running daemon"),
     "send-test-events": (
         "bridged.commands.send_test_events",
         "one example event per selected type, to the running daemon",
     ),
-    "demo": ("bridged.commands.demo", "a day of events through a daemon and an emulated Mixpanel, on this machine"),
-    "emulator": ("bridged.emulator.command", "run the emulated Mixpanel"),
+    "demo": (
+        "bridged.commands.demo",
+        "a day of events, and cohorts the other way, through a daemon and emulators on this machine",
+    ),
+    "emulator": ("bridged.emulator.command", "run the emulated Mixpanel, and with --braze-listen the emulated Braze"),
 }
 _WITHOUT_CONFIG = ("demo", "emulator")
 
@@ -77,7 +85,7 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="bridged",
-        description="Delivers Braze Currents events to Mixpanel, durably: acked means on disk.",
+        description="Delivers Braze Currents events to Mixpanel, and Mixpanel cohorts to Braze, durably: acked means on disk.",
         epilog=_EPILOG,
         formatter_class=style,
     )

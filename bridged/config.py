@@ -196,7 +196,8 @@ def _spoken_secrets(config: Config) -> Iterator[str]:
     """Every secret, and the pairs that Basic authentication makes of them."""
     for path in SECRETS:
         if secret := value_at(config, path):
-            yield from (secret, f"{secret}:", f"{config.mixpanel.service_account}:{secret}")
+            names = (config.mixpanel.service_account, config.cohorts.username)
+            yield from (secret, f"{secret}:", *[f"{name}:{secret}" for name in names])
 
 
 def replaced(struct: Any, path: tuple[str, ...], value: object) -> Any:
@@ -237,8 +238,12 @@ def _problems(config: Config) -> Iterator[str]:
     mixpanel = config.mixpanel
     if mixpanel.service_account and not (mixpanel.service_secret and mixpanel.project_id):
         yield "mixpanel.service_account needs mixpanel.service_secret and mixpanel.project_id"
-    if not (mixpanel.service_account or mixpanel.api_secret or mixpanel.token):
-        yield "mixpanel has no credential: set service_account, api_secret or token"
+    if mixpanel.export and not (mixpanel.service_account or mixpanel.api_secret or mixpanel.token):
+        yield "mixpanel has no credential: set service_account, api_secret or token (or export = false)"
+    if config.cohorts.enabled:
+        yield from _cohort_problems(config)
+    elif not mixpanel.export:
+        yield "mixpanel.export and cohorts.enabled are both false: nothing is left to be done"
     if mixpanel.url and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s?#]*)?", mixpanel.url):
         # Not quoted: what stands before an @ is a secret.
         yield "mixpanel.url: expected http(s)://host, without credentials or query"
@@ -254,7 +259,7 @@ def _problems(config: Config) -> Iterator[str]:
         if value:
             yield from _address_problems(name, value)
     http, stream, admin = config.sources.http, config.sources.stream, config.admin
-    if http.listen and not http.bearer_token and _is_remote(http.listen):
+    if http.listen and mixpanel.export and not http.bearer_token and _is_remote(http.listen):
         yield "sources.http.listen is reachable from other machines: set sources.http.bearer_token"
     if bool(admin.tls_cert) != bool(admin.tls_key):
         yield "admin.tls_cert and admin.tls_key: TLS needs both"
@@ -281,6 +286,35 @@ def _problems(config: Config) -> Iterator[str]:
             yield f"{name}: tls_cert and tls_key go together"
     if config.spool.max_bytes < 16 * 2**20:
         yield "spool.max_bytes: at least 16MiB"
+
+
+def _cohort_problems(config: Config) -> Iterator[str]:
+    cohorts, braze, http = config.cohorts, config.braze, config.sources.http
+    if not http.listen:
+        yield "cohorts.enabled needs sources.http.listen: Mixpanel posts them there"
+    if http.listen and not cohorts.password and _is_remote(http.listen):
+        yield "sources.http.listen is reachable from other machines: set cohorts.password"
+    if cohorts.password and (":" in cohorts.username or not cohorts.username):
+        yield "cohorts.username: expected a name without a colon"
+    if not cohorts.user_id.strip():
+        yield "cohorts.user_id: expected distinct_id or the name of a property"
+    if not re.fullmatch(r"[^\s$.][^$.]{0,254}", cohorts.attribute):
+        yield "cohorts.attribute: expected the name of an attribute, without $ and dots"
+    if cohorts.max_bytes < 16 * 2**20:
+        yield "cohorts.max_bytes: at least 16MiB"
+    if Path(cohorts.path).absolute() == Path(config.spool.path).absolute():
+        yield "cohorts.path and spool.path are the same file: give each its own"
+    if braze.url and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s?#]*)?", braze.url):
+        # Not quoted: what stands before an @ is a secret.
+        yield "braze.url: expected http(s)://host, without credentials or query"
+    if not (braze.url or braze.cluster):
+        yield "braze.cluster is not set: it is in your dashboard's address (US-01, EU-02, ...)"
+    if not (braze.rest_key or braze.partner_key):
+        yield "braze has no key: set rest_key (or, as one of Braze's partners, partner_key)"
+    if braze.partner_key and not (braze.data_import_key and braze.partner_name):
+        yield "braze.partner_key needs braze.data_import_key and braze.partner_name"
+    if braze.partner_name and not re.fullmatch(r"[A-Za-z0-9_-]+", braze.partner_name):
+        yield "braze.partner_name: expected letters, digits, - and _"
 
 
 def _address_problems(name: str, value: str) -> Iterator[str]:

@@ -4,6 +4,9 @@
     +-- ConfigError          exit 78   the configuration can't be used
     +-- SpoolError           exit 74   the spool can't be opened, written or trusted
     |   +-- SpoolFull        503       no room for one more event; the sender keeps it and tries again
+    |   +-- MembershipError  503       the cohorts' file can't be opened, written or trusted
+    |       +-- MembershipDamaged      it isn't what was written
+    +-- UnknownCohort        404       no cohort has this name
     +-- ListenError          exit 74   a door's address can't be listened on
     +-- UpstreamError        exit 69   Mixpanel or the daemon can't be reached, or refuses us
     +-- DoorError                      one request at a door is refused; the class carries its HTTP status
@@ -47,6 +50,20 @@ class SpoolError(BridgedError):
 
 class SpoolFull(SpoolError):
     """The spool is near its cap: the sender keeps the events and tries again later."""
+
+
+class MembershipError(SpoolError):
+    """The file of the cohorts can't be opened, written or trusted: names it."""
+
+
+class MembershipDamaged(MembershipError):
+    """It isn't what was written. Events don't depend on it."""
+
+
+class UnknownCohort(BridgedError):
+    """No cohort has this key, or several have."""
+
+    http_status = 404
 
 
 class ListenError(BridgedError):

@@ -137,6 +137,10 @@ class Sources(Section, frozen=True, kw_only=True):
 class Mixpanel(Section, frozen=True, kw_only=True):
     """Where events go, and as whom."""
 
+    export: Annotated[
+        bool,
+        Meta(description="false: no event is taken or sent, and no credential needed. Cohorts are another matter."),
+    ] = True
     url: Annotated[str, Meta(description="Overrides the region's host (an emulator, a proxy).")] = ""
     region: Annotated[Literal["us", "eu", "in"], Meta(description="us | eu | in: where the project's data lives.")] = (
         "us"
@@ -255,6 +259,66 @@ class Retention(Section, frozen=True, kw_only=True):
     archive_path: Annotated[str, Meta(description="The folder of the archive files.")] = "archive"
 
 
+class Cohorts(Section, frozen=True, kw_only=True):
+    """The way back: Mixpanel's custom webhook posts cohorts to /v1/cohorts/mixpanel of [sources.http], for [braze]."""
+
+    enabled: Annotated[bool, Meta(description="Takes cohorts, and writes them to Braze.")] = False
+    username: Annotated[str, Meta(description="What Mixpanel is told to authenticate with (Basic).")] = "mixpanel"
+    password: Annotated[str, Meta(description="Its password. Required when sources.http.listen is not loopback.")] = ""
+    password_file: Annotated[str, Meta(description="A file that holds password.")] = ""
+    user_id: Annotated[
+        str,
+        Meta(
+            description=(
+                "Which property of a member is Braze's external id: distinct_id | $braze_external_id | $user_id | another "
+                "that the sync exports."
+            )
+        ),
+    ] = "distinct_id"
+    path: Annotated[str, Meta(description="The SQLite file of the membership; relative to the working directory.")] = (
+        "cohorts.db"
+    )
+    max_bytes: Annotated[Size, Meta(description="Near this size pages are answered 503, and Mixpanel keeps them.")] = (
+        Size(20 * 2**30)
+    )
+    attribute: Annotated[
+        str, Meta(description="The array attribute of a user in Braze that holds the names of the cohorts.")
+    ] = "mixpanel_cohorts"
+    update_existing_only: Annotated[bool, Meta(description="false: a user whom Braze doesn't know is made there.")] = (
+        True
+    )
+    max_data_points_per_day: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Beyond it nothing is sent until the next day (UTC) or `bridged cohorts allow`. 0: no cap.",
+        ),
+    ] = 0
+    max_concurrency: Annotated[int, Meta(ge=1, le=64, description="Requests to Braze in flight at most.")] = 8
+
+
+class Braze(Section, frozen=True, kw_only=True):
+    """Where cohorts go, and as whom."""
+
+    cluster: Annotated[str, Meta(description="The instance in your dashboard's address: US-01, EU-02, ...")] = ""
+    url: Annotated[str, Meta(description="Overrides the cluster's host (an emulator, a proxy).")] = ""
+    rest_key: Annotated[str, Meta(description="A REST API key with the permission users.track.")] = ""
+    rest_key_file: Annotated[str, Meta(description="A file that holds rest_key.")] = ""
+    partner_name: Annotated[str, Meta(description="Only with partner_key: as which of Braze's partners.")] = "mixpanel"
+    partner_key: Annotated[
+        str, Meta(description="Set: cohorts are written as one of Braze's partners, not as an attribute.")
+    ] = ""
+    partner_key_file: Annotated[str, Meta(description="A file that holds partner_key.")] = ""
+    data_import_key: Annotated[str, Meta(description="The workspace's data import key; goes with partner_key.")] = ""
+    data_import_key_file: Annotated[str, Meta(description="A file that holds data_import_key.")] = ""
+    timeout: Annotated[Seconds, Meta(description="A request without an answer for so long is tried again.")] = Seconds(
+        30
+    )
+    probe_interval: Annotated[Seconds, Meta(description="While Braze refuses the key: one user so often.")] = Seconds(
+        60
+    )
+
+
 class Alerts(Section, frozen=True, kw_only=True):
     """Who is told when something needs a person; the log, /metrics and `bridged status` always are."""
 
@@ -321,6 +385,8 @@ class Config(Section, frozen=True, kw_only=True):
     spool: SpoolSettings = SpoolSettings()
     delivery: DeliverySettings = DeliverySettings()
     retention: Retention = Retention()
+    cohorts: Cohorts = Cohorts()
+    braze: Braze = Braze()
     alerts: Alerts = Alerts()
     admin: Admin = Admin()
     log: Log = Log()
@@ -331,6 +397,10 @@ SECRETS = (
     ("mixpanel", "token"),
     ("mixpanel", "api_secret"),
     ("mixpanel", "service_secret"),
+    ("cohorts", "password"),
+    ("braze", "rest_key"),
+    ("braze", "partner_key"),
+    ("braze", "data_import_key"),
     ("alerts", "webhook_url"),
     ("alerts", "webhook_token"),
     ("admin", "token"),

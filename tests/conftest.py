@@ -24,6 +24,7 @@ from bridged.config import load
 from bridged.currents.examples import example_event
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
+from bridged.emulator.braze import BrazeConfig, BrazeEmulator
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.settings import Config
@@ -34,10 +35,15 @@ NAMES = dict(iter_types(EVENT_TYPES))
 ROWS = {row.event_type: row for row in EVENT_TYPES}
 
 
+# Of tests that run beside each other (pytest -n) each process has its own ports: hypothesis seeds `random` for all alike.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+PORTS = range(12_000 + 2_500 * _WORKER, 14_500 + 2_500 * _WORKER)
+
+
 def free_port() -> int:
     """A port that nobody listens at, below those that the kernel gives to outgoing connections."""
     while True:
-        port = random.randrange(12_000, 32_000)
+        port = random.choice(PORTS)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("127.0.0.1", port))
@@ -146,6 +152,26 @@ async def daemon(config: Callable[..., Config]) -> AsyncIterator[Daemon]:
     yield start
     for app in reversed(running):
         await app.__aexit__(None, None, None)
+
+
+@pytest.fixture
+async def braze() -> AsyncIterator[BrazeEmulator]:
+    """A Braze on loopback, in this process. What is sent at once comes about in any order."""
+    async with BrazeEmulator(BrazeConfig(port=0, rest_key="example-rest-key", unordered_s=0.005)) as running:
+        yield running
+
+
+@pytest.fixture
+def importing(braze: BrazeEmulator, tmp_path: Path) -> dict[str, str]:
+    """Overrides of the configuration that import cohorts into that Braze: `await daemon(**importing)`."""
+    return {
+        "cohorts__enabled": "true",
+        "cohorts__username": "mixpanel",
+        "cohorts__password": "example-password",
+        "cohorts__path": str(tmp_path / "cohorts.db"),
+        "braze__url": braze.url,
+        "braze__rest_key": "example-rest-key",
+    }
 
 
 @pytest.fixture

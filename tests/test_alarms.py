@@ -102,6 +102,8 @@ def test_what_never_expires_is_not_announced():
         ("clock", {"skew_s": -301.0}, {"skew_s": None}),
         ("archive", {"archive_problem": "no such folder"}, None),
         ("configuration", {"configuration_problem": "no such file"}, None),
+        ("cohorts_halted", {"cohorts_halted": "Halted: 401"}, None),
+        ("cohorts_capped", {"cohorts_capped": "Stopped at the cap"}, None),
     ],
 )
 def test_each_fact_has_its_alarm(alarm, bad, neither):
@@ -189,6 +191,7 @@ def test_the_words_are_for_people():
         halted=True, halt_reason="401: check the credential", waiting=1234, oldest_age_s=47 * HOUR, expired=7,
         archive_problem="p", stalled="s", dead_lettered=500, accepted=1000, dead_letters_dropped=3, damaged=2, missing=4,
         used_bytes=2**34, refusing=True, skew_s=-1000.0, configuration_problem="c", disk_free_bytes=None,
+        cohorts_halted="Halted: 401", cohorts_capped="Stopped at the cap",
     )  # fmt: skip
     told = {notice.alarm: notice.text for at in range(10) for notice in alarms.look(bad, 1.0 + at)}
     told |= {
@@ -228,6 +231,8 @@ some_facts = st.builds(
     refusing=st.booleans(),
     skew_s=st.none() | st.floats(-1e6, 1e6),
     configuration_problem=st.sampled_from(["", "no"]),
+    cohorts_halted=st.sampled_from(["", "no"]),
+    cohorts_capped=st.sampled_from(["", "no"]),
 )
 
 

@@ -272,7 +272,7 @@ def test_every_secret_has_its_file_key_and_is_known_as_secret() -> None:
     """A new secret can't be forgotten in the list: whatever has a *_file is one."""
     files = {key.path for key in keys() if key.path[-1].endswith("_file")}
     assert {(*path[:-1], f"{path[-1]}_file") for path in SECRETS} == files
-    words = ("token", "secret", "password", "webhook_url")
+    words = ("token", "secret", "password", "webhook_url", "rest_key", "partner_key", "import_key")
     assert {key.path for key in keys() if key.path[-1].endswith(words)} == set(SECRETS)
 
 

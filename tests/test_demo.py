@@ -13,9 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bridged.admin.cohorts import CohortsStatus, WriterStatus
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import Group
-from bridged.commands import demo, demo_day
+from bridged.cohorts.records import Figures
+from bridged.commands import demo, demo_cohorts, demo_day
 from bridged.commands.demo_play import Progress
 from bridged.currents.table import EVENT_TYPES
 
@@ -150,6 +152,52 @@ def test_wrong_reasons_and_acks_are_problems(day, exact):
     assert len(list(demo._problems(day, outcome, groups, stored))) == 5
 
 
+# -- the way back -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_step():
+    """A sync, and an outcome that is exactly as expected."""
+    sync = demo_cohorts.make()
+    members = sum(map(len, sync.members.values()))
+    refused = len(sync.members)
+    figures = Figures(members=members, in_braze=members - refused, rejected=refused, received=sync.received)
+    status = CohortsStatus(sentence="", figures=figures, writer=WriterStatus(state="idle", problem=""))
+    in_braze = {name: users - {demo_cohorts.BLOCKED} for name, users in sync.members.items()}
+    return sync, demo_cohorts.SyncOutcome(status, 1, 1.0, in_braze, 1, 1)
+
+
+def test_the_sync_is_one_of_mixpanels(in_step):
+    """Several cohorts, pages that come twice, empty diffs and a second full copy; the refused user is in each."""
+    pages = [json.loads(body) for bodies in in_step[0].bodies for body in bodies]
+    keys = [
+        (page["action"], *page["parameters"]["page_info"].values(), page["parameters"]["mixpanel_session_id"])
+        for page in pages
+    ]
+    assert len(set(keys)) < len(keys)
+    assert {page["action"] for page in pages} == {"members", "add_members", "remove_members"}
+    assert any(not page["parameters"]["members"] for page in pages)
+    assert all(demo_cohorts.BLOCKED in users for users in in_step[0].members.values())
+    assert demo_cohorts.make(3).bodies == demo_cohorts.make(3).bodies != demo_cohorts.make(4).bodies
+
+
+def test_one_member_off_is_a_problem(in_step):
+    """Nothing is wrong as expected; one missing, one too many, a cohort of no one's, a wrong figure: each is found."""
+    sync, outcome = in_step
+    assert list(demo_cohorts.problems(sync, outcome)) == []
+    name = next(iter(outcome.in_braze))
+    gone = outcome.in_braze[name].pop()
+    assert any("1 members are missing" in problem for problem in demo_cohorts.problems(sync, outcome))
+    outcome.in_braze[name] |= {gone, demo_cohorts.BLOCKED}
+    assert any("1 users are in Braze" in problem for problem in demo_cohorts.problems(sync, outcome))
+    outcome.in_braze[name].discard(demo_cohorts.BLOCKED)
+    outcome.in_braze["another"] = {gone}
+    assert any("'another'" in problem for problem in demo_cohorts.problems(sync, outcome))
+    del outcome.in_braze["another"]
+    outcome.status.figures = msgspec.structs.replace(outcome.status.figures, leaving=1)
+    assert list(demo_cohorts.problems(sync, outcome)) == ["cohort memberships leaving: 1, and it should be 0"]
+
+
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +208,7 @@ def test_demo_is_exact(tmp_path):
 
     assert process.returncode == 0, output
     assert "Mixpanel holds exactly the events that it should" in output
+    assert "Braze holds exactly Mixpanel's membership" in output
     assert "unknown event type" in output
     assert "retry (planned)" in output
     assert ours(tmp_path) == []

@@ -1,14 +1,15 @@
 """What people read is what the program does: config.toml, and every command, key, file and figure that the README names."""
 
+import contextlib
+import io
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from bridged.cli import main
 from bridged.config import default_toml, keys, load
 from bridged.currents.readme import events_markdown
 from bridged.currents.table import EVENT_TYPES
@@ -34,12 +35,13 @@ def code(text: str) -> list[str]:
 
 def bridged(*arguments: str) -> str:
     """What a command prints, told to help."""
-    run = [sys.executable, "-m", "bridged", *arguments, "--help"]
-    done = subprocess.run(
-        run, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"}
-    )
-    assert done.returncode == 0, f"`bridged {' '.join(arguments)}` doesn't exist: {done.stderr}"
-    return done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--help"])
+    assert end.value.code == 0, f"`bridged {' '.join(arguments)}` doesn't exist"
+    return printed.getvalue()
 
 
 # -- config.toml -------------------------------------------------------------------------------------------------------

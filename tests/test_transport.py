@@ -68,9 +68,9 @@ def _no_proxies(monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    module._proxy.cache_clear()
+    module.proxy_for.cache_clear()
     yield
-    module._proxy.cache_clear()
+    module.proxy_for.cache_clear()
 
 
 @pytest.mark.parametrize(

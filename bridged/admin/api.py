@@ -13,25 +13,27 @@
                                       configuration. Kept in memory only, never sent back.
     POST /api/replay                  {"events": [...]}: mapped events that were archived when they expired
 
+    /api/cohorts...                   see admin/cohorts.py
+
 What changes something is a POST of JSON, and only that. Errors are {"error": what happened, "hint": what to do}.
 """
 
 import time
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from aiohttp import web
 from msgspec import Struct
 
 from bridged import config
+from bridged.admin.answers import body, json, number
+from bridged.admin.cohorts import CohortsApi
 from bridged.admin.status import status
 from bridged.backlog.dead_letters import MAX_LISTED, DeadLetters, Filter, Group, Summary, exported
 from bridged.errors import BadRequest, ConfigError
 
 if TYPE_CHECKING:
     from bridged.app import App
-
-T = TypeVar("T")
 
 _MAX_ID: Final = 2**63 - 1
 # Counting the reasons goes through the whole table: the status uses an old count for so many times what it took.
@@ -113,6 +115,7 @@ class Api:
         router.add_post("/api/dead-letters/purge", self._purge)
         router.add_post("/api/replay", self._replay_archived)
         router.add_post("/api/credentials", self._credentials)
+        CohortsApi(self._app).add_routes(router)
 
     async def _status(self, request: web.Request) -> web.Response:
         return json(status(self._app, (await self._counted())[:_TOP_REASONS]))
@@ -136,8 +139,8 @@ class Api:
 
     async def _list(self, request: web.Request) -> web.Response:
         query = dict(request.query)
-        after = _number(query, "after", 0, _MAX_ID)
-        limit = _number(query, "limit", 100, MAX_LISTED)
+        after = number(query, "after", 0, _MAX_ID)
+        limit = number(query, "limit", 100, MAX_LISTED)
         rows = await self._dead_letters.list_after(_filter(query), after, limit)
         return json(Listing(rows, rows[-1].id if rows and len(rows) == limit else None))
 
@@ -158,24 +161,24 @@ class Api:
         return response
 
     async def _replay(self, request: web.Request) -> web.Response:
-        wanted = (await _body(request, Order)).wanted()
+        wanted = (await body(request, Order)).wanted()
         self._demand_quiet()
         return json(await self._dead_letters.replay(wanted))
 
     async def _purge(self, request: web.Request) -> web.Response:
-        wanted = (await _body(request, Order)).wanted()
+        wanted = (await body(request, Order)).wanted()
         self._demand_quiet()
         return json({"purged": await self._dead_letters.purge(wanted)})
 
     async def _replay_archived(self, request: web.Request) -> web.Response:
         """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk."""
-        events = (await _body(request, Archived)).events
+        events = (await body(request, Archived)).events
         await self._app.intake.accept_archived([bytes(event) for event in events])
         return json({"accepted": len(events)})
 
     async def _credentials(self, request: web.Request) -> web.Response:
         """Another credential, at once."""
-        given = (await _body(request, NewCredentials)).given()
+        given = (await body(request, NewCredentials)).given()
         try:
             self._app.take_credentials(given)
         except ConfigError as error:
@@ -186,28 +189,6 @@ class Api:
     def _demand_quiet(self) -> None:
         if self._dead_letters.busy:
             raise web.HTTPConflict(text="another replay or purge of dead letters is under way: wait for its end")
-
-
-def json(body: Any, status_code: int = 200) -> web.Response:
-    """An answer in JSON."""
-    return web.Response(status=status_code, body=msgspec.json.encode(body) + b"\n", content_type="application/json")
-
-
-async def _body(request: web.Request, type_: type[T]) -> T:
-    if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
-    try:
-        return msgspec.json.decode(await request.read(), type=type_)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"the body can't be understood: {error}") from error
-
-
-def _number(query: dict[str, str], name: str, default: int, most: int) -> int:
-    """Takes a number out of a query."""
-    text = query.pop(name, str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= most):
-        raise BadRequest(f"{name}: a number up to {most}, not {text[:40]!r}")
-    return int(text)
 
 
 def _filter(query: dict[str, str]) -> Filter:

@@ -1,8 +1,11 @@
 """/metrics: read from the parts when Prometheus asks. Plain ints everywhere: nothing here is on an event's path.
 
 Counts of events are the books, so they go on after a restart; the others begin at 0 with each start.
+
+A count stands here at 0 before the first thing that it counts: Prometheus sees no increase in a series that begins with it.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +16,8 @@ from prometheus_client.registry import Collector
 from bridged import __version__
 from bridged.admin.status import TYPE_NAMES, health, oldest_age_s
 from bridged.backlog.accounts import ENDS
+from bridged.currents.schema import UNDECODABLE_CODE, UNKNOWN_CODE
+from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split
 
 if TYPE_CHECKING:
     from bridged.app import App
@@ -32,6 +37,8 @@ _GAUGES = {
     "dead_lettered": "Events that couldn't be delivered, by the door or by Mixpanel. A replay takes its events out again.",
     "waiting": "Events that are on disk and not delivered yet.",
 }
+_VERDICTS: Final = tuple(verdict.__name__.lower() for verdict in (Delivered, Retry, Split, Reject, Halt))
+_ANSWERS: Final = (200, 400, 401, 404, 405, 408, 413, 415, 431, 503)
 
 
 class Metrics:
@@ -61,6 +68,7 @@ class _BridgedCollector(Collector):
         yield from self._doors()
         yield from self._delivery()
         yield from self._alarms()
+        yield from self._cohorts()
         yield _gauge(
             "ready",
             "1 if /readyz says so: events are taken, and those that wait make progress.",
@@ -72,12 +80,16 @@ class _BridgedCollector(Collector):
 
     def _events(self) -> Iterator[Metric]:
         app, accounts = self._app, self._app.spool.accounts
+        # What becomes of a type's events is counted from their acceptance on.
+        types = sorted(
+            {UNKNOWN_CODE, UNDECODABLE_CODE} | {code for code, count in accounts.counts["accepted"].items() if count}
+        )
         for kind in ("accepted", *ENDS):
             if kind not in _GAUGES:
-                yield _counters(f"events_{kind}", _BOOKS[kind], "event_type", _named(accounts.counts[kind]))
+                yield _counters(f"events_{kind}", _BOOKS[kind], "event_type", _named(accounts.counts[kind], types))
         for kind, text in _GAUGES.items():
             gauge = GaugeMetricFamily(f"bridged_events_{kind}", text, labels=["event_type"])
-            for name, count in _named(accounts.counts[kind]).items():
+            for name, count in _named(accounts.counts[kind], types).items():
                 gauge.add_metric([name], count)
             yield gauge
         yield _gauge(
@@ -119,7 +131,7 @@ class _BridgedCollector(Collector):
         app = self._app
         http, stream = (getattr(app, name, None) for name in ("http", "stream"))
         if http is not None:
-            by_status = {str(status): count for status, count in http.answers.items()}
+            by_status = {str(status): count for status, count in (dict.fromkeys(_ANSWERS, 0) | http.answers).items()}
             yield _counters("requests", "Requests at the HTTP door, by answer.", "status", by_status)
             yield _gauge("http_connections", "Connections at the HTTP door.", len(http.connections.alive))
             yield _counter("http_connections_refused", "Closed because there were too many.", http.connections.refused)
@@ -158,9 +170,19 @@ class _BridgedCollector(Collector):
 
     def _delivery(self) -> Iterator[Metric]:
         delivery, pace = self._app.delivery, self._app.delivery.pace
-        yield _counters("verdicts", "Mixpanel's answers, by what they mean.", "verdict", delivery.verdicts)
+        verdicts = dict.fromkeys(_VERDICTS, 0) | delivery.verdicts
+        yield _counters("verdicts", "Mixpanel's answers, by what they mean.", "verdict", verdicts)
+        halt, retention = delivery.halted, self._app.config.retention
+        yield _gauge("delivery_halted", "1 while Mixpanel refuses the credential or the address.", halt is not None)
         yield _gauge(
-            "delivery_halted", "1 while Mixpanel refuses the credential or the address.", delivery.halted is not None
+            "delivery_halt_status",
+            "The HTTP status that halted delivery; 0: not halted, or by more than one answer.",
+            halt.status if halt else 0,
+        )
+        yield _gauge(
+            "max_age_seconds",
+            "How old waiting events may become while delivery is halted; infinite: they don't expire.",
+            math.inf if retention.on_expiry == "keep" else retention.max_age,
         )
         yield _counter(
             "events_uncounted", "Events of successful requests that Mixpanel's count left out.", delivery.uncounted
@@ -187,13 +209,61 @@ class _BridgedCollector(Collector):
         yield _counter("concurrency_cuts", "Times that the concurrency was cut.", pace.concurrency_cuts_total)
         yield _counter("backoffs", "Times that everything paused.", pace.backoffs_total)
 
+    def _cohorts(self) -> Iterator[Metric]:
+        membership, writer = self._app.membership, self._app.cohort_writer
+        if self._app.config.cohorts.enabled:
+            failed = bool(self._app.cohorts_problem)
+            yield _gauge("cohorts_failed", "1 when cohorts are enabled, and can't be imported: see the log.", failed)
+        if membership is None or writer is None:
+            return
+        figures = membership.figures
+        yield _gauge("cohorts", "Cohorts that Mixpanel has sent.", figures.cohorts)
+        ends = {
+            "in_braze": figures.in_braze,
+            "joining": figures.joining,
+            "rejected": figures.rejected,
+            "leaving": figures.leaving,
+            "rejected_leaving": figures.rejected_leaving,
+        }
+        text = "Memberships (users times cohorts): known to be in Braze, to be written, refused, to be taken out."
+        memberships = GaugeMetricFamily("bridged_cohort_memberships", text, labels=["state"])
+        for state, count in ends.items():
+            memberships.add_metric([state], count)
+        yield memberships
+        yield _gauge(
+            "cohort_memberships_imbalance",
+            "Mixpanel's members - in_braze - joining - rejected: anything but 0 is a bug.",
+            figures.members - figures.in_braze - figures.joining - figures.rejected,
+        )
+        received = {
+            "applied": figures.applied,
+            "no_id": figures.no_id,
+            "too_long": figures.too_long,
+            "stale": figures.stale,
+        }
+        yield _counters(
+            "cohort_members_received", "Members in Mixpanel's pages, by what became of them.", "end", received
+        )
+        yield _counter("cohort_pages", "Pages of Mixpanel's that were committed.", figures.pages)
+        yield _gauge("cohort_members_waiting", "Members in pages that are on disk and not merged yet.", figures.waiting)
+        yield _gauge("cohort_points_today", "Data points that Braze bills for this day (UTC).", figures.points_today)
+        if figures.points_left_today is not None:
+            yield _gauge("cohort_points_left_today", "Until the day's cap.", figures.points_left_today)
+        yield _counter("cohort_users_sent", "Updates of users that Braze took.", writer.users_sent)
+        yield _counter("cohort_users_unknown", "Updates that Braze took and didn't count.", writer.unknown_users)
+        yield _counter("cohort_requests", "Requests to Braze.", writer.requests)
+        yield _gauge("cohort_requests_in_flight", "Requests to Braze without an answer yet.", writer.in_flight)
+        yield _counters("cohort_verdicts", "Braze's answers, by what they mean.", "verdict", writer.verdicts)
+        yield _gauge("cohorts_halted", "1 while Braze refuses the key or the address.", writer.state == "halted")
+        yield _gauge("cohorts_capped", "1 while the day's data points are spent.", writer.state == "capped")
+        yield _gauge("cohorts_delivered_timestamp_seconds", "When Braze last took an update.", writer.delivered_at or 0)
+        yield _gauge("cohorts_file_bytes", "What the membership takes on disk.", figures.file_bytes)
+        yield _counter("cohort_commits", "Commits to the membership.", figures.commits)
+        yield _counter("cohort_commit_seconds", "Time that those took.", figures.commit_seconds)
 
-def _named(counts: Mapping[int, int]) -> dict[str, int]:
-    named: dict[str, int] = {}
-    for code, count in sorted(counts.items()):
-        if count:
-            named[TYPE_NAMES.get(code, f"({code})")] = count
-    return named
+
+def _named(counts: Mapping[int, int], codes: Iterable[int]) -> dict[str, int]:
+    return {TYPE_NAMES.get(code, f"({code})"): counts.get(code, 0) for code in codes}
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

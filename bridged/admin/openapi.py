@@ -10,9 +10,12 @@ import msgspec
 
 from bridged import __version__
 from bridged.admin.api import NewCredentials
+from bridged.admin.cohorts import MAX_LISTED as MAX_REFUSALS
+from bridged.admin.cohorts import MAX_POINTS, Overview, Refusals
 from bridged.admin.health import Health
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import MAX_LISTED, Group, Replayed, Summary
+from bridged.cohorts.records import CohortDetail, Plan
 
 _MAX_ID: Final = 2**63 - 1
 _STATUSES: Final = {
@@ -147,6 +150,10 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
+def _closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
 _CURRENTS: Final = _operation(
     "Takes Currents events. 200: every one of them is on disk, as an event that waits, a dead letter, or skipped by choice.",
     _json(_object(status={"const": "ok"})),
@@ -166,6 +173,44 @@ _CURRENTS: Final = _operation(
         }
     ],
 )
+
+_COHORT_PAGE: Final = _operation(
+    "Takes a page of a cohort from Mixpanel's custom webhook. 200: it is on disk.",
+    _json(_ref("CohortAnswer")),
+    *(400, 401, 404, 405, 408, 413, 415, 431, 503),
+    body={
+        "description": "Mixpanel's body. What isn't named here is not looked at, and what is may be a number or a string.",
+        "required": True,
+        "content": _json(
+            {
+                "type": "object",
+                "properties": {
+                    "action": {"enum": ["members", "add_members", "remove_members"]},
+                    "parameters": {
+                        "type": "object",
+                        "properties": {
+                            "mixpanel_project_id": {"type": ["string", "integer"]},
+                            "mixpanel_cohort_id": {"type": ["string", "integer"]},
+                            "mixpanel_cohort_name": {"type": "string"},
+                            "mixpanel_session_id": {"type": "string"},
+                            "page_info": {"type": "object"},
+                            "members": {"type": "array", "items": {"type": "object"}},
+                        },
+                        "required": ["mixpanel_cohort_id", "members"],
+                    },
+                },
+                "required": ["action", "parameters"],
+            }
+        ),
+    },
+)
+# Mixpanel reads its own form of a refusal; what isn't about a page (a path, a method, a head) is told as everywhere.
+for _status in (400, 401, 413, 415, 503):
+    _COHORT_PAGE["responses"][str(_status)] = {
+        "description": _STATUSES[_status],
+        "content": _json({"anyOf": [_ref("CohortAnswer"), _ref("Error")]}),
+    }
+_COHORT_PAGE["security"] = [{"mixpanel": []}, {}]
 
 _PATHS: Final[dict[str, dict[str, Any]]] = {
     "/healthz": {
@@ -245,6 +290,87 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
             ),
         )
     },
+    "/api/cohorts": {
+        "get": _operation(
+            "Every cohort: its members at Mixpanel, in Braze, and in between. 404: none are imported.",
+            _json(_ref("Overview")),
+            *(401, 404, 503),
+        )
+    },
+    "/api/cohorts/plan": {
+        "get": _operation(
+            "What would be written to Braze now, and what that costs.",
+            _json(_ref("Plan")),
+            *(401, 404, 503),
+        )
+    },
+    "/api/cohorts/refusals": {
+        "get": _operation(
+            "Users that Braze refused, with its words.",
+            _json(_ref("Refusals")),
+            *(400, 401, 404, 503),
+            parameters=[
+                _PAGE[0],
+                _parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_REFUSALS}, "100."),
+            ],
+        )
+    },
+    "/api/cohorts/{key}": {
+        "get": _operation(
+            "One, with Mixpanel's sessions, newest first.",
+            _json(_ref("CohortDetail")),
+            *(401, 404, 503),
+            parameters=[
+                {
+                    "name": "key",
+                    "in": "path",
+                    "required": True,
+                    "schema": {"type": "string", "minLength": 1},
+                    "description": "project:cohort, or the cohort alone where one project has it.",
+                }
+            ],
+        )
+    },
+    "/api/cohorts/resync": {
+        "post": _operation(
+            "Writes all members again, whatever Braze is known to have; or only what it refused.",
+            _json(_object(due={"type": "integer"})),
+            *(400, 401, 404, 413, 415, 503),
+            body=_required(
+                {
+                    "oneOf": [
+                        _closed(
+                            {"cohort": {"type": "string", "minLength": 1}, "rejected_only": {"type": "boolean"}},
+                            "cohort",
+                        ),
+                        _closed({"all": {"const": True}, "rejected_only": {"type": "boolean"}}, "all"),
+                    ]
+                }
+            ),
+        )
+    },
+    "/api/cohorts/forget": {
+        "post": _operation(
+            "Takes all members out of a cohort in Braze, then forgets it.",
+            _json(_object(leaving={"type": "integer"})),
+            *(400, 401, 404, 413, 415, 503),
+            body=_required(_closed({"cohort": {"type": "string", "minLength": 1}}, "cohort")),
+        )
+    },
+    "/api/cohorts/allow": {
+        "post": _operation(
+            "Allows more data points today: so many, or with 0 as many as are due.",
+            _json(_ref("Plan")),
+            *(400, 401, 404, 413, 415, 503),
+            body=_required(
+                _closed({"points": {"type": "integer", "minimum": 0, "maximum": MAX_POINTS}}, "points"),
+            ),
+        )
+    },
+    "/v1/cohorts/mixpanel": {
+        "servers": [{"url": "http://127.0.0.1:8480", "description": "The HTTP door, [sources.http] listen"}],
+        "post": _COHORT_PAGE,
+    },
     "/v1/currents": {
         "servers": [{"url": "http://127.0.0.1:8480", "description": "The HTTP door, [sources.http] listen"}],
         "post": _CURRENTS,
@@ -255,14 +381,24 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
 def document() -> dict[str, Any]:
     """The document, as plain data."""
     _, schemas = msgspec.json.schema_components(
-        [Status, Health, Group, Replayed, Summary, _Dead], ref_template="#/components/schemas/{name}"
+        [Status, Health, Group, Replayed, Summary, _Dead, CohortDetail, Overview, Plan, Refusals],
+        ref_template="#/components/schemas/{name}",
     )
     schemas["Listing"] = schemas.pop("_Dead")
+    schemas["CohortAnswer"] = {
+        "type": "object",
+        "properties": {
+            "action": {"type": "string"},
+            "status": {"enum": ["success", "failure"]},
+            "error": _object(message={"type": "string"}, code={"type": "integer"}),
+        },
+        "required": ["action", "status"],
+    }
     schemas["Error"] = _object(error={"type": "string"})
     paths = msgspec.json.decode(msgspec.json.encode(_PATHS))
     for path, operations in paths.items():
         for method, operation in operations.items():
-            if path != "/v1/currents":
+            if not path.startswith("/v1/"):
                 refusals = (403, 421) if method == "post" else (421,)
                 operation["responses"] |= {str(status): _refused(status) for status in refusals}
     # It says 503 with the same body: an orchestrator reads the status, a person the reason.
@@ -273,7 +409,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "bridged",
             "version": __version__,
-            "description": "Braze Currents events in, Mixpanel events out: the HTTP door and the admin listener.",
+            "description": "Braze Currents events to Mixpanel, Mixpanel cohorts to Braze: the HTTP door and the admin listener.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "http://127.0.0.1:8481", "description": "The admin listener, [admin] listen"}],
@@ -282,11 +418,16 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": schemas,
             "securitySchemes": {
+                "mixpanel": {
+                    "type": "http",
+                    "scheme": "basic",
+                    "description": "[cohorts] username and password, which Mixpanel's custom webhook is given.",
+                },
                 "token": {
                     "type": "http",
                     "scheme": "bearer",
                     "description": "[sources.http] bearer_token at the HTTP door, [admin] token here, where they are set.",
-                }
+                },
             },
         },
     }

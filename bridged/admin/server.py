@@ -29,7 +29,8 @@ from aiohttp import web
 
 from bridged import __version__
 from bridged.admin import metrics, openapi
-from bridged.admin.api import Api, json
+from bridged.admin.answers import json
+from bridged.admin.api import Api
 from bridged.admin.status import health
 from bridged.config import split_address
 from bridged.errors import BridgedError, ConfigError, ListenError

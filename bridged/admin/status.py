@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from bridged import __version__
+from bridged.admin.cohorts import CohortsStatus, cohorts_status, trouble
 from bridged.admin.health import Facts, Health, is_stall, judge
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
@@ -146,6 +147,7 @@ class Status(Struct, kw_only=True):
     http: HttpDoorStatus | None  # None: closed
     stream: StreamDoorStatus | None
     alarms: list[AlarmStatus]
+    cohorts: CohortsStatus | None  # None: none are imported
     webhook: WebhookStatus | None  # None: there is none
     reload: ReloadStatus
     retrying: RetryStatus | None
@@ -180,6 +182,7 @@ def health(app: "App") -> Health:
 def alarm_facts(app: "App") -> AlarmFacts:
     """What the alarms depend on, now."""
     delivery, spool, config = app.delivery, app.spool, app.config
+    cohorts_halted, cohorts_capped = trouble(app)
     well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
     # Since the last success, but no longer than the oldest event has waited, or the daemon has run.
     ages = (age_s, delivery.success_age_s, app.clock.uptime_s())
@@ -211,6 +214,8 @@ def alarm_facts(app: "App") -> AlarmFacts:
         refusing=spool.near_cap,
         skew_s=app.transport.clock_skew_s,
         configuration_problem=app.reload_problem,
+        cohorts_halted=cohorts_halted,
+        cohorts_capped=cohorts_capped,
     )
 
 
@@ -298,6 +303,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         if stream and config.sources.stream.listen
         else None,
         alarms=_open_alarms(app),
+        cohorts=cohorts_status(app),
         webhook=app.watch.webhook.status,
         reload=ReloadStatus(
             credential=app.transport.target.credentials.kind,
@@ -405,7 +411,7 @@ def _warnings(app: "App") -> list[str]:
         )
     if config.mixpanel.api_secret and not config.mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account")
-    if not config.mixpanel.token:
+    if config.mixpanel.export and not config.mixpanel.token:
         found.append("mixpanel.token is empty: events carry no `token` property, as those of Braze's connector do")
     if app.intake.unknown_fields:
         count = len(app.intake.unknown_fields)

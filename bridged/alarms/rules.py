@@ -59,6 +59,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     disk_free_bytes: int | None = None
     refusing: bool = False  # the doors, because the spool is near its cap or can't be written
     skew_s: float | None = None  # our wall clock less Mixpanel's
+    cohorts_halted: str = ""  # why cohorts aren't imported
+    cohorts_capped: str = ""  # that the day's data points are spent
     configuration_problem: str = ""  # why a changed configuration or credential wasn't taken over
 
 
@@ -336,6 +338,21 @@ RULES: Final = (
             "depend on it"
         ),
         end="This machine's clock is right again",
+        raise_after_s=5.0,
+    ),
+    _Rule(
+        name="cohorts_halted",
+        severity="critical",
+        says=_is("cohorts_halted"),
+        text=lambda facts, _: f"Cohorts. {facts.cohorts_halted}",
+        end="Cohorts are imported again",
+    ),
+    _Rule(
+        name="cohorts_capped",
+        severity="warning",
+        says=_is("cohorts_capped"),
+        text=lambda facts, _: f"Cohorts. {facts.cohorts_capped}",
+        end="Cohorts are written to Braze again",
         raise_after_s=5.0,
     ),
     _Rule(

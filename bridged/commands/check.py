@@ -1,4 +1,4 @@
-"""`bridged check`: is the configuration good, and with --online, does Mixpanel take the credential?
+"""`bridged check`: is the configuration good, and with --online, do Mixpanel and Braze take the credentials?
 
 The online check posts one record that Mixpanel must refuse (it has no event name): a refusal of the record proves that
 the credential is good, and nothing is stored.
@@ -17,6 +17,7 @@ import msgspec
 from isal import igzip
 
 from bridged import app, config
+from bridged.commands import check_braze
 from bridged.commands.printing import printable, size, table
 from bridged.config import with_credentials
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
@@ -28,7 +29,7 @@ from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Ver
 from bridged.settings import Config
 
 EPILOG = """\
-exit codes: 0 good, 78 the configuration is bad, 69 Mixpanel can't be reached or refuses the credential (--online)
+exit codes: 0 good, 78 the configuration is bad, 69 Mixpanel or Braze can't be reached or refuses us (--online)
 
 examples:
   bridged check
@@ -39,7 +40,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
     parser.add_argument(
-        "--online", action="store_true", help="also ask Mixpanel whether it takes the credential; nothing is stored"
+        "--online",
+        action="store_true",
+        help="also ask Mixpanel and Braze whether they take the credentials; nothing is stored",
     )
 
 
@@ -52,10 +55,12 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{where}: " + "\n  ".join(problems), "`bridged send-test-events --list` names the types")
     print(f"{path or 'no file, only the environment and the defaults'}: good")
     print(table(_summary(settings)))
-    for warning in _warnings(settings):
+    for warning in (*_warnings(settings), *check_braze.warnings(settings)):
         print(f"warning: {warning}")
-    if arguments.online:
+    if arguments.online and settings.mixpanel.export:
         print(f"online: {_online(settings)}")
+    if arguments.online and settings.cohorts.enabled:
+        print(f"online: {check_braze.online(settings)}")
     return 0
 
 
@@ -77,6 +82,10 @@ def _summary(settings: Config) -> Iterator[list[str]]:
     yield ["http door", f"{sources.http.listen} ({protected})" if sources.http.listen else "closed"]
     yield ["stream door", " ".join(sources.stream.listen) or "closed"]
     yield ["admin", settings.admin.listen or "closed"]
+    yield from check_braze.summary(settings)
+    if not settings.mixpanel.export:
+        yield ["export", "off: no event is taken"]
+        return
     yield ["Mixpanel", target.import_url.partition("?")[0]]
     yield ["credential", f"{target.credentials.kind} {_masked(settings)}"]
     chosen = [row for row in EVENT_TYPES if selected(row, mapping)]
@@ -97,6 +106,8 @@ def _masked(settings: Config) -> str:
 
 
 def _warnings(settings: Config) -> Iterator[str]:
+    if not settings.mixpanel.export:
+        return
     mapping = app.mapping_settings(settings)
     if app.target(settings).credentials.kind == "API secret":
         yield f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account"

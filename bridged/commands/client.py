@@ -15,7 +15,19 @@ from bridged.settings import Config
 T = TypeVar("T")
 
 _TIMEOUT_S: Final = 30.0
-_EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def this_certificate(path: str, key: str) -> ssl.SSLContext:
+    """To reach a listener of the daemon over TLS. Raises ConfigError that names the key when the file can't be read."""
+    try:
+        context = ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"can't read {key} = {path!r}: {error}") from error
+    # Exactly this certificate, whoever signed it; so its name, which is not the address that we ask, says no more.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.check_hostname = False
+    return context
 
 
 class Answer(msgspec.Struct):
@@ -31,7 +43,7 @@ class Daemon:
     def __init__(self, address: str, token: str, name: str, tls_cert: str = "") -> None:
         """`tls_cert`: the certificate that it listens with; no other is taken. Without one it is plain HTTP."""
         host, self._port = split_address(address)
-        self._host = _EVERYWHERE.get(host, host)
+        self._host = EVERYWHERE.get(host, host)
         self._token = token
         self._name = name
         self._tls_cert = tls_cert
@@ -81,13 +93,7 @@ class Daemon:
     def _connection(self, timeout_s: float | None) -> http.client.HTTPConnection:
         if not self._tls_cert:
             return http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
-        try:
-            context = ssl.create_default_context(cafile=self._tls_cert)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"can't read admin.tls_cert = {self._tls_cert!r}: {error}") from error
-        # Exactly this certificate, whoever signed it; so its name, which is not the address that we ask, says no more.
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.check_hostname = False
+        context = this_certificate(self._tls_cert, "admin.tls_cert")
         return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=context)
 
     def _send(

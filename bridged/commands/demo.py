@@ -1,7 +1,8 @@
 """`bridged demo`: a day of Currents events through a real daemon into an emulated Mixpanel, and a reckoning at the end.
 
-Everything is real but Mixpanel: two processes, two doors, sockets, the spool on disk. The emulated Mixpanel fails a few
-times on purpose. The exit code is 0 only if it holds exactly the events that it should.
+At the same time the way back: Mixpanel's cohorts into an emulated Braze. Everything is real but those two: processes, doors,
+sockets, files on disk. Both fail a few times on purpose. The exit code is 0 only if Mixpanel holds exactly the events, and
+Braze exactly the members, that they should.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from msgspec import Struct
 
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import Group
+from bridged.commands import demo_cohorts
 from bridged.commands.demo_children import FAULTS, RATE_LIMIT, Addresses, DemoError, running
 from bridged.commands.demo_day import MIN_EVENTS, Day, Identity, make
 from bridged.commands.demo_play import Progress, play
@@ -35,7 +37,7 @@ examples:
   bridged demo
   bridged demo --events 1000000
   bridged demo --rate-limit       watch it learn a limit
-  bridged demo --keep             leaves both running, to be looked at
+  bridged demo --keep             leaves all running, to be looked at
 """
 
 _KEPT_FOLDER: Final = Path(".demo")
@@ -47,9 +49,7 @@ _LOOK_S: Final = 0.25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
     parser.add_argument("--events", type=_count, default=100_000, metavar="N", help="how many (default %(default)s)")
-    parser.add_argument(
-        "--keep", action="store_true", help=f"leave both running, in ./{_KEPT_FOLDER}; Ctrl-C ends them"
-    )
+    parser.add_argument("--keep", action="store_true", help=f"leave all running, in ./{_KEPT_FOLDER}; Ctrl-C ends them")
     parser.add_argument(
         "--rate-limit", action="store_true", help="Mixpanel also answers 429 once: takes a minute longer"
     )
@@ -92,7 +92,7 @@ async def _main(arguments: argparse.Namespace, folder: Path, stop: _Stop) -> int
     try:
         good = await _demo(arguments, folder)
     except asyncio.CancelledError:
-        print("\ndemo: stopped; the daemon and the emulator are ended")
+        print("\ndemo: stopped; the daemon and the emulators are ended")
         return 130
     finally:
         if not arguments.keep:
@@ -106,22 +106,35 @@ async def _main(arguments: argparse.Namespace, folder: Path, stop: _Stop) -> int
 async def _demo(arguments: argparse.Namespace, folder: Path) -> bool:
     print(f"Making up {arguments.events:,} Currents events of yesterday, of all {len(EVENT_TYPES)} types ...")
     day = make(arguments.events, int(time.time()), arguments.seed)
+    sync = demo_cohorts.make(arguments.seed)
     faults = (*FAULTS, RATE_LIMIT) if arguments.rate_limit else FAULTS
-    async with running(folder, faults) as addresses, aiohttp.ClientSession() as session:
-        print(f"A daemon ({addresses.admin}) and an emulated Mixpanel ({addresses.emulator}) are running.")
+    children = running(folder, faults, demo_cohorts.BRAZE_FAULTS, demo_cohorts.BLOCKED)
+    async with children as addresses, aiohttp.ClientSession() as session:
+        print(f"A daemon ({addresses.admin}), an emulated Mixpanel ({addresses.emulator}) and an emulated Braze")
+        print(f"({addresses.braze}) are running.")
         streams = len(addresses.streams)
-        print(f"Playing {day.http_events:,} events to the HTTP door, {day.stream_events:,} to {streams} streams.\n")
-        outcome = await _play(session, day, addresses)
+        print(f"Playing {day.http_events:,} events to the HTTP door, {day.stream_events:,} to {streams} streams;")
+        print(f"{len(sync.members)} cohorts, {sync.received:,} members in all pages, to the webhook.\n")
+        syncing = asyncio.create_task(demo_cohorts.play(session, sync, addresses), name="cohorts")
+        try:
+            outcome = await _play(session, day, addresses)
+            synced = await syncing
+        finally:
+            syncing.cancel()
+            await asyncio.gather(syncing, return_exceptions=True)
         groups = await _get(session, f"{addresses.admin}/api/dead-letters/groups", list[Group])
         stored = await _stored(session, addresses)
         problems = list(_problems(day, outcome, groups, stored))
         print(_report(day, outcome, groups, stored, problems))
+        cohort_problems = list(demo_cohorts.problems(sync, synced))
+        print(f"\n{demo_cohorts.report(sync, synced)}\n\n{_verdict_on_cohorts(cohort_problems)}")
+        problems += cohort_problems
         if arguments.keep:
             print(_where_next(addresses))
             # Until Ctrl-C: an orderly end, and the exit code is the reckoning's.
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.Event().wait()
-            print("\ndemo: ending the daemon and the emulator")
+            print("\ndemo: ending the daemon and the emulators")
         return not problems
 
 
@@ -363,18 +376,26 @@ def _report(day: Day, outcome: Outcome, groups: list[Group], stored: Counter[Ide
     return "\n".join(lines)
 
 
+def _verdict_on_cohorts(problems: list[str]) -> str:
+    if problems:
+        return "\n".join(["NOT EXACT:", *(f"  {problem}" for problem in problems)])
+    return "Braze holds exactly Mixpanel's membership."
+
+
 def _where_next(addresses: Addresses) -> str:
     config = f"--config {addresses.config}"
     called = Path(sys.argv[0])
     # `make demo` runs it from a virtual environment that the shell doesn't know of.
     bridged = "bridged" if shutil.which("bridged") or called.name != "bridged" else called
     return f"""
-Both are still running; Ctrl-C ends them.
+All are still running; Ctrl-C ends them.
   the daemon's metrics      {addresses.admin}/metrics
   its status                {bridged} status {config}
   its dead letters          {bridged} dead-letters list {config}
   more events               {bridged} send-test-events {config}
+  the cohorts               {bridged} cohorts list {config}
   what Mixpanel has         {addresses.emulator}/emulator/summary
+  what Braze has            {addresses.braze}/emulator/users
   the logs and the spool    {addresses.folder}"""
 
 

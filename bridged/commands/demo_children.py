@@ -8,7 +8,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,10 @@ from bridged.errors import BridgedError
 _START_S: Final = 20.0
 _END_S: Final = 20.0
 _LONGEST_UNIX_PATH: Final = 100  # the kernel's limit is 108 with the NUL
-_OURS: Final = ("config.toml", "faults.json", "spool.db", "spool.db-wal", "spool.db-shm", "spool.db.lock")
+_OURS: Final = (
+    *("config.toml", "faults.json", "braze-faults.json"),
+    *(f"{name}.db{ending}" for name in ("spool", "cohorts") for ending in ("", "-wal", "-shm", ".lock")),
+)
 _LOGS: Final = ("daemon.log", "emulator.log")
 
 # What goes wrong at Mixpanel while the demo runs: two overloads, a slow answer, an answer that is lost after the events
@@ -44,6 +47,7 @@ class Addresses(Struct):
 
     folder: Path
     emulator: str
+    braze: str
     http: str
     admin: str
     streams: list[str]
@@ -52,16 +56,22 @@ class Addresses(Struct):
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, faults: Sequence[dict[str, Any]] = FAULTS) -> AsyncIterator[Addresses]:
+async def running(
+    folder: Path,
+    faults: Sequence[dict[str, Any]] = FAULTS,
+    braze_faults: Sequence[dict[str, Any]] = (),
+    blocked: str = "",
+) -> AsyncIterator[Addresses]:
     """Starts both, waits until they are ready; ends both, and nothing else, at the end. Raises DemoError.
 
     `folder` is absolute.
     """
     async with contextlib.AsyncExitStack() as stack:
-        emulator_port, http_port, stream_port, admin_port = _free_ports(4)
+        emulator_port, braze_port, http_port, stream_port, admin_port = _free_ports(5)
         addresses = Addresses(
             folder=folder,
             emulator=f"http://127.0.0.1:{emulator_port}",
+            braze=f"http://127.0.0.1:{braze_port}",
             http=f"http://127.0.0.1:{http_port}",
             admin=f"http://127.0.0.1:{admin_port}",
             streams=[f"tcp:127.0.0.1:{stream_port}"],
@@ -72,21 +82,24 @@ async def running(folder: Path, faults: Sequence[dict[str, Any]] = FAULTS) -> As
         if len(str(unix).encode()) < _LONGEST_UNIX_PATH:
             addresses.streams.append(f"unix:{unix}")
         token = secrets.token_hex(16)
-        _write(addresses, token, faults)
+        _write(addresses, token, {"faults.json": faults, "braze-faults.json": braze_faults})
         emulator = ["emulator", "--listen", f"127.0.0.1:{emulator_port}", "--token", token]
-        emulator += ["--faults", str(folder / "faults.json")]
+        emulator += ["--faults", str(folder / "faults.json"), "--braze-listen", f"127.0.0.1:{braze_port}"]
+        emulator += ["--braze-rest-key", token, "--braze-faults", str(folder / "braze-faults.json")]
+        emulator += ["--braze-blocked", blocked] if blocked else []
         await _start(stack, "emulator", emulator, folder, f"{addresses.emulator}/healthz")
         daemon = ["run", "--config", str(addresses.config)]
         await _start(stack, "daemon", daemon, folder, f"{addresses.admin}/readyz")
         yield addresses
 
 
-def _write(addresses: Addresses, token: str, faults: Sequence[dict[str, Any]]) -> None:
+def _write(addresses: Addresses, token: str, scripts: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """The files that the two are started with; what an earlier demo left is removed."""
     addresses.folder.mkdir(parents=True, exist_ok=True)
     for name in (*_OURS, *_LOGS):
         (addresses.folder / name).unlink(missing_ok=True)
-    (addresses.folder / "faults.json").write_bytes(msgspec.json.encode(faults))
+    for name, faults in scripts.items():
+        (addresses.folder / name).write_bytes(msgspec.json.encode(faults))
     # It holds tokens, although nobody could use them for anything.
     with os.fdopen(os.open(addresses.config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(_config(addresses, token))
@@ -106,6 +119,14 @@ url = "{addresses.emulator}"
 token = "{token}"
 [spool]
 path = "{addresses.folder / "spool.db"}"
+[cohorts]
+enabled = true
+username = "mixpanel"
+password = "{addresses.bearer_token}"
+path = "{addresses.folder / "cohorts.db"}"
+[braze]
+url = "{addresses.braze}"
+rest_key = "{token}"
 [admin]
 listen = "{addresses.admin.removeprefix("http://")}"
 """

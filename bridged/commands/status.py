@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from bridged import config
+from bridged.admin.cohorts import CohortsStatus
 from bridged.admin.status import AlarmStatus, Status
 from bridged.commands.client import Daemon
 from bridged.commands.printing import duration, printable, size, table
@@ -49,6 +50,8 @@ def lines(status: Status) -> Iterator[str]:
     yield from ("", *_spool(status))
     yield from ("", *_pace(status))
     yield from ("", *_doors(status))
+    if status.cohorts is not None:
+        yield from ("", *_cohorts(status.cohorts))
     if status.dead_letters.kept:
         yield from ("", *_dead_letters(status))
     if status.by_type:
@@ -135,6 +138,29 @@ def _doors(status: Status) -> Iterator[str]:
             ["stream", " ".join(status.stream.listen), f"{status.stream.connections:,} connections of {made:,}"]
         )
     yield table(rows) or "  none is open"
+
+
+def _cohorts(cohorts: CohortsStatus) -> Iterator[str]:
+    figures, writer = cohorts.figures, cohorts.writer
+    yield f"cohorts: {printable(cohorts.sentence)}"
+    verdicts = ", ".join(f"{count:,} {name}" for name, count in writer.verdicts.items()) or "none yet"
+    rows: list[list[object]] = [
+        [
+            "received",
+            f"{figures.received:,} members in {figures.pages:,} pages, {figures.no_id + figures.too_long:,} without an id",
+        ],
+        ["in Braze", f"{figures.in_braze:,} of {figures.members:,} memberships of {figures.cohorts:,} cohorts"],
+        ["waiting", f"{figures.joining:,} to join, {figures.leaving:,} to leave"],
+        ["data points", f"{figures.points_today:,} today (UTC)"],
+        ["answers", verdicts],
+    ]
+    if rejected := figures.rejected + figures.rejected_leaving:
+        rows.append(["rejected", f"{rejected:,} memberships: see `bridged cohorts show`"])
+    if writer.unknown_users:
+        rows.append(["not counted", f"{writer.unknown_users:,} updates: probably users that Braze doesn't know"])
+    if writer.problem and writer.state not in ("halted", "off", "backing off"):
+        rows.append(["last problem", writer.problem])
+    yield table(rows)
 
 
 def _dead_letters(status: Status) -> Iterator[str]:

@@ -18,7 +18,7 @@ from bridged.redaction import redacted, redacted_bytes
 
 # An answer larger than this is no answer of Mixpanel's; 2,000 failed records are some 400 kB.
 _MAX_ANSWER_BYTES = 8 * 2**20
-_CONNECT_S = 10.0
+CONNECT_S = 10.0
 # Who may send at a time is the pace's business; the pool only must not be what is waited for.
 _MAX_CONNECTIONS = 64
 
@@ -33,7 +33,7 @@ class Transport:
 
     async def __aenter__(self) -> Self:
         """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
-        _proxy(self.target.import_url)
+        proxy_for(self.target.import_url)
         # A context of our own: aiohttp's was made when it was imported, and knows the authorities of that moment.
         context = ssl.create_default_context()
         context.set_alpn_protocols(("http/1.1",))
@@ -49,7 +49,7 @@ class Transport:
 
     def use(self, target: Target, timeout_s: float) -> None:
         """Another target and timeout from the next request on. Raises ConfigError, and changes nothing, as on opening."""
-        _proxy(target.import_url)
+        proxy_for(target.import_url)
         self.target = target
         self._timeout = _timeout(timeout_s)
 
@@ -62,15 +62,15 @@ class Transport:
                 data=body,
                 headers=target.headers(),
                 allow_redirects=False,
-                proxy=_proxy(target.import_url),
+                proxy=proxy_for(target.import_url),
                 timeout=timeout,
             ) as response:
                 self.clock_skew_s = clock_skew_s(response.headers, time.time())
                 # Before anything quotes it, and cuts the quotation off within a secret.
-                said = redacted_bytes(await _read(response))
+                said = redacted_bytes(await read_answer(response))
                 return judge(response.status, response.headers, said, insert_ids, events)
         except aiohttp.ConnectionTimeoutError:
-            return Retry("network", f"no connection within {_CONNECT_S:g} s")
+            return Retry("network", f"no connection within {CONNECT_S:g} s")
         except TimeoutError:
             total_s = timeout.total
             return Retry("network", f"no answer within {total_s:g} s" if total_s else "no answer in time")
@@ -82,11 +82,11 @@ class Transport:
 
 
 def _timeout(total_s: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=total_s or None, sock_connect=_CONNECT_S)
+    return aiohttp.ClientTimeout(total=total_s or None, sock_connect=CONNECT_S)
 
 
 @functools.lru_cache(maxsize=8)
-def _proxy(url: str) -> str | None:
+def proxy_for(url: str) -> str | None:
     """HTTPS_PROXY and friends: many a VM has no other way out. (aiohttp's own `trust_env` costs a thread hop a request.)
 
     Raises ConfigError if it can't be used; never quotes it, since it may hold a password.
@@ -107,7 +107,7 @@ def _proxy(url: str) -> str | None:
     return proxy
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
+async def read_answer(response: aiohttp.ClientResponse) -> bytes:
     """The body of an answer, at most so much of it: what answers may not be Mixpanel."""
     chunks, size = [], 0
     async for chunk in response.content.iter_any():

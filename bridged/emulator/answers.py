@@ -4,6 +4,7 @@ Strict answers are JSON with a `code`; the others are a bare `1` or `0`, or, whe
 integer `status` and no `code`. Troubles of the cloud's edge are not JSON at all.
 """
 
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     body: bytes
     content_type: str = JSON
+    headers: dict[str, str] = {}
 
 
 def as_json(status: int, body: Any) -> Answer:
@@ -77,10 +79,10 @@ def canned(status: int) -> Answer:
     return page(status)
 
 
-def scripted(status: int, body: Any, content_type: str) -> Answer:
+def scripted(status: int, body: Any, content_type: str, usual: Callable[[int], Answer]) -> Answer:
     """Answer as a fault wants it: text as it is, anything else as JSON, and nothing as the usual words."""
     if body is None:
-        answer = canned(status)
+        answer = usual(status)
     elif isinstance(body, str):
         answer = Answer(status, body.encode(), TEXT)
     else:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import signal
 import tomllib
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from bridged.emulator.braze import TRACK, BrazeConfig, BrazeEmulator
 from bridged.emulator.faults import Fault, parse_faults
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.errors import ConfigError
@@ -40,6 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-bytes-per-minute", type=_positive, default=default.max_bytes_per_minute, help="default %(default)s")
     add("--max-body-bytes", type=_positive, default=default.max_body_bytes, help="default %(default)s")
     add("--no-keep", action="store_true", help="count and deduplicate events, but don't keep them")
+    braze = parser.add_argument_group("Braze", "a second server that plays Braze's side of the cohorts").add_argument
+    braze("--braze-listen", metavar="HOST:PORT", default="", help="without it there is no Braze; port 0: any")
+    braze("--braze-rest-key", metavar="KEY", default="", help="the only REST key; without it any is accepted")
+    braze("--braze-partner-key", metavar="KEY", default="", help="the partner key of the partner endpoints")
+    braze("--braze-import-key", metavar="KEY", default="", help="the workspace's data import key")
+    braze("--braze-users", metavar="FILE", type=Path, help="the external ids that exist, one a line; without it all do")
+    braze(
+        "--braze-blocked", metavar="ID", action="append", default=[], help="an external id that is refused, repeatable"
+    )
+    braze("--braze-faults", metavar="FILE", type=Path, help="a script of faults, as --faults; `path` is /users/track")
+    braze("--braze-requests", metavar="N", type=_positive, default=3000, help="in 3 s, then 429; default %(default)s")
+    braze(
+        "--braze-unordered",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="carry requests out within so long, in any order",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -62,15 +82,16 @@ def main(args: argparse.Namespace) -> int:
         faults=read_faults(args.faults) if args.faults else [],
         keep_events=not args.no_keep,
     )
+    braze = _braze_config(args) if args.braze_listen else None
     # Events make no cycles and stay for good: looking for garbage among millions of them finds nothing.
     gc.freeze()
     gc.set_threshold(100_000, 50, 1000)
-    uvloop.run(_run(config))
+    uvloop.run(_run(config, braze))
     return 0
 
 
-def read_faults(path: Path) -> list[Fault]:
-    """Read a script of faults from a file."""
+def read_faults(path: Path, default_path: str = "") -> list[Fault]:
+    """Read a script of faults from a file; `default_path` is that of a fault which names none."""
     try:
         text = path.read_bytes()
         data: Any = tomllib.loads(text.decode()) if path.suffix == ".toml" else msgspec.json.decode(text)
@@ -78,23 +99,49 @@ def read_faults(path: Path) -> list[Fault]:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (ValueError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path}: {error}", "a file that is not called *.toml is read as JSON") from error
-    return parse_faults(data, f"{path}: faults")
+    return parse_faults(data, f"{path}: faults", default_path)
 
 
-async def _run(config: EmulatorConfig) -> None:
+def _braze_config(args: argparse.Namespace) -> BrazeConfig:
+    host, port = _address(args.braze_listen, "--braze-listen")
+    try:
+        users = args.braze_users.read_text(encoding="utf-8").splitlines() if args.braze_users else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--braze-users {args.braze_users}: {error}", "one external id a line, in UTF-8") from error
+    return BrazeConfig(
+        host=host,
+        port=port,
+        rest_key=args.braze_rest_key,
+        partner_key=args.braze_partner_key,
+        data_import_key=args.braze_import_key,
+        users=users,
+        blocked=args.braze_blocked,
+        faults=read_faults(args.braze_faults, TRACK) if args.braze_faults else [],
+        max_requests=args.braze_requests,
+        unordered_s=args.braze_unordered,
+    )
+
+
+async def _run(config: EmulatorConfig, braze: BrazeConfig | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with MixpanelEmulator(config) as mixpanel:
+    async with contextlib.AsyncExitStack() as running:
+        mixpanel = await running.enter_async_context(MixpanelEmulator(config))
         print(f"bridged emulator listens on {mixpanel.url}", flush=True)
+        if braze:
+            print(
+                f"bridged emulator listens as Braze on {(await running.enter_async_context(BrazeEmulator(braze))).url}",
+                flush=True,
+            )
         await stop.wait()
 
 
-def _address(text: str) -> tuple[str, int]:
+def _address(text: str, option: str = "--listen") -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"--listen must be HOST:PORT, not {text!r}")
+        raise ConfigError(f"{option} must be HOST:PORT, not {text!r}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 

@@ -67,10 +67,11 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.status is None and self.action not in {"reset", "hang", "html"}
 
 
-def parse_faults(data: object, where: str = "faults") -> list[Fault]:
+def parse_faults(data: object, where: str = "faults", default_path: str = "") -> list[Fault]:
     """Read a script: a list of faults, or an object whose only key `faults` is that list.
 
-    Raises ConfigError with the index and the key at fault; `where` begins its text.
+    Raises ConfigError with the index and the key at fault; `where` begins its text. `default_path` is the `path` of those
+    that name none.
     """
     if isinstance(data, Mapping):
         unknown = sorted(str(key) for key in data if key != "faults")
@@ -85,7 +86,8 @@ def parse_faults(data: object, where: str = "faults") -> list[Fault]:
             faults.append(item)
             continue
         try:
-            faults.append(msgspec.convert(item, Fault))
+            named = {"path": default_path, **item} if default_path and isinstance(item, Mapping) else item
+            faults.append(msgspec.convert(named, Fault))
         except msgspec.ValidationError as error:
             message, _, path = str(error).partition(" - at `$")
             raise ConfigError(

@@ -52,3 +52,27 @@ class Window:
             slot = self._slots.popleft()
             self.events -= slot.events
             self.size -= slot.size
+
+
+class FixedWindow:
+    """Requests in windows that follow one another on the clock, as Braze counts them."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.most = most
+        self.seconds = seconds
+        self._began = 0.0
+        self._count = 0
+
+    def admit(self, now: float) -> tuple[int, float]:
+        """Book a request: how many more fit (less than 0: not even this one, which costs nothing), and until when."""
+        began = now // self.seconds * self.seconds
+        if began != self._began:
+            self._began, self._count = began, 0
+        if self._count >= self.most:
+            return -1, began + self.seconds
+        self._count += 1
+        return self.most - self._count, began + self.seconds
+
+    def clear(self) -> None:
+        """Forget the window."""
+        self._count = 0

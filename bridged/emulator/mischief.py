@@ -4,14 +4,49 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
+from msgspec import UNSET
 
+from bridged.emulator import answers
 from bridged.emulator.answers import Answer, phrase
+from bridged.emulator.faults import Fault
 
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)  # a socket closed with this says reset instead of goodbye
 _POLL_S: Final = 0.05  # how often a silent connection looks whether the client has gone
+
+
+async def fail(
+    request: web.Request,
+    fault: Fault,
+    closing: asyncio.Event,
+    carry_out: Callable[[], Answer],
+    usual: Callable[[int], Answer],
+    count: Callable[[str], None],
+    respond: Callable[[Answer, dict[str, str]], web.Response],
+) -> web.StreamResponse:
+    """Let a fault happen. `usual` is what the service says with a status, `count` counts answers and their absence."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(closing.wait(), fault.delay_s)
+    answer = carry_out() if fault.stores else answers.page(200)
+    if fault.action in {"reset", "reset_after_store"}:
+        count("reset")
+        return reset(request)
+    if fault.action in {"hang", "store_then_hang"}:
+        count("hang")
+        return await hang(request, closing)
+    if fault.status is not None or fault.action == "store_then_status":
+        body = None if fault.body is UNSET else fault.body
+        answer = answers.scripted(fault.status or 500, body, fault.content_type, usual)
+    if fault.action == "truncate":
+        count("truncated")
+        return truncate(request, answer)
+    if fault.action == "slow":
+        count(str(answer.status))
+        return await trickle(request, answer, fault.trickle_s, closing)
+    return respond(answer, fault.headers)
 
 
 def reset(request: web.Request) -> web.Response:

@@ -1,7 +1,6 @@
 """The server: sockets and faults around a `Project`. Its own endpoints, beside Mixpanel's, are in `control.py`."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -9,7 +8,6 @@ from typing import Any, Final, Self
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET
 
 from bridged.emulator import answers, control, mischief
 from bridged.emulator.answers import Answer
@@ -132,7 +130,10 @@ class MixpanelEmulator:
             if fault is None:
                 return self._respond(self._project.answer(call, time.time()))
             counts.faults += 1
-            return await self._fail(request, call, fault)
+            return await mischief.fail(
+                *(request, fault, self._closing, lambda: self._project.answer(call, time.time()), answers.canned),
+                *(self._count, self._respond),
+            )
         finally:
             self._project.counts.requests_now -= 1
 
@@ -169,25 +170,3 @@ class MixpanelEmulator:
     def _count(self, answer: str) -> None:
         answers_so_far = self._project.counts.answers
         answers_so_far[answer] = answers_so_far.get(answer, 0) + 1
-
-    async def _fail(self, request: web.Request, call: Call, fault: Fault) -> web.StreamResponse:
-        """Let a fault happen."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), fault.delay_s)
-        answer = self._project.answer(call, time.time()) if fault.stores else answers.page(200)
-        if fault.action in {"reset", "reset_after_store"}:
-            self._count("reset")
-            return mischief.reset(request)
-        if fault.action in {"hang", "store_then_hang"}:
-            self._count("hang")
-            return await mischief.hang(request, self._closing)
-        if fault.status is not None or fault.action == "store_then_status":
-            body = None if fault.body is UNSET else fault.body
-            answer = answers.scripted(fault.status or 500, body, fault.content_type)
-        if fault.action == "truncate":
-            self._count("truncated")
-            return mischief.truncate(request, answer)
-        if fault.action == "slow":
-            self._count(str(answer.status))
-            return await mischief.trickle(request, answer, fault.trickle_s, self._closing)
-        return self._respond(answer, fault.headers)

@@ -1,4 +1,4 @@
-"""The HTTP door: Braze's Custom HTTP connector posts Currents events here.
+"""The HTTP door: Braze's Custom HTTP connector posts Currents events here. (And Mixpanel its cohorts: see `cohorts`.)
 
 Answers, in Braze's terms (what the connector does with each is in its documentation):
 
@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any, Self
 
 import msgspec
@@ -29,9 +30,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import Struct
 
 from bridged.backlog.spool import Spool
-from bridged.errors import BadRequest, BridgedError, ListenError, SpoolFull, TooLarge, Unauthorized
+from bridged.errors import BadRequest, BridgedError, ListenError, SpoolError, SpoolFull, TooLarge, Unauthorized
 from bridged.intake import Intake
 from bridged.redaction import redacted
+from bridged.sources import cohorts
+from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
 from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
 from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
@@ -40,6 +43,8 @@ log = structlog.get_logger()
 
 PATH = "/v1/currents"
 _OK = b'{"status":"ok"}\n'
+# What makes a body, or its answer, more than plain bytes.
+_UNUSUAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade")
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
 _ROOM_S = 5.0
 # At the end: so long an idle connection is kept for a request that is on its way, and a busy one for its answer.
@@ -75,18 +80,28 @@ class _Ok(web.StreamResponse):
         """It does."""
         return True
 
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Writes all of it."""
+    def whole(self) -> bytes:
+        """Head and body."""
         now_s = time.monotonic() // 1
         if now_s != self._made_at:
             self._made_at = now_s
-            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(_OK)}\r\n"
-            self._answer = f"{head}Date: {formatdate(usegmt=True)}\r\nServer: bridged\r\n\r\n".encode() + _OK
+            self._answer = _bytes(200, _OK, {"Date": formatdate(usegmt=True), "Server": "bridged"})
+        return self._answer
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Writes all of it."""
         if request.transport is not None:
-            request.transport.write(self._answer)
+            request.transport.write(self.whole())
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Nothing is left to be written."""
+
+
+def _bytes(status: int, body: bytes, headers: dict[str, str]) -> bytes:
+    """A whole answer, written without aiohttp."""
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json"]
+    lines += [f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 class _Nobody(web.StreamResponse):
@@ -103,14 +118,23 @@ class HttpSource:
     connections: HttpConnections
 
     def __init__(
-        self, options: HttpOptions, intake: Intake, spool: Spool, sockets: Sequence[socket.socket] = ()
+        self,
+        options: HttpOptions,
+        intake: Intake | None,
+        spool: Spool,
+        sockets: Sequence[socket.socket] = (),
+        cohorts: CohortSource | None = None,
     ) -> None:
-        """Listens at `sockets`, which were opened elsewhere and outlive it, else at the options' address."""
+        """Listens at `sockets`, which were opened elsewhere and outlive it, else at the options' address.
+
+        `intake` None: no events are taken.
+        """
         self.requests = 0
         self.answers: Counter[int] = Counter()  # by status
         self.port = options.port
         self._options = options
         self._intake = intake
+        self._cohorts = cohorts
         self._spool = spool
         self._sockets = sockets
         self._large = asyncio.Semaphore()  # who expands a large body
@@ -125,7 +149,7 @@ class HttpSource:
         self._tls = tls = server_context("sources.http", options.tls_cert, options.tls_key)
         # As it came and expanded, and some for the head and the sizes of chunks.
         limits = msgspec.structs.replace(options.limits, max_request=2 * options.max_body + 2**21)
-        self.connections = HttpConnections(self._handle, limits, self.answers)
+        self.connections = HttpConnections(self._handle, self, limits, self.answers)
         wheres: list[dict[str, Any]] = [{"sock": sock} for sock in self._sockets]
         try:
             for where in wheres or [{"host": options.host, "port": options.port, "reuse_address": True}]:
@@ -166,8 +190,33 @@ class HttpSource:
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         connection.answered = False
+        response: web.StreamResponse | None = None
         try:
-            await self._accept(request, connection)
+            response = await self._answer(request, connection)
+        finally:
+            self._busy -= 1
+            connection.answered = True
+            came = request.content.total_bytes
+            connection.release(came)
+            usual = came > 0 and not any(name in request.headers for name in _UNUSUAL)
+            connection.handled(came, plain=usual and response is self._ok)
+        if response is not self._ok and self._last(request, connection):
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest, connection: HttpConnection) -> web.StreamResponse:
+        """What became of a request, in words."""
+        response: web.StreamResponse
+        try:
+            if self._cohorts is not None and request.path.rstrip("/") == cohorts.PATH:
+                response = await self._accept_cohort(request, connection, self._cohorts)
+            else:
+                await self._accept(request, connection)
+                # Who doesn't read his answers gets the kind that waits until he does.
+                plain = request.keep_alive and request.version == HttpVersion11 and not connection.writing_paused
+                response = self._ok
+                if not plain or self._last(request, connection):
+                    response = web.Response(body=_OK, content_type="application/json")
         except (ConnectionError, RuntimeError) as error:
             # Who reads from a connection that is gone already is told so by a RuntimeError.
             if isinstance(error, RuntimeError) and connection.transport is not None:
@@ -176,25 +225,12 @@ class HttpSource:
             error.__traceback__ = None
             return _Nobody()
         except BridgedError as error:
-            response = self._refusal(error)
+            return self._refusal(error)
         except web.HTTPException as error:
-            self.answers[error.status] += 1
             # Its Content-Type is that of its own text.
             headers = {name: value for name, value in error.headers.items() if name.lower() == "allow"}
             response = web.json_response({"error": error.text}, status=error.status, headers=headers)
-        else:
-            self.answers[200] += 1
-            plain = request.keep_alive and request.version == HttpVersion11 and not self._last(request, connection)
-            # Who doesn't read his answers gets the kind that waits until he does.
-            if plain and not connection.writing_paused:
-                return self._ok
-            response = web.Response(body=_OK, content_type="application/json")
-        finally:
-            self._busy -= 1
-            connection.answered = True
-            connection.release(request.content.total_bytes)
-        if self._last(request, connection):
-            response.force_close()
+        self.answers[response.status] += 1
         return response
 
     def _last(self, request: web.BaseRequest, connection: HttpConnection) -> bool:
@@ -206,7 +242,7 @@ class HttpSource:
 
     async def _accept(self, request: web.BaseRequest, connection: HttpConnection) -> None:
         """Takes one request up to its commit. Raises what its answer says, ConnectionError when the client is gone."""
-        if request.path.rstrip("/") != PATH:
+        if request.path.rstrip("/") != PATH or self._intake is None:
             raise web.HTTPNotFound(text=f"nothing here; Currents events go to POST {PATH}")
         if self._credential is not None:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -220,11 +256,7 @@ class HttpSource:
         if not self._spool.room.is_set():
             # Before the body is read: until then TCP holds it, not we.
             await self._wait_for_room()
-        body = await self._read(request)
-        if "Content-Encoding" in request.headers:
-            body = await self._decoded(request, connection, body)
-        if len(body) > self._options.max_body:
-            raise TooLarge(f"the body is larger than {self._options.max_body} bytes")
+        body = await self._body(request, connection)
         if not self._spool.room.is_set():
             await self._wait_for_room()
         if connection.transport is None:
@@ -235,6 +267,33 @@ class HttpSource:
         del body
         connection.release(request.content.total_bytes)
         await written
+
+    async def _accept_cohort(
+        self, request: web.BaseRequest, connection: HttpConnection, source: CohortSource
+    ) -> web.Response:
+        """The same for a page of a cohort, whose refusals are told in Mixpanel's form."""
+        body, headers = b"", {}
+        try:
+            source.authorize(request.headers.get("Authorization", ""))
+            if request.method != "POST":
+                raise web.HTTPMethodNotAllowed(request.method, ["POST"], text="cohorts are posted")
+            body = await self._body(request, connection)
+            if connection.transport is None:
+                raise ConnectionResetError
+            status, said = 200, await source.take(body)
+        except BridgedError as error:
+            status, said = error.http_status, source.refusal(error, body)
+            headers = self._headers_of(error, 'Basic realm="bridged"')
+        return web.Response(body=said, status=status, headers=headers, content_type="application/json")
+
+    async def _body(self, request: web.BaseRequest, connection: HttpConnection) -> bytes:
+        """A whole body, expanded. Raises what its answer says."""
+        body = await self._read(request)
+        if "Content-Encoding" in request.headers:
+            body = await self._decoded(request, connection, body)
+        if len(body) > self._options.max_body:
+            raise TooLarge(f"the body is larger than {self._options.max_body} bytes")
+        return body
 
     async def _read(self, request: web.BaseRequest) -> bytes:
         if not request.can_read_body:
@@ -305,9 +364,45 @@ class HttpSource:
 
     def _refusal(self, error: BridgedError) -> web.Response:
         self.answers[error.http_status] += 1
+        headers = self._headers_of(error, 'Bearer realm="bridged"')
+        return web.Response(
+            body=_said(error), content_type="application/json", status=error.http_status, headers=headers
+        )
+
+    def _headers_of(self, error: BridgedError, challenge: str) -> dict[str, str]:
         headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else {}
         if error.http_status == 401:
-            headers["WWW-Authenticate"] = 'Bearer realm="bridged"'
-        return web.json_response(
-            {"error": redacted(error.args[0]), "hint": redacted(error.hint)}, status=error.http_status, headers=headers
-        )
+            headers["WWW-Authenticate"] = challenge
+        return headers
+
+    # -- requests whose head is known: `connections` tells them -----------------------------------------------------------
+
+    def accept_again(self, body: bytes) -> "asyncio.Future[None] | None":
+        """What `_accept` does with a plain body while there is room. None: it must do it, and find the right words."""
+        fits = 0 < len(body) <= self._options.max_body
+        if self._intake is None or self._stopping or not fits or not self._spool.room.is_set():
+            return None
+        try:
+            written = self._intake.accept_body(body)
+        except BridgedError:
+            return None
+        self.requests += 1
+        self._busy += 1
+        return written
+
+    def answer_again(self, written: "asyncio.Future[None]") -> tuple[bytes, bool]:
+        """What `_handle` answers after the commit, or instead of it."""
+        self._busy -= 1
+        error = SpoolError("the spool was closed") if written.cancelled() else written.exception()
+        if error is None:
+            self.answers[200] += 1
+            return self._ok.whole() if not self._stopping else _bytes(200, _OK, {"Connection": "close"}), self._stopping
+        if not isinstance(error, BridgedError):
+            raise error
+        self.answers[error.http_status] += 1
+        headers = {"Retry-After": str(RETRY_AFTER_S), "Connection": "close"}
+        return _bytes(error.http_status, _said(error), headers), True
+
+
+def _said(error: BridgedError) -> bytes:
+    return msgspec.json.encode({"error": redacted(error.args[0]), "hint": redacted(error.hint)})

@@ -10,12 +10,17 @@ request: one look at every connection a second, at a clock that is as coarse.
                the body that has been coming for longest is refused: who is slow pays, not who comes last
     the count  is at most max_connections. Beyond it a connection that has asked for nothing yet makes room
     a client's count is at most max_connections_per_client
+
+A client's requests differ by their bodies: the same head again, but for its Content-Length, means what it meant the last
+time, and isn't parsed, authenticated and answered by a task of its own again. Measured in this process, without the commit:
+a request with one event costs 35 us instead of 60.
 """
 
 import asyncio
+import hmac
 from collections import Counter
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 from aiohttp.streams import EMPTY_PAYLOAD
@@ -68,11 +73,22 @@ class HttpLimits(Struct, frozen=True, kw_only=True):
     look_s: float = 1.0
 
 
+class Repeats(Protocol):
+    """Who takes the body of a request whose head is known."""
+
+    def accept_again(self, body: bytes) -> "asyncio.Future[None] | None":
+        """Takes it: done when it is committed. None: nothing was taken, and it needs more than a plain answer."""
+
+    def answer_again(self, written: "asyncio.Future[None]") -> tuple[bytes, bool]:
+        """The whole answer, and whether it is the connection's last one."""
+
+
 class HttpConnections(web.Server):
     """All connections of the door. Owns the sum of what they hold, and the clock that they are judged by."""
 
-    def __init__(self, handler: Any, limits: HttpLimits, answers: Counter[int]) -> None:
+    def __init__(self, handler: Any, repeats: Repeats, limits: HttpLimits, answers: Counter[int]) -> None:
         super().__init__(handler)
+        self.repeats = repeats
         self.limits = limits
         self.clients = Clients(limits.max_connections_per_client)
         self.answers = answers  # by status
@@ -140,7 +156,10 @@ class HttpConnections(web.Server):
 class HttpConnection(RequestHandler):
     """One client."""
 
-    __slots__ = ("_client", "_half_closed", "_room", "_unwanted", "answered", "held", "since")
+    __slots__ = (
+        *("_aligned", "_behind", "_coming", "_committing", "_half_closed", "_head", "_known", "_missing", "_received"),
+        *("_client", "_room", "_unwanted", "answered", "held", "since"),
+    )
 
     def __init__(self, room: HttpConnections, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -160,6 +179,14 @@ class HttpConnection(RequestHandler):
         self.answered = False  # its last request, whose body may still be coming
         self._half_closed = False
         self._unwanted = 0  # bytes of a refused body
+        self._aligned = True  # the parser's last request ended where the bytes did that it was given
+        self._head = b""  # of the request that the parser has; empty: it came in pieces
+        self._received = 0  # bytes of that request, and of what came behind it
+        self._known: tuple[bytes, bytes] | None = None  # the last request's head, before and after its Content-Length
+        self._coming: list[bytes] = []  # a repeated head and what there is of its body
+        self._missing = 0  # bytes of that body
+        self._committing = False  # a repeat has no answer yet
+        self._behind: list[bytes] = []  # what came meanwhile
 
     @property
     def unused(self) -> bool:
@@ -172,16 +199,20 @@ class HttpConnection(RequestHandler):
         return not self.held and self._waits_for_a_head()
 
     def _waits_for_a_head(self) -> bool:
-        return self._waiter is not None and not self._waiter.done()
+        return self._waiter is not None and not (self._waiter.done() or self._committing or self._coming)
 
     @property
     def arriving(self) -> bool:
         """Whether a head or a body is on its way."""
+        if self._committing:
+            return False
         if self._messages or self._current_request is not None:
             return self._body_is_coming()
         return self.held > 0
 
     def _body_is_coming(self) -> bool:
+        if self._coming:
+            return True
         payload = self._messages[-1][1] if self._messages else None
         if payload is None and self._current_request is not None:
             payload = self._current_request.content
@@ -198,10 +229,18 @@ class HttpConnection(RequestHandler):
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Counts what came, and hands it to the parser."""
+        """Counts what came, and hands it to the parser, unless it is the last request's head again."""
+        if self._committing or self._coming:
+            self._go_on(data)
+            return
+        if self._known is not None and self._repeated(data):
+            return
         count = self._request_count
         if not self.held:
             self.since = self._room.now
+        if self._aligned and not (self.held or self._messages or self._current_request is not None):
+            self._head, self._received = data[: data.find(b"\r\n\r\n") + 4], 0
+        self._received += len(data)
         if self.answered and self._waiter is None and not self._messages:
             # The rest of a body that has its answer already: it is read, so that the answer arrives, and dropped.
             self._unwanted += len(data)
@@ -252,6 +291,91 @@ class HttpConnection(RequestHandler):
         """Whether nothing more can be asked on it."""
         return self._half_closed and not self._messages
 
+    # -- the same head again -------------------------------------------------------------------------------------------
+
+    def handled(self, body_bytes: int, *, plain: bool) -> None:
+        """The request that the parser had is answered. `plain`: by a 200, and the same head shall be answered likewise."""
+        head, self._known = self._head, None
+        # Else something came behind it, or in pieces, and where the next one begins is the parser's knowledge alone.
+        self._aligned = self._aligned and self._received == len(head) + body_bytes
+        if plain and self._aligned:
+            at = head.lower().find(b"\r\ncontent-length:") + len(b"\r\ncontent-length:")
+            to = head.find(b"\r\n", at)
+            length = head[at:to]
+            self._known = head[: to - len(length.lstrip())], head[to:]
+
+    def _repeated(self, data: bytes) -> bool:
+        """Takes what begins with a known head. False: nothing was done, the parser shall have it."""
+        assert self._known is not None
+        before, after = self._known
+        digits_at = len(before)
+        digits_to = data.find(b"\r", digits_at, digits_at + 9)
+        body_at = digits_to + len(after)
+        # Heads hold a credential: compared in constant time.
+        if (
+            digits_to < 0
+            or not hmac.compare_digest(data[:digits_at], before)
+            or not hmac.compare_digest(data[digits_to:body_at], after)
+            or not (digits := data[digits_at:digits_to]).isdigit()
+            or self.held
+            or self.writing_paused
+            or not self._waits_for_a_head()
+        ):
+            return False
+        missing = int(digits) - (len(data) - body_at)
+        if missing == 0:
+            return self._take(data[body_at:])
+        if missing < 0 or len(data) + missing > self._room.limits.max_request // 2:
+            return False
+        self.since = self._room.now
+        if self.hold(len(data)):
+            self._coming, self._missing = [data], missing
+        return True
+
+    def _go_on(self, data: bytes) -> None:
+        """More of a body, or what comes behind a request that has no answer yet."""
+        if not self.hold(len(data)):
+            return
+        if self._committing:
+            self._behind.append(data)
+            return
+        self._coming.append(data)
+        self._missing -= len(data)
+        if self._missing <= 0:
+            assert self._known is not None
+            whole, pieces = b"".join(self._coming), self._coming
+            self._coming = []
+            self.release(len(whole))
+            body_at = whole.find(b"\r\n\r\n") + 4
+            del pieces
+            if self._missing < 0 or not self._take(whole[body_at:]):
+                self._known = None  # else it would be tried again
+                self.data_received(whole)
+
+    def _take(self, body: bytes) -> bool:
+        written = self._room.repeats.accept_again(body)
+        if written is None:
+            return False
+        self._committing = True
+        self._next_keepalive_close_time = self._room.now + self._room.limits.idle_s
+        written.add_done_callback(self._answer)
+        return True
+
+    def _answer(self, written: "asyncio.Future[None]") -> None:
+        answer, is_last = self._room.repeats.answer_again(written)
+        self._committing = False
+        if self.transport is None:
+            return
+        self.transport.write(answer)
+        self._next_keepalive_close_time = self._room.now + self._room.limits.idle_s
+        behind, self._behind = self._behind, []
+        if is_last or (self._half_closed and not behind):
+            self.force_close()
+            self._forget()
+        elif behind:
+            self.release(self.held)
+            self.data_received(b"".join(behind))
+
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def judge(self, now: float) -> None:
@@ -295,6 +419,8 @@ class HttpConnection(RequestHandler):
             # Nobody will read it, and aiohttp holds it until the next collection of garbage.
             if payload is not EMPTY_PAYLOAD:
                 payload._buffer.clear()  # noqa: SLF001  # nothing public drops what a reader holds
+        self._coming.clear()
+        self._behind.clear()
         self._room.held -= self.held
         self.held = 0
         self._room.holding.pop(self, None)

@@ -1,0 +1,89 @@
+"""The one HTTP client call towards Braze: a request out, a verdict back. Every exception of the network is translated here."""
+
+import ssl
+import time
+from typing import Self
+
+import aiohttp
+from msgspec import Struct
+
+from bridged import __version__
+from bridged.braze.requests import Request, Target
+from bridged.braze.verdicts import RateLimit, judge, rate_limit
+from bridged.delivery.transport import CONNECT_S, proxy_for, read_answer
+from bridged.errors import ConfigError
+from bridged.mixpanel.verdicts import Retry, Verdict, clean
+from bridged.redaction import redacted, redacted_bytes
+
+# How many are in flight is the sender's business; the pool only must not be what is waited for.
+_MAX_CONNECTIONS = 64
+
+
+class Outcome(Struct, frozen=True):
+    """What became of a request, and what Braze said about the allowance."""
+
+    verdict: Verdict
+    rate_limit: RateLimit | None = None
+
+
+class Transport:
+    """A pool of connections to Braze. `use` replaces target and timeout at any time: the next request has the new ones."""
+
+    def __init__(self, target: Target, timeout_s: float) -> None:
+        self.target = target
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
+        proxy_for(self.target.base)
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(("http/1.1",))
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": f"bridged/{__version__}"},
+        )
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._session.close()
+
+    def use(self, target: Target, timeout_s: float) -> None:
+        """Another target and timeout from the next request on. Raises ConfigError, and changes nothing, as on opening."""
+        proxy_for(target.base)
+        self.target = target
+        self._timeout_s = timeout_s
+
+    async def send(self, request: Request) -> Outcome:
+        """Posts one request; never raises but for cancellation."""
+        target, total_s = self.target, self._timeout_s
+        try:
+            async with self._session.post(
+                target.base + request.path,
+                data=request.body,
+                headers=target.headers(),
+                allow_redirects=False,
+                proxy=proxy_for(target.base),
+                timeout=aiohttp.ClientTimeout(total=total_s or None, sock_connect=CONNECT_S),
+            ) as response:
+                # Before anything quotes it, and cuts the quotation off within a secret.
+                said = redacted_bytes(await read_answer(response))
+                now_s = time.time()
+                verdict = judge(
+                    response.status,
+                    response.headers,
+                    said,
+                    request.objects,
+                    now_s,
+                    partner=request.path.startswith("/partners/"),
+                )
+                return Outcome(verdict, rate_limit(response.headers, now_s))
+        except aiohttp.ConnectionTimeoutError:
+            return Outcome(Retry("network", f"no connection within {CONNECT_S:g} s"))
+        except TimeoutError:
+            return Outcome(Retry("network", f"no answer within {total_s:g} s" if total_s else "no answer in time"))
+        except aiohttp.ClientError as error:
+            # The class is our own word: a long one isn't to be taken for a secret.
+            return Outcome(Retry("network", f"{type(error).__name__}: {clean(redacted(str(error)))}"))
+        except (OSError, ConfigError) as error:
+            return Outcome(Retry("network", clean(redacted(str(error)))))

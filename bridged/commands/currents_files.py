@@ -1,0 +1,209 @@
+"""Files of Currents events, made into the lines that the stream door takes: NDJSON, a JSON array, gzip of either, Avro.
+
+Avro is what Currents' export to cloud storage writes: a flat record of an event. What Braze's Custom HTTP connector puts under
+`user` and `properties` stands beside each other in it, and the customer's own properties are a JSON string.
+"""
+
+import gzip
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import msgspec
+
+from bridged.errors import BridgedError, ConfigError, SpoolError
+
+SUFFIXES: Final = (".ndjson", ".jsonl", ".json", ".ndjson.gz", ".jsonl.gz", ".json.gz", ".avro")
+# Currents' types that no Mixpanel event is made of. In an export they are many, and as dead letters they would crowd out others.
+WITHOUT_FORM: Final = frozenset(
+    {
+        *("users.RandomBucketNumberUpdate", "users.UserDeleteRequest", "users.UserOrphan", "users.profile.Update"),
+        *("agentconsole.AgentExecuted", "agentconsole.ToolInvocation", "contentoptimizer.ComponentStore"),
+    }
+)
+
+_GZIP, _ZSTD, _AVRO = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Obj\x01"
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
+_USER = ("user_id", "external_user_id", "device_id", "timezone")
+_CUSTOM = {
+    "users.behaviors.CustomEvent": "custom_properties",
+    "users.behaviors.Purchase": "purchase_properties",
+}
+
+
+def found(paths: Iterable[Path]) -> list[Path]:
+    """The files, and those below the folders, by name. Raises SpoolError for what isn't there, before anything is sent."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            below = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+            if not below:
+                raise SpoolError(f"{path} holds no file of events", f"their names end in {', '.join(SUFFIXES)}")
+            files += below
+        elif path.is_file():
+            files.append(path)
+        else:
+            what = "is no file" if path.exists() else "doesn't exist"
+            raise SpoolError(f"{path} {what}", "only what can be read twice can be resumed: no pipes")
+    return list(dict.fromkeys(files))
+
+
+def lines(path: Path, max_line: int) -> Iterator[bytes]:
+    """A file's events in order, one a line. A line longer than `max_line` comes cut, still too long for the door.
+
+    What isn't an event comes as it is: the daemon keeps it as a dead letter. Raises SpoolError when the file can't be read on.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+            file.seek(0)
+            if magic.startswith(_ZSTD):
+                raise SpoolError(f"{path} is compressed with zstd", f"unpack it first: zstd -d {path}")
+            if magic.startswith(_AVRO):
+                yield from _avro(path, file)
+            elif magic.startswith(_GZIP):
+                with gzip.open(file, "rb") as unpacked:
+                    yield from _text(path, unpacked, max_line)
+            else:
+                yield from _text(path, file, max_line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SpoolError(f"can't read {path}: {error}", "what stood before the damage was sent") from error
+
+
+def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterator[bytes]:
+    is_first = True
+    while line := file.readline(max_line + 2):
+        if is_first:
+            line = line.removeprefix(_BOM).lstrip(_BLANK)
+            if line.startswith(b"["):
+                yield from _array(path, line + file.read())
+                return
+            is_first = not line
+        if not line.endswith(b"\n"):
+            # The last one, or too long: then the rest of it is passed over.
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(max_line)
+            line += b"\n"
+        if not line.isspace() and line:
+            yield line
+
+
+def _array(path: Path, data: bytes) -> Iterator[bytes]:
+    """The elements of a JSON array, which is read as a whole."""
+    try:
+        elements = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise SpoolError(f"{path} begins as a JSON array and isn't one: {error}", "nothing of it was sent") from error
+    for element in elements:
+        yield msgspec.json.format(bytes(element), indent=-1) + b"\n"
+
+
+# -- Avro --------------------------------------------------------------------------------------------------------------
+
+
+def _avro(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    try:
+        import fastavro  # noqa: PLC0415  # an extra: only who has Avro files needs it
+    except ImportError as error:
+        raise ConfigError(
+            f"{path} is Avro, for which fastavro is missing", 'pip install "bridged[backfill]"'
+        ) from error
+    try:
+        reader = fastavro.reader(file)
+        event_type = _event_type(path, reader.writer_schema)
+        if event_type in WITHOUT_FORM:
+            return
+        singles = _single_precision(reader.writer_schema)
+        records: Iterator[Any] = iter(reader)
+        while True:
+            # Whatever a library makes of damaged bytes; what we make of the record is ours, and stands outside.
+            record = next(records, None)
+            if record is None:
+                return
+            yield msgspec.json.encode(event(event_type, record, singles)) + b"\n"
+    except SpoolError:
+        raise
+    except Exception as error:
+        raise SpoolError(f"can't read {path} as Avro: {error!r}", "what stood before the damage was sent") from error
+
+
+def event(event_type: str, record: dict[str, Any], singles: Iterable[str] = ()) -> dict[str, Any]:
+    """A flat record as Braze's Custom HTTP connector would send it. `singles`: its fields of single precision."""
+    flat = {name: value for name, value in record.items() if value is not None}
+    for name in singles:
+        if name in flat:
+            flat[name] = _shortest(flat[name])
+    user = {name: flat.pop(name) for name in _USER if name in flat}
+    whole = {"event_type": event_type, "user": user, "properties": flat}
+    whole |= {name: flat.pop(name) for name in ("id", "time") if name in flat}
+    if event_type in _CUSTOM and "properties" in flat:
+        flat[_CUSTOM[event_type]] = _decoded(flat.pop("properties"))
+    if event_type.startswith("users.messages.banner.") and "canvas_step_message_variation_id" in flat:
+        # The one property that the two exports call differently, for these types alone.
+        flat["canvas_step_message_variation_api_id"] = flat.pop("canvas_step_message_variation_id")
+    return whole
+
+
+def _decoded(properties: Any) -> Any:
+    """The customer's own properties. What isn't JSON stays what it is: the daemon says so in a dead letter."""
+    try:
+        return msgspec.json.decode(properties)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
+        return properties
+
+
+def _event_type(path: Path, schema: Any) -> str:
+    """From the record's name, `dataexport.<cluster>.inner.<event type>`, else from the folder `event_type=<event type>`."""
+    name = str(schema.get("name", "")) if isinstance(schema, dict) else ""
+    if isinstance(schema, dict) and "." not in name and schema.get("namespace"):
+        name = f"{schema['namespace']}.{name}"
+    _, inner, event_type = name.partition(".inner.")
+    if inner:
+        return event_type
+    for part in reversed(path.absolute().parts):
+        if part.startswith("event_type="):
+            return part.removeprefix("event_type=")
+    raise SpoolError(
+        f"{path} doesn't say of which event type it is: its record is called {name!r}",
+        "keep the folders of the export (event_type=.../...)",
+    )
+
+
+def _single_precision(schema: Any) -> list[str]:
+    kinds = {field["name"]: field["type"] for field in schema.get("fields", ()) if isinstance(field, dict)}
+    return [name for name, kind in kinds.items() if kind == "float" or (isinstance(kind, list) and "float" in kind)]
+
+
+def _shortest(value: Any) -> Any:
+    """A number of single precision as a person would write it: 89.9, not 89.9000015258789."""
+    if not isinstance(value, float):
+        return value
+    try:
+        narrow = struct.pack("f", value)
+    except OverflowError:
+        return value
+    spellings: Callable[[int], float] = lambda digits: float(f"{value:.{digits}g}")  # noqa: E731  # typed, and used once
+    return next((short for short in map(spellings, range(6, 10)) if struct.pack("f", short) == narrow), value)
+
+
+def chunks(events: Iterable[bytes], size: int, max_bytes: int) -> Iterator[list[bytes]]:
+    """Lists of at most so many lines, and of fewer when they are long; what stands before an error comes before it."""
+    chunk: list[bytes] = []
+    held = 0
+    try:
+        for line in events:
+            chunk.append(line)
+            held += len(line)
+            if len(chunk) >= size or held >= max_bytes:
+                yield chunk
+                chunk, held = [], 0
+    except BridgedError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk

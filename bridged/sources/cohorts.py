@@ -1,0 +1,79 @@
+"""The cohorts' part of the HTTP door: Mixpanel's custom webhook posts pages of members here.
+
+What Mixpanel does with an answer:
+
+    200  the page is on disk. Mixpanel goes on, and after the last page takes the snapshot as delivered
+    400  it is not the webhook's body; says what is wrong. The sync is paused, and whoever set it up gets a mail
+    401  no user name and password, or wrong ones. The same
+    413  larger than max_body
+    503  it can't be taken now (no room, the file is closed, cohorts are off). Tried again for a minute, then at the next sync
+"""
+
+import base64
+import binascii
+import hmac
+from typing import Final
+
+from msgspec import Struct
+
+from bridged.cohorts import webhook
+from bridged.cohorts.membership import Membership
+from bridged.errors import BridgedError, MembershipError, Unauthorized
+from bridged.redaction import redacted
+
+PATH: Final = "/v1/cohorts/mixpanel"
+
+
+class CohortOptions(Struct, frozen=True, kw_only=True):
+    """For whom, and which property of a member is its id."""
+
+    username: str = "mixpanel"
+    password: str = ""  # empty: anybody
+    user_id: str = "distinct_id"
+
+
+class CohortSource:
+    """Takes one body at a time, up to its commit. `membership` None: cohorts are off."""
+
+    def __init__(self, options: CohortOptions, membership: Membership | None) -> None:
+        self.pages = 0
+        self.failures: dict[int, int] = {}  # by status
+        self._membership = membership
+        self.use(options)
+
+    def use(self, options: CohortOptions) -> None:
+        """Other options, from the next request on."""
+        self._credential = f"{options.username}:{options.password}".encode() if options.password else None
+        self._reader = webhook.Reader(options.user_id)
+
+    def authorize(self, header: str) -> None:
+        """Looks at an Authorization header. Raises Unauthorized, and MembershipError while cohorts are off."""
+        if self._membership is None:
+            raise MembershipError("cohorts are not imported here", "set cohorts.enabled")
+        if self._credential is None:
+            return
+        scheme, _, given = header.partition(" ")
+        try:
+            pair = base64.b64decode(given.strip(), validate=True)
+        except (binascii.Error, ValueError):
+            pair = b""
+        if not hmac.compare_digest(pair, self._credential) or scheme.lower() != "basic":
+            raise Unauthorized("wrong or missing user name and password", "they are [cohorts] username and password")
+
+    async def take(self, body: bytes) -> bytes:
+        """Takes a page up to its commit; gives the answer's body. Raises BadRequest, MembershipError."""
+        assert self._membership is not None
+        page = self._reader.read(body)
+        del body
+        written, action = self._membership.receive(page), page.action
+        del page
+        await written
+        self.pages += 1
+        return webhook.success(action)
+
+    def refusal(self, error: BridgedError, body: bytes) -> bytes:
+        """The answer's body for an error; `body` as far as it came."""
+        status = error.http_status
+        self.failures[status] = self.failures.get(status, 0) + 1
+        message = redacted(f"{error.args[0]}: {error.hint}" if error.hint else str(error.args[0]))
+        return webhook.failure(webhook.action_of(body) if body else "", message, status)

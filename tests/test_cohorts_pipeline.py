@@ -1,0 +1,594 @@
+"""Cohorts from Mixpanel's webhook to Braze's answer, over real sockets and a real file: whatever comes, in whatever order, Braze
+ends with Mixpanel's membership, and is told no more than the difference.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from cohort_sender import ATTRIBUTE, Sender, session
+from conftest import SLOW, currents, free_port, until
+
+from bridged.app import App
+from bridged.emulator.braze import BrazeConfig, BrazeEmulator
+
+ROOT = Path(__file__).parent.parent
+USERS = [f"u{n:03}" for n in range(60)]
+
+
+def sender(app: App, client: aiohttp.ClientSession) -> Sender:
+    """For a daemon of this process."""
+    return Sender(client, f"http://{app.config.sources.http.listen}")
+
+
+async def in_step(app: App, seconds: float = 30) -> None:
+    """Waits until nothing is left to do, and looks that the books balance."""
+
+    def done() -> bool:
+        assert app.membership is not None
+        assert app.cohort_writer is not None
+        rows, figures = app.membership.rows, app.membership.figures
+        return not figures.waiting and all(row.state == "synced" for row in rows) and app.cohort_writer.state == "idle"
+
+    await until(done, "Braze in step with Mixpanel", seconds)
+    balanced(app)
+
+
+def balanced(app: App) -> None:
+    """The conservation laws of members."""
+    assert app.membership is not None
+    for row in app.membership.rows:
+        assert row.members == row.in_braze + row.joining + row.rejected, row
+        assert row.received == row.applied + row.no_id + row.too_long + row.stale, row
+    figures = app.membership.figures
+    assert figures.members == figures.in_braze + figures.joining + figures.rejected
+
+
+def in_braze(braze: BrazeEmulator, name: str = "Cohort 777") -> list[str]:
+    """The members of a cohort, in Braze."""
+    return sorted(user for user, names in braze.membership(ATTRIBUTE).items() if name in names)
+
+
+# -- the whole way -----------------------------------------------------------------------------------------------------
+
+
+async def test_cohorts_become_an_array_attribute(daemon, importing, braze, client):
+    """Three cohorts in several pages: each user has the names of its own, and all of them in one write."""
+    app = await daemon(**importing)
+    braze.script([{"delay_s": 0.5, "times": 1}])  # so that the cohorts of a user can meet
+    members = {"777": USERS[:40], "778": USERS[20:], "779": USERS[::2]}
+    mixpanel = sender(app, client)
+    for cohort, users in members.items():
+        await mixpanel.take(session("members", users, cohort, size=15))
+    await in_step(app)
+
+    wanted = {user: {f"Cohort {cohort}" for cohort, users in members.items() if user in users} for user in USERS}
+    assert braze.membership(ATTRIBUTE) == wanted
+    summary = braze.summary()
+    assert summary.overlaps == 0
+    assert summary.points == app.membership.figures.points_today
+    before = summary.requests
+
+    for cohort, users in members.items():
+        await mixpanel.take(session("members", users, cohort, size=7))
+    await in_step(app)
+    assert braze.summary().requests == before, "a repeated full sync sends nothing"
+
+
+async def test_many_cohorts_of_a_user_are_one_write(daemon, importing, braze, client):
+    """What gathers while Braze can't be written goes out as one array a user, at one point each."""
+    braze.script([{"status": 503}])
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    for number in range(12):
+        await mixpanel.take(session("members", USERS, str(number)))
+    await until(lambda: app.membership.figures.joining == 12 * len(USERS), "all of it merged")
+    assert braze.users() == []
+    braze.script([])
+    await in_step(app)
+    assert all(len(names) == 12 for names in braze.membership(ATTRIBUTE).values())
+    assert braze.summary().max_writes == 1
+    assert braze.summary().points == len(USERS)
+
+
+# -- every way that pages can come -------------------------------------------------------------------------------------
+
+
+def with_page_info(page: dict[str, Any], info: Any) -> dict[str, Any]:
+    """A page with another page_info; None takes it away."""
+    parameters = {key: value for key, value in page["parameters"].items() if key != "page_info"}
+    return page | {"parameters": parameters if info is None else parameters | {"page_info": info}}
+
+
+def as_strings(page: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as strings, as one public consumer types them."""
+    return with_page_info(page, {key: str(value) for key, value in page["parameters"]["page_info"].items()})
+
+
+def raw(page: dict[str, Any]) -> dict[str, Any]:
+    """Raw property names, an extra key, and no description, as seen live."""
+    parameters = {key: value for key, value in page["parameters"].items() if key != "mixpanel_cohort_description"}
+    members = [
+        {"$distinct_id": one["mixpanel_distinct_id"], "$email": "", "Größe, in cm.": 180, "$os": None, "plan": ["a"]}
+        for one in parameters["members"]
+    ]
+    return page | {"parameters": parameters | {"members": members, "mixpanel_integration_id": "0"}}
+
+
+A, B, C = USERS[:20], USERS[10:40], USERS[35:]
+FIRST = session("members", A, size=5, id_="first")
+REPLACING = session("members", B, size=7, id_="replacing")
+ADD = session("add_members", C, size=9, id_="diff")
+REMOVE = session("remove_members", A[:5], size=2, id_="diff")
+EMPTY = session("add_members", []) + session("remove_members", [])
+NUMBERS = [
+    page | {"parameters": page["parameters"] | {"mixpanel_cohort_id": 777, "mixpanel_project_id": 117}}
+    for page in FIRST
+]
+
+CASES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "in order": (FIRST, A),
+    "pages out of order": (FIRST[::-1], A),
+    "every page twice": ([page for page in FIRST for _ in range(2)], A),
+    "all of it twice": (FIRST + FIRST, A),
+    "restarted from the top": (FIRST[:2] + FIRST, A),
+    "restarted from the top under another session": (FIRST[:3] + session("members", A, size=6), A),
+    "a new session before the old one ended": (FIRST[:3] + REPLACING, B),
+    "the old session's pages come late": (FIRST[:3] + REPLACING + FIRST[3:], B),
+    "the old session's pages come in between": (FIRST[:3] + REPLACING[:2] + FIRST[3:] + REPLACING[2:], B),
+    "a full copy replaces": (FIRST + REPLACING, B),
+    "a full copy that isn't complete takes nobody out": (FIRST + REPLACING[:-1], A + B[:-2]),
+    "a repeated last page sweeps nobody": (FIRST + ADD + FIRST[-1:], A + C),
+    "a repeated full copy's last page after additions": (FIRST + REPLACING + ADD + REPLACING[-1:] + FIRST[-1:], B + C),
+    "an empty full copy takes everybody out": (FIRST + session("members", []), []),
+    "diffs": (FIRST + ADD + REMOVE, A[5:] + C),
+    "removals first": (FIRST + REMOVE[::-1] + ADD[::-1], A[5:] + C),
+    "diffs twice": (FIRST + ADD + REMOVE + ADD + REMOVE, A[5:] + C),
+    "empty diffs": (FIRST + EMPTY + EMPTY, A),
+    "additions before any full copy": (ADD, C),
+    "removals of nobody we know": (REMOVE + ADD, C),
+    "additions, then the full copy": (ADD + FIRST, A),
+    "numbers as strings": ([as_strings(page) for page in FIRST + REPLACING[::-1]], B),
+    "ids as numbers": (NUMBERS, A),
+    "no page_info": ([with_page_info(page, None) for page in session("members", A) + session("add_members", C)], A + C),
+    "an empty page_info": ([with_page_info(page, {}) for page in session("members", A)], A),
+    "raw property names": ([raw(page) for page in FIRST + REPLACING], B),
+    "removed and added again": (FIRST + REMOVE + session("add_members", A[:5]), A),
+}
+
+
+def of_cohort(page: dict[str, Any], cohort: int) -> dict[str, Any]:
+    """A page of another cohort, in another session."""
+    parameters, number = page["parameters"], str(cohort)
+    own = {
+        "mixpanel_cohort_id": cohort if isinstance(parameters["mixpanel_cohort_id"], int) else number,
+        "mixpanel_cohort_name": number,
+        "mixpanel_session_id": f"{number} {parameters['mixpanel_session_id']}",
+    }
+    return page | {"parameters": parameters | own}
+
+
+async def test_braze_ends_with_mixpanels_membership(daemon, importing, braze, client):
+    """Each way in which a sync may come, all of them at the same time, one cohort each: every page is answered success, the
+    books balance, and Braze has who it should.
+    """
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    cases = dict(enumerate(CASES.items()))
+    async with asyncio.TaskGroup() as syncs:
+        for number, (_, (pages, _)) in cases.items():
+            syncs.create_task(mixpanel.take([of_cohort(page, number) for page in pages]))
+    unfinished = next(number for number, (name, _) in cases.items() if "isn't complete" in name)
+
+    def done() -> bool:
+        rows = {row.cohort: row for row in app.membership.rows if row.cohort != str(unfinished)}
+        is_idle = app.cohort_writer.state == "idle" and not app.membership.figures.waiting
+        return is_idle and len(rows) == len(cases) - 1 and all(row.state == "synced" for row in rows.values())
+
+    await until(done, "Braze in step with Mixpanel", 60)
+    balanced(app)
+    found = {name: in_braze(braze, str(number)) for number, (name, _) in cases.items()}
+    assert found == {name: sorted(set(wanted)) for name, (_, wanted) in CASES.items()}
+    assert braze.summary().overlaps == 0
+
+
+async def test_a_step_at_a_time_is_the_same_as_at_once(daemon, importing, braze, client):
+    """A model of Mixpanel with a random history: repeats, restarts, any order of pages, diffs and full copies, between which
+    Braze may or may not come into step.
+    """
+    dice = random.Random(5)
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    truth: dict[str, set[str]] = {}
+    for _ in range(30):
+        cohort = dice.choice("789")
+        members = truth.get(cohort, set())
+        if cohort not in truth or dice.random() < 0.3:
+            truth[cohort] = set(dice.sample(USERS, dice.randrange(len(USERS))))
+            pages = session("members", sorted(truth[cohort]), cohort, size=dice.randrange(1, 40))
+        else:
+            joining, leaving = dice.sample(USERS, 7), dice.sample(USERS, 7)
+            leaving = [user for user in leaving if user not in joining]
+            truth[cohort] = members.union(joining).difference(leaving)
+            pages = session("add_members", joining, cohort, size=3) + session("remove_members", leaving, cohort, size=3)
+        if dice.random() < 0.3:
+            await mixpanel.take(pages[: dice.randrange(len(pages))])  # and again from the top
+        if dice.random() < 0.3:
+            pages = sorted(pages, key=lambda page: (page["action"], dice.random()))
+        await mixpanel.take([page for page in pages for _ in range(1 + (dice.random() < 0.2))])
+        if dice.random() < 0.15:
+            await in_step(app)
+    await in_step(app)
+    for cohort, members in truth.items():
+        assert in_braze(braze, f"Cohort {cohort}") == sorted(members)
+    assert braze.summary().overlaps == 0
+
+
+async def test_a_renamed_cohort_is_renamed_in_braze(daemon, importing, braze, client):
+    """Braze knows a cohort by its name: the new one replaces the old one for every member."""
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    await mixpanel.take(session("members", A, name="Old name"))
+    await in_step(app)
+    await mixpanel.take(session("add_members", C, name="New name"))
+    await in_step(app)
+    assert in_braze(braze, "Old name") == []
+    assert in_braze(braze, "New name") == sorted({*A, *C})
+
+
+async def test_members_without_a_usable_id_are_counted(daemon, importing, braze, client):
+    """No id, a device's id, one that is too long: left out, each counted; the others are in Braze."""
+    app = await daemon(**importing | {"cohorts__user_id": "$braze_external_id"})
+    [page] = session("members", [])
+    page["parameters"]["members"] = [
+        {"mixpanel_distinct_id": "x", "$braze_external_id": "ada"},
+        {"mixpanel_distinct_id": "y", "braze_external_id": "bo"},
+        {"mixpanel_distinct_id": "z"},
+        {"$braze_external_id": "$device:123"},
+        {"$braze_external_id": "a" * 988},
+    ]
+    await sender(app, client).take([page])
+    await in_step(app)
+    assert in_braze(braze) == ["ada", "bo"]
+    [row] = app.membership.rows
+    assert (row.received, row.applied, row.no_id, row.too_long) == (5, 2, 2, 1)
+
+
+# -- Braze's troubles --------------------------------------------------------------------------------------------------
+
+
+async def test_every_trouble_of_braze_ends_in_step(daemon, importing, braze, client):
+    """Over the limit, overloaded, silent, lying, broken off, a portal, a 400 for all: it comes again, or is narrowed down."""
+    app = await daemon(**importing | {"braze__timeout": "1s"})
+    troubles: list[dict[str, Any]] = [
+        {"status": 429, "headers": {"X-Ratelimit-Retry-After": "1"}},
+        {"status": 503},
+        {"action": "reset"},
+        {"action": "reset_after_store"},
+        {"action": "hang"},
+        {"action": "store_then_status"},
+        {"action": "truncate"},
+        {"action": "html"},
+        {"status": 400},
+        {"status": 413},
+    ]
+    # With successes in between: it is not an outage, whose pauses grow.
+    braze.script([{"times": 1, "after": 2 * at} | trouble for at, trouble in enumerate(troubles)])
+    many = [f"m{n:04}" for n in range(2000)]
+    await sender(app, client).take(session("members", many) + session("remove_members", many[:500]))
+    await in_step(app, 60)
+    assert in_braze(braze) == many[500:]
+    assert braze.summary().faults == len(troubles)
+    assert braze.summary().overlaps == 0
+
+
+async def test_a_user_that_braze_refuses_is_kept_with_its_words(daemon, importing, client):
+    """The others go on; the refusal can be read, and is tried again when a person says so."""
+    async with BrazeEmulator(BrazeConfig(port=0, blocked=["u003", "u007"])) as braze:
+        app = await daemon(**importing | {"braze__url": braze.url})
+        await sender(app, client).take(session("members", USERS))
+        await in_step(app)
+        assert in_braze(braze) == [user for user in USERS if user not in {"u003", "u007"}]
+        refusals = await app.membership.refusals()
+        assert [refusal.external_id for refusal in refusals] == ["u003", "u007"]
+        assert all("blacklisted" in refusal.reason for refusal in refusals)
+        assert app.membership.figures.rejected == 2
+        points = braze.summary().points
+        braze.workspace.blocked = set()
+        assert await app.membership.resync(rejected_only=True) == 2
+        await until(lambda: app.membership.figures.rejected == 0, "those two again", 30)
+        await in_step(app)
+        assert in_braze(braze) == USERS
+        assert braze.summary().points == points + 2
+        assert await app.membership.refusals() == []
+
+
+async def test_users_that_braze_does_not_know_come_to_nothing(daemon, importing, client):
+    """Nobody is created by default; with update_existing_only off everybody is."""
+    async with BrazeEmulator(BrazeConfig(port=0, users=USERS[:10])) as braze:
+        app = await daemon(**importing | {"braze__url": braze.url})
+        await sender(app, client).take(session("members", A))
+        await in_step(app)
+        assert in_braze(braze) == USERS[:10]
+        assert braze.summary().created == 0
+    async with BrazeEmulator(BrazeConfig(port=0, users=USERS[:10])) as braze:
+        other = {"braze__url": braze.url, "cohorts__update_existing_only": "false"}
+        other |= {"spool__path": "other.db", "cohorts__path": "other-cohorts.db", "sources__stream__listen": "[]"}
+        app = await daemon(**importing | other)
+        await sender(app, client).take(session("members", A))
+        await in_step(app)
+        assert in_braze(braze) == sorted(A)
+        assert braze.summary().created == 10
+
+
+async def test_a_bad_key_halts_and_a_good_one_resumes(daemon, importing, braze, client):
+    """From the first 401 on nothing is lost: pages are still taken, the alarm is raised, and the next good probe goes on."""
+    app = await daemon(**importing | {"braze__probe_interval": "200ms"})
+    mixpanel = sender(app, client)
+    await mixpanel.take(FIRST)
+    await in_step(app)
+    braze.credentials(rest_key="another")
+    await mixpanel.take(ADD)
+    await until(lambda: app.cohort_writer.state == "halted", "the halt", 30)
+    refused = braze.summary().answers["401"]
+    await mixpanel.take(REMOVE)
+    await until(lambda: not app.membership.figures.waiting, "what came meanwhile")
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/api/status") as answer:
+        status = await answer.json()
+    assert status["cohorts"]["writer"]["state"] == "halted"
+    assert "rest_key" in status["cohorts"]["sentence"]
+    await until(lambda: "cohorts_halted" in {one.alarm for one in app.watch.alarms.open}, "the alarm", 30)
+    assert in_braze(braze) == sorted(A)
+    assert braze.summary().answers["401"] - refused < 200, "a halt is no storm"
+    braze.credentials(rest_key="example-rest-key")
+    await in_step(app, 90)
+    assert in_braze(braze) == sorted({*A[5:], *C})
+    assert app.cohort_writer.halted is None
+
+
+# -- data points -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_cap_of_data_points_is_kept_until_more_is_allowed(daemon, importing, braze, client):
+    """Not a point more than the day's cap; what is allowed beyond it is spent, and no more."""
+    app = await daemon(**importing | {"cohorts__max_data_points_per_day": "25"})
+    await sender(app, client).take(session("members", USERS))
+    await until(lambda: app.cohort_writer.state == "capped" and not app.cohort_writer.in_flight, "the cap", 30)
+    assert braze.summary().points <= 25
+    plan = await app.membership.plan()
+    assert not plan.fits
+    assert plan.spent_today == braze.summary().points
+    assert plan.users == len(USERS) - plan.spent_today
+    await app.membership.allow(10)
+    await until(
+        lambda: app.cohort_writer.state == "capped" and app.membership.figures.points_today == 35, "ten more", 30
+    )
+    await app.membership.allow(0)
+    await in_step(app)
+    assert in_braze(braze) == USERS
+    assert braze.summary().points == len(USERS)
+
+
+# -- as a partner ------------------------------------------------------------------------------------------------------
+
+PARTNER = {"partner_name": "example", "partner_key": "example-partner-key", "data_import_key": "example-import-key"}
+
+
+async def test_as_a_partner_cohorts_are_cohorts(daemon, importing, client):
+    """With a partner key: announced before their first member, changes only, renamed by name alone, 423 waited for."""
+    async with BrazeEmulator(BrazeConfig(port=0, **PARTNER)) as braze:
+        keys = {f"braze__{name}": value for name, value in PARTNER.items()}
+        app = await daemon(**importing | keys | {"braze__url": braze.url, "braze__rest_key": ""})
+        mixpanel = sender(app, client)
+        braze.script([{"path": "/partners/example/cohorts/users", "status": 423, "times": 2}])
+        await mixpanel.take(FIRST + ADD + REMOVE)
+        await in_step(app, 60)
+        [cohort] = braze.cohorts()
+        assert cohort["name"] == "Cohort 777"
+        assert cohort["members"] == sorted({*A[5:], *C})
+        points = braze.summary().points
+        await mixpanel.take(session("add_members", ["zoe"], name="New name"))
+        await in_step(app)
+        [cohort] = braze.cohorts()
+        assert cohort["name"] == "New name"
+        assert "zoe" in cohort["members"]
+        assert braze.summary().points == points + 1
+
+
+# -- who may ask, and who is there -------------------------------------------------------------------------------------
+
+
+async def test_only_mixpanel_may_send(daemon, importing, braze, client):
+    """A wrong password and none are 401, and what can't be a page is 400 with what is wrong; nothing of it counts."""
+    app = await daemon(**importing)
+    url = f"http://{app.config.sources.http.listen}"
+    for password in ("wrong", "", "example-passwor\u00e9"):
+        status, said = await Sender(client, url, password).post(FIRST[0])
+        assert (status, said["status"]) == (401, "failure")
+    async with client.post(url + "/v1/cohorts/mixpanel", json=FIRST[0]) as answer:
+        assert answer.status == 401
+    for body, word in ((b"{", "JSON"), ({"action": "destroy"}, "action"), ({"action": "members"}, "parameters")):
+        status, said = await sender(app, client).post(body)
+        assert (status, said["status"]) == (400, "failure")
+        assert word in said["error"]["message"]
+    assert app.membership.figures.pages == 0
+    assert braze.summary().requests == 0
+
+
+async def status_of(client: aiohttp.ClientSession, app: App, path: str, body: Any) -> int:
+    """What a path of the HTTP door says to a POST."""
+    async with client.post(f"http://{app.config.sources.http.listen}{path}", json=body) as answer:
+        return answer.status
+
+
+async def test_profile_cohorts_only(daemon, importing, braze, emulator, client):
+    """No credential of Mixpanel's is needed, no event is taken, Mixpanel hears nothing; cohorts go their way."""
+    app = await daemon(**importing | {"mixpanel__export": "false", "mixpanel__token": ""})
+    assert await status_of(client, app, "/v1/currents", {"events": [currents()]}) == 404
+    await sender(app, client).take(FIRST)
+    await in_step(app)
+    assert in_braze(braze) == sorted(A)
+    assert emulator.summary().requests == 0
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/readyz") as answer:
+        assert answer.status == 200
+
+
+async def test_profile_export_only(daemon, emulator, client, tmp_path):
+    """Without [cohorts] there is no file, no endpoint, no metric of it; a page that comes is kept by Mixpanel (503)."""
+    app = await daemon()
+    assert await status_of(client, app, "/v1/cohorts/mixpanel", FIRST[0]) == 503
+    assert await status_of(client, app, "/v1/currents", {"events": [currents()]}) == 200
+    await until(lambda: emulator.summary().stored == 1, "the event", 30)
+    admin = f"http://127.0.0.1:{app.admin.port}"
+    async with client.get(f"{admin}/api/cohorts") as answer:
+        assert answer.status == 404
+        assert "[cohorts]" in (await answer.json())["error"]
+    async with client.get(f"{admin}/metrics") as answer:
+        assert "cohort_" not in await answer.text()
+    assert not list(tmp_path.glob("cohorts*"))
+
+
+async def test_profile_both(daemon, importing, braze, emulator, client):
+    """Events one way and cohorts the other, at the same time, in one process; a Braze that is down keeps no event back."""
+    braze.script([{"status": 503}])
+    app = await daemon(**importing)
+    await sender(app, client).take(FIRST)
+    for seed in range(5):
+        assert await status_of(client, app, "/v1/currents", {"events": [currents(seed=seed)]}) == 200
+    await until(lambda: emulator.summary().stored == 5, "the events", 30)
+    assert in_braze(braze) == []
+    braze.script([])
+    await in_step(app, 60)
+    assert in_braze(braze) == sorted(A)
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A real daemon, that can be killed and started again on the same files and ports."""
+
+    def __init__(self, folder: Path, braze_url: str) -> None:
+        self.folder = folder
+        http, admin = free_port(), free_port()
+        self.url, self.admin = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{admin}"
+        (folder / "bridged.toml").write_text(
+            f"""
+[sources.http]
+listen = "127.0.0.1:{http}"
+[sources.stream]
+listen = []
+[mixpanel]
+export = false
+[spool]
+path = "{folder}/spool.db"
+[cohorts]
+enabled = true
+username = "mixpanel"
+password = "example-password"
+path = "{folder}/cohorts.db"
+max_concurrency = 4
+[braze]
+url = "{braze_url}"
+rest_key = "example-rest-key"
+[admin]
+listen = "127.0.0.1:{admin}"
+"""
+        )
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        with (self.folder / "daemon.log").open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "bridged", "run", "--config", str(self.folder / "bridged.toml")),
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=log,
+            )
+
+    async def kill(self) -> None:
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGKILL)
+            await self.process.wait()
+
+    async def again(self) -> None:
+        await self.kill()
+        await self.start()
+
+    async def overview(self, client: aiohttp.ClientSession) -> dict[str, Any] | None:
+        """What /api/cohorts says; None while nobody answers."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with client.get(f"{self.admin}/api/cohorts", timeout=aiohttp.ClientTimeout(total=5)) as answer:
+                if answer.status == 200:
+                    said: dict[str, Any] = await answer.json()
+                    return said
+        return None
+
+    async def wait(self, client: aiohttp.ClientSession, when: Any, what: str, seconds: float = 60) -> None:
+        try:
+            async with asyncio.timeout(seconds * SLOW):
+                while not ((said := await self.overview(client)) and when(said)):
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            log = (self.folder / "daemon.log").read_text()[-2000:]
+            raise AssertionError(f"waited in vain for {what}: {await self.overview(client)}\n{log}") from None
+
+
+def synced(said: dict[str, Any]) -> bool:
+    """Whether nothing is left to do."""
+    idle = said["writer"]["state"] == "idle" and not said["figures"]["waiting"]
+    return idle and bool(said["cohorts"]) and all(row["state"] == "synced" for row in said["cohorts"])
+
+
+MANY = [f"user-{n:05}" for n in range(6000)]
+
+
+async def test_kill_9_in_every_phase_ends_with_the_same_membership(tmp_path, client):
+    """Killed while pages come, while absentees are swept out, while users are written: Mixpanel begins again from the top, the
+    membership is Mixpanel's in the end, and no more was written twice than was in flight.
+    """
+    async with BrazeEmulator(BrazeConfig(port=0, rest_key="example-rest-key", unordered_s=0.02)) as braze:
+        daemon = Process(tmp_path, braze.url)
+        await daemon.start()
+        try:
+            await _killed(daemon, braze, client)
+        finally:
+            await daemon.kill()
+
+
+async def _killed(daemon: Process, braze: BrazeEmulator, client: aiohttp.ClientSession) -> None:
+    mixpanel = Sender(client, daemon.url)
+    first, second = MANY[:4000], MANY[3000:]
+
+    # Receiving. Braze takes nothing yet, so that the next phase is one of its own.
+    braze.script([{"status": 503}])
+    syncing = asyncio.create_task(mixpanel.insist(session("members", first, size=100, id_="first")))
+    await daemon.wait(client, lambda said: said["figures"]["pages"] > 5, "some pages")
+    await daemon.again()
+    braze.script([])
+
+    # Sending, twice; the rest of the pages comes at the same time.
+    for _ in range(2):
+        before = braze.summary().writes
+        await until(lambda before=before: braze.summary().writes > before + 600, "some users in Braze", 60)
+        await daemon.again()
+    await syncing
+    await daemon.wait(client, synced, "Braze in step")
+    assert in_braze(braze) == first
+
+    # Sweeping: a full copy that doesn't name most of them, killed once the last page is on disk.
+    await mixpanel.insist(session("members", second, size=500, id_="second"))
+    await daemon.again()
+    await daemon.wait(client, synced, "Braze in step again")
+    assert in_braze(braze) == second
+
+    window = 4 * 75
+    needed = len(first) + len(set(first) ^ set(second))
+    assert needed <= braze.summary().writes <= needed + 4 * window

@@ -1,0 +1,308 @@
+"""The HTTP door's short way for a head that comes again: every answer must be the one that the long way would give."""
+
+import asyncio
+import contextlib
+import gzip
+
+import msgspec
+import pytest
+from conftest import NAMES, currents
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bridged.backlog.segment import lines
+from bridged.backlog.spool import Spool, SpoolOptions
+from bridged.currents.table import EVENT_TYPES
+from bridged.intake import Intake
+from bridged.mixpanel.mapping import EventMapping, MappingSettings
+from bridged.sources.http import HttpOptions, HttpSource
+from bridged.sources.http_connections import HttpLimits
+
+TOKEN = "a-token-of-this-test"
+GOOD = f"Authorization: Bearer {TOKEN}"
+MAX_BODY = 100_000
+
+
+class Door:
+    """An HTTP door that demands a token, with a spool behind it, and one connection to it."""
+
+    def __init__(self, spool, source, reader, writer):
+        self.spool, self.source, self.reader, self.writer = spool, source, reader, writer
+
+    @property
+    def by_parser(self):
+        """Requests that took the long way."""
+        return self.source.connections.requests_count
+
+    async def send(self, data):
+        """Bytes as they are."""
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self):
+        """Status and head of the next answer; the body is checked to be JSON."""
+        async with asyncio.timeout(30):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+            msgspec.json.decode(await self.reader.readexactly(length))
+        return int(head[9:12]), head.lower()
+
+    async def ask(self, data):
+        """The status of one request."""
+        await self.send(data)
+        return (await self.answer())[0]
+
+    async def events(self):
+        """The ids of the events that are on disk, in order."""
+        segments, _ = await self.spool.read_after(0, 2**40)
+        return [msgspec.json.decode(line)["properties"]["$insert_id"] for line in lines(segments)]
+
+
+@contextlib.asynccontextmanager
+async def opened(path, limits=None, **spool_options):
+    """A door, and one connection."""
+    spool = Spool(SpoolOptions(path=str(path / "spool.db"), **spool_options), NAMES)
+    options = HttpOptions(port=0, bearer_token=TOKEN, max_body=MAX_BODY, limits=limits or HttpLimits())
+    async with spool:
+        intake = Intake(EventMapping(EVENT_TYPES, MappingSettings(token="t")), spool)
+        async with HttpSource(options, intake, spool) as source:
+            reader, writer = await asyncio.open_connection("127.0.0.1", source.port)
+            try:
+                yield Door(spool, source, reader, writer)
+            finally:
+                writer.close()
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
+
+
+@pytest.fixture
+async def door(tmp_path):
+    """One for a test."""
+    async with opened(tmp_path) as door:
+        yield door
+
+
+def body(*seeds):
+    """As Braze posts them."""
+    return msgspec.json.encode({"events": [currents(seed=seed) for seed in seeds]})
+
+
+def ids(*seeds):
+    """What they are known by."""
+    return [currents(seed=seed)["id"] for seed in seeds]
+
+
+def request(payload, *headers, method="POST", path="/v1/currents"):
+    """A request as bytes, by default a good one."""
+    head = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(payload)}", *(headers or (GOOD,))]
+    return "\r\n".join([*head, "", ""]).encode() + payload
+
+
+def chunked(payload):
+    """The same, by chunks of seven bytes."""
+    pieces = [payload[at : at + 7] for at in range(0, len(payload), 7)]
+    framed = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    head = f"POST /v1/currents HTTP/1.1\r\nHost: x\r\n{GOOD}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head.encode() + framed + b"0\r\n\r\n"
+
+
+async def test_a_repeated_head_takes_the_short_way(door):
+    """Only the first request meets the parser; each is committed before it is answered, and counted."""
+    for n in range(20):
+        assert await door.ask(request(body(n, 100 + n))) == 200
+        assert len(await door.events()) == 2 * (n + 1)
+
+    assert door.by_parser == 1
+    assert door.source.requests == 20
+    assert door.source.answers == {200: 20}
+    assert door.source.connections.held == 0
+
+
+@pytest.mark.parametrize("cut", [1, 30, 90, 120, 200, -1])
+async def test_a_repeat_in_two_pieces(door, cut):
+    """Whether it is cut in its head or in its body."""
+    assert await door.ask(request(body(0))) == 200
+    for n in range(1, 4):
+        data = request(body(n))
+        await door.send(data[:cut])
+        await asyncio.sleep(0.02)
+        assert await door.ask(data[cut:]) == 200
+
+    assert await door.events() == ids(0, 1, 2, 3)
+    assert door.source.connections.held == 0
+
+
+async def test_a_head_that_only_begins_alike(door):
+    """A wrong token, another path or method, or one header more is judged for what it is."""
+    assert await door.ask(request(body(0))) == 200
+    assert await door.ask(request(body(1), GOOD[:-1] + "!")) == 401
+    assert await door.ask(request(body(0))) == 200
+    assert await door.ask(request(body(1), GOOD + "x")) == 401
+    assert await door.ask(request(body(0))) == 200
+    assert await door.ask(request(body(1), GOOD, path="/v2/currents")) == 404
+    assert await door.ask(request(body(0))) == 200
+    assert await door.ask(request(gzip.compress(body(1)), GOOD, "Content-Encoding: gzip")) == 200
+    assert await door.ask(request(gzip.compress(body(2)), GOOD, "Content-Encoding: gzip")) == 200
+
+    assert await door.events() == ids(0, 0, 0, 0, 1, 2)
+
+
+async def test_the_rest_of_a_head_is_no_head(door):
+    """What came behind another request began before its last piece: that piece alone, sent again, is another request."""
+    begins = b"POST /v1/currents HTTP/1.1\r\nX-Quotes: "
+    rest = request(body(1), GOOD, method="GET", path="/nowhere")
+    await door.send(request(body(0)) + begins)
+    assert (await door.answer())[0] == 200
+    assert await door.ask(rest) == 200
+    assert await door.ask(rest) == 404
+
+    assert await door.events() == ids(0, 1)
+
+
+async def test_a_repeat_that_is_refused(door):
+    """No JSON, too large, empty: the words, and the connection's fate, are those of a first request."""
+    assert await door.ask(request(body(0))) == 200
+    assert await door.ask(request(b"{")) == 400
+    assert await door.ask(request(body(1))) == 200
+    assert await door.ask(request(b"")) == 200
+    assert await door.ask(request(body(2))) == 200
+    assert await door.ask(request(b" " * (MAX_BODY + 1))) == 413
+
+    assert await door.events() == ids(0, 1, 2)
+
+
+async def test_a_repeat_whose_commit_fails(door):
+    """What isn't on disk is not acked."""
+    assert await door.ask(request(body(0))) == 200
+    abort = "CREATE TRIGGER no BEFORE INSERT ON segments BEGIN SELECT RAISE(ABORT, 'disk I/O error'); END"
+    await door.spool.run(lambda db: db.execute(abort))
+    await door.send(request(body(1)))
+    status, head = await door.answer()
+
+    assert status == 503
+    assert b"retry-after: " in head
+    assert await door.reader.read() == b""
+    assert door.by_parser == 1
+    assert door.source.answers == {200: 1, 503: 1}
+
+
+async def test_the_last_repeat_is_told(tmp_path):
+    """A request that waits for its commit while the door closes is answered, and told that nothing more will be."""
+    async with opened(tmp_path) as door:
+        assert await door.ask(request(body(0))) == 200
+        door.writer.write(request(body(1)))
+        while door.source.requests < 2:
+            await asyncio.sleep(0)
+        closing = asyncio.create_task(door.source.__aexit__())
+        status, head = await door.answer()
+        assert status == 200
+        # Either it was committed before the door began to close, or it says so.
+        assert b"connection: close" in head or await door.reader.read() == b""
+        await closing
+        assert await door.events() == ids(0, 1)
+
+
+async def test_half_closed_after_a_repeat(door):
+    """A client that has said all it wants to say still gets its answer, and then the end."""
+    assert await door.ask(request(body(0))) == 200
+    await door.send(request(body(1)))
+    door.writer.write_eof()
+    assert (await door.answer())[0] == 200
+    assert await asyncio.wait_for(door.reader.read(), 30) == b""
+    assert door.by_parser == 1
+
+
+async def test_a_repeat_that_stops_coming(tmp_path):
+    """A body that ends nowhere is 408, what it held is let go, and a client that leaves is nobody's event."""
+    async with opened(tmp_path, HttpLimits(body_s=0.2, look_s=0.05)) as door:
+        assert await door.ask(request(body(0))) == 200
+        await door.send(request(body(1))[:-9])
+        assert (await door.answer())[0] == 408
+        assert await door.reader.read() == b""
+        assert door.source.connections.held == 0
+        assert not door.source.connections.alive
+        assert await door.events() == ids(0)
+
+
+async def test_repeats_count_as_held(tmp_path):
+    """Many bodies that are on their way at once are bounded as a sum, by the short way as well."""
+    limits = HttpLimits(max_in_flight=200_000, look_s=3600)
+    async with opened(tmp_path, limits) as door:
+        sockets = [await asyncio.open_connection("127.0.0.1", door.source.port) for _ in range(5)]
+        for reader, writer in sockets:
+            writer.write(request(body(0)))
+            assert b" 200 " in await reader.readuntil(b"ok")
+        for _, writer in sockets:
+            writer.write(request(b" " * 90_000)[:-1])
+        async with asyncio.timeout(30):
+            while not door.source.answers[503]:
+                await asyncio.sleep(0.01)
+                assert door.source.connections.held <= limits.max_in_flight
+        for _, writer in sockets:
+            writer.close()
+        async with asyncio.timeout(30):
+            while door.source.connections.held:
+                await asyncio.sleep(0.01)
+
+
+async def test_idle_after_repeats(tmp_path):
+    """The idle time counts from the last request, whichever way it took."""
+    async with opened(tmp_path, HttpLimits(idle_s=1.0, look_s=0.05)) as door:
+        for n in range(6):
+            assert await door.ask(request(body(n))) == 200
+            await asyncio.sleep(0.3)
+        assert door.by_parser == 1
+        assert await asyncio.wait_for(door.reader.read(), 30) == b""
+
+
+KINDS = {
+    "good": lambda n: (request(body(n)), 200, [n]),
+    "two": lambda n: (request(body(n, n + 1000)), 200, [n, n + 1000]),
+    "other head": lambda n: (request(body(n), GOOD, f"X-N: {n}"), 200, [n]),
+    "chunked": lambda n: (chunked(body(n)), 200, [n]),
+    "gzip": lambda n: (request(gzip.compress(body(n)), GOOD, "Content-Encoding: gzip"), 200, [n]),
+    "empty": lambda _: (request(b""), 200, []),
+    "wrong token": lambda n: (request(body(n), GOOD + "?"), 401, []),
+    "no JSON": lambda _: (request(b"{"), 400, []),
+    "looks like a head": lambda _: (request(request(b"")), 400, []),
+    "elsewhere": lambda n: (request(body(n), GOOD, path="/"), 404, []),
+}
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kinds=st.lists(st.one_of(st.just("good"), st.sampled_from(sorted(KINDS))), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 8000), max_size=12),
+    waits=st.lists(st.booleans(), min_size=1, max_size=24),
+)
+def test_any_requests_in_any_pieces(tmp_path_factory, kinds, cuts, waits):
+    """However a connection's bytes are cut, and whether or not the client waits for answers: each request gets its own
+    answer, in order, and exactly the events of the good ones are on disk.
+    """
+    made = [KINDS[kind](n) for n, kind in enumerate(kinds)]
+
+    async def conversation():
+        async with opened(tmp_path_factory.mktemp("spool")) as door:
+            stream, ends, whole = b"", [], set()
+            for data, status, _ in made:
+                if status in (401, 404):
+                    # Refused for its head: if its body is still on its way, the answer is the connection's last one.
+                    whole.update(range(len(stream) + 1, len(stream) + len(data)))
+                stream += data
+                ends.append(len(stream))
+            at, answers = 0, []
+            for piece, to in enumerate(sorted({*(cut for cut in cuts if cut < len(stream)), *ends} - whole)):
+                await door.send(stream[at:to])
+                at = to
+                if waits[piece % len(waits)]:
+                    while len(answers) < sum(end <= at for end in ends):
+                        answers.append((await door.answer())[0])
+                else:
+                    await asyncio.sleep(0)
+            while len(answers) < len(made):
+                answers.append((await door.answer())[0])
+            assert answers == [status for _, status, _ in made]
+            assert await door.events() == ids(*(seed for _, _, seeds in made for seed in seeds))
+            assert door.source.connections.held == 0
+
+    asyncio.run(conversation())
