@@ -241,10 +241,10 @@ async def _life(scene: _Scene, synchronous: str, every_vacuum: int) -> None:
 
 def control(synchronous: Literal["NORMAL"], argv: Sequence[str]) -> int:
     """`bridged` with another `synchronous`, and nothing else that differs."""
-    from bridged import app, cli  # noqa: PLC0415  # not of use to who only looks on
+    from bridged import cli, options  # noqa: PLC0415  # not of use to who only looks on
 
-    real = app.spool_options
-    app.spool_options = lambda config: msgspec.structs.replace(real(config), synchronous=synchronous)
+    real = options.spool_options
+    options.spool_options = lambda config: msgspec.structs.replace(real(config), synchronous=synchronous)
     return cli.main(argv)
 
 

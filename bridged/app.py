@@ -16,40 +16,41 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import structlog
 
-from bridged import __version__, memory, reloading
+from bridged import __version__, memory, options, reloading
+from bridged.activity import Activity
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
 from bridged.alarms.watch import Watch
-from bridged.alarms.webhook import Hook, Webhook
+from bridged.alarms.webhook import Webhook
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
-from bridged.backlog.spool import Spool, SpoolOptions
+from bridged.backlog.spool import Spool
 from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.writer import CohortWriter
-from bridged.config import secret_files, split_address, with_credentials
+from bridged.config import NO_CREDENTIAL, has_credential, secret_files, value_at, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
-from bridged.delivery.delivery import Delivery, DeliveryOptions
-from bridged.delivery.pacing import Pace, PaceLimits
+from bridged.delivery.delivery import Delivery
+from bridged.delivery.pacing import Pace
 from bridged.delivery.transport import Transport
 from bridged.errors import BridgedError, ConfigError, MembershipDamaged, SpoolError
 from bridged.intake import Intake
-from bridged.mixpanel.mapping import EventMapping, MappingSettings
-from bridged.mixpanel.requests import API_SECRET_RETIRED, Credentials, Target
+from bridged.mixpanel.mapping import EventMapping
+from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.redaction import redacted
+from bridged.saved import EDITABLE, Saved, SaveUnderWay, applied, is_secret
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
 from bridged.sources.cohorts import CohortSource
-from bridged.sources.http import HttpOptions, HttpSource
-from bridged.sources.http_connections import HttpLimits
+from bridged.sources.http import HttpSource
 from bridged.sources.stream import StreamOptions, StreamSource
 
 log = structlog.get_logger()
@@ -57,112 +58,25 @@ log = structlog.get_logger()
 TYPE_NAMES = dict(iter_types(EVENT_TYPES))
 
 
-def mapping_settings(config: Config) -> MappingSettings:
-    """What the configuration says about mapping."""
-    events, mixpanel = config.events, config.mixpanel
-    return MappingSettings(
-        token=mixpanel.token,
-        partner_id=mixpanel.partner_id,
-        naming=mixpanel.naming,
-        message_engagement=events.message_engagement,
-        customer_behavior=events.customer_behavior,
-        include=events.include,
-        exclude=events.exclude,
-        unknown=events.unknown,
-        anonymous=events.anonymous,
-        names=events.names,
-    )
-
-
-def target(config: Config) -> Target:
-    """Where the configuration says that requests go, and as whom."""
-    mixpanel = config.mixpanel
-    credentials = Credentials(
-        token=mixpanel.token,
-        api_secret=mixpanel.api_secret,
-        service_account=mixpanel.service_account,
-        service_secret=mixpanel.service_secret,
-        project_id=mixpanel.project_id,
-    )
-    return Target(url=mixpanel.url, region=mixpanel.region, credentials=credentials)
-
-
-def spool_options(config: Config) -> SpoolOptions:
-    """What the configuration says about the spool."""
-    return SpoolOptions(
-        path=config.spool.path,
-        max_bytes=config.spool.max_bytes,
-        max_dead_letters=config.spool.max_dead_letters,
-        max_segment_events=config.delivery.max_batch_events,
-        max_segment_bytes=config.delivery.max_batch_bytes,
-    )
-
-
-def delivery_options(config: Config) -> DeliveryOptions:
-    """What the configuration says about delivery, but for the pace."""
-    delivery = config.delivery
-    return DeliveryOptions(
-        max_batch_events=delivery.max_batch_events,
-        max_batch_bytes=delivery.max_batch_bytes,
-        flush_interval_s=delivery.flush_interval,
-        probe_interval_s=delivery.probe_interval,
-        max_age_s=config.retention.max_age,
-        on_expiry=config.retention.on_expiry,
-    )
-
-
-def pace_limits(config: Config) -> PaceLimits:
-    """What the configuration says about the pace."""
-    delivery = config.delivery
-    return PaceLimits(
-        max_events_per_second=delivery.max_events_per_second,
-        max_bytes_per_minute=delivery.max_bytes_per_minute,
-        max_concurrency=delivery.max_concurrency,
-    )
-
-
-def _http_options(config: Config) -> HttpOptions:
-    http = config.sources.http
-    host, port = split_address(http.listen)
-    return HttpOptions(
-        host=host,
-        port=port,
-        bearer_token=http.bearer_token,
-        max_body=http.max_body,
-        tls_cert=http.tls_cert,
-        tls_key=http.tls_key,
-        limits=HttpLimits(
-            max_connections=http.max_connections,
-            max_connections_per_client=http.max_connections_per_client,
-            max_in_flight=http.max_in_flight,
-        ),
-    )
-
-
-def _stream_options(config: Config) -> StreamOptions:
-    stream = config.sources.stream
-    return StreamOptions(
-        listen=stream.listen,
-        max_line=stream.max_line,
-        max_connections=stream.max_connections,
-        max_connections_per_client=stream.max_connections_per_client,
-        max_unfinished=stream.max_unfinished,
-        tls_cert=stream.tls_cert,
-        tls_key=stream.tls_key,
-    )
-
-
 class App:
     """The parts of a running daemon, as an async context manager. `config` is what is in force."""
 
     def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
+        self.saved = Saved(config.spool.path)  # on the page: goes before the configuration
+        self.saved.read(set_aside=True)
+        self.base = config  # what the file and the environment last said
+        config = self.saved.in_force(config)
+        if self.saved.problem:
+            log.error("saved_settings_unusable", problem=self.saved.problem, hint="see the page, Connection")
         self.config = config
-        self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before the configuration
+        self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before both
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
-        self._configured = config  # what the configuration last said
+        self._configured = config  # what the configuration last said, with what was saved
+        self._saving = False
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
+        self.activity = Activity(f"{config.spool.path}.activity")
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
         self.membership: Membership | None = None  # None: no cohorts are imported
         self.cohort_writer: CohortWriter | None = None
@@ -179,34 +93,39 @@ class App:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         config, delivery = self.config, self.config.delivery
-        self.spool = await stack.enter_async_context(Spool(spool_options(config), TYPE_NAMES, self.clock.latest))
+        self.spool = await stack.enter_async_context(
+            Spool(options.spool_options(config), TYPE_NAMES, self.clock.latest)
+        )
+        self._begin_activity(stack)
         self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
-        self.transport = await stack.enter_async_context(Transport(target(config), delivery.timeout))
+        self.transport = await stack.enter_async_context(Transport(options.target(config), delivery.timeout))
         self.delivery = Delivery(
             self.backlog,
             self.spool,
             self.transport,
-            Pace(pace_limits(config), random.Random()),
-            delivery_options(config),
+            Pace(options.pace_limits(config), random.Random()),
+            options.delivery_options(config),
             Archive(config.retention.archive_path),
             lambda code: TYPE_NAMES.get(code, ""),
             self.clock.earliest,
         )
+        self.delivery.happened = self.activity.tell
         delivering = self.delivery.run() if config.mixpanel.export else _nothing()
         self._delivering = asyncio.create_task(delivering, name="delivery")
         stack.push_async_callback(self._stop_delivering)
         if config.cohorts.enabled:
             await self._open_cohorts(stack, config)
-        self.mapping = EventMapping(EVENT_TYPES, mapping_settings(config))
+        self.mapping = EventMapping(EVENT_TYPES, options.mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
-        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(_hook(config)))
+        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(options.hook(config)))
+        self.watch.happened = self.activity.tell
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
         self.admin = AdminServer(self, self._listeners.take(config.admin.listen))
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
         self.stream = StreamSource(
-            _stream_options(config) if config.mixpanel.export else StreamOptions(listen=()),
+            options.stream_options(config) if config.mixpanel.export else StreamOptions(listen=()),
             self.intake,
             self.spool,
             self._listeners.take,
@@ -216,11 +135,11 @@ class App:
         self.cohorts: CohortSource | None = None
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
-            self.cohorts = CohortSource(cohort_options(config), self.membership)
+            # As it is now: the page may have changed the token meanwhile.
+            self.cohorts = CohortSource(cohort_options(self.config), self.membership)
             taking = self.intake if config.mixpanel.export else None
-            self.http = await stack.enter_async_context(
-                HttpSource(_http_options(config), taking, self.spool, sockets, self.cohorts)
-            )
+            door = HttpSource(options.http_options(self.config), taking, self.spool, sockets, self.cohorts)
+            self.http = await stack.enter_async_context(door)
         self._listeners.demand_none_left()
 
     async def _open_cohorts(self, stack: contextlib.AsyncExitStack, config: Config) -> None:
@@ -239,6 +158,24 @@ class App:
         if not self.config.mixpanel.export:
             raise error
         log.error("cohorts_failed", error=self.cohorts_problem, hint=getattr(error, "hint", ""))
+
+    def _begin_activity(self, stack: contextlib.AsyncExitStack) -> None:
+        """Once the spool is ours, and until it is closed: its file stands beside the spool's."""
+        self.activity.open()
+        before = self.activity.entries[-1] if self.activity.entries else None
+        killed = before is not None and before.kind != "stopped"
+        how = "after a crash, a kill or a power cut" if killed else "" if before else "with an empty list"
+        text = f"bridged {__version__} started {how}".strip()
+        self.activity.tell("started", text, "warning" if killed else "info", salvaged=self.spool.set_aside)
+
+        def ended(kind: type[BaseException] | None, error: BaseException | None, _traceback: Any) -> None:
+            if error is None or isinstance(error, asyncio.CancelledError):
+                self.activity.tell("stopped", "bridged stopped", waiting=self.spool.accounts.total("waiting"))
+            else:
+                self.activity.tell("stopped", f"bridged stopped: {error}", "critical")
+            self.activity.close()
+
+        stack.push(ended)
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -266,8 +203,12 @@ class App:
         Not `asked`: a file of a secret has changed, and if it says what is known already, nobody hears of it.
         """
         try:
-            said = read()
-            given = self.given if target(said).credentials == target(self._configured).credentials else {}
+            base = read()
+            said = applied(base, self.saved.values)
+            self._demand_usable(said)
+            given = (
+                self.given if options.target(said).credentials == options.target(self._configured).credentials else {}
+            )
             before = with_credentials(
                 self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given}
             )
@@ -278,14 +219,19 @@ class App:
             said_of_it = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
             self.reload_problem = " ".join(said_of_it.split())
             log.error("reload_failed", error=str(error), hint="the configuration in force is the old one")
+            self.activity.tell("reload_failed", f"The configuration can't be used: {self.reload_problem}", "critical")
             return
         self.reload_problem = ""
         for listener in (self.admin, self.stream, self.http):
             if listener is not None:
                 listener.reload()
-        self._configured, self.given, self.restart_needed = said, given, restart
+        self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
+        self.saved.revise()
         if asked or changed:
             log.info("reloaded", changed=changed, restart_needed_for=restart)
+            self.activity.tell(
+                "reloaded", "The configuration was read again", changed=changed, restart_needed_for=restart
+            )
 
     def take_credentials(self, given: dict[str, str]) -> None:
         """Other values in [mixpanel], at once and in memory only. Raises ConfigError, and changes nothing, if unusable."""
@@ -295,27 +241,85 @@ class App:
                 "api_secret would have no effect beside the service account that is in force",
                 'send "service_account": "" along to use the API secret',
             )
+        if not has_credential(config):
+            raise ConfigError(NO_CREDENTIAL)
         self._use(config)
         self.given |= given
+        self.saved.revise()
+        self.activity.tell("credentials", "A credential was given by the API, until the next start", keys=sorted(given))
         log.info("credentials_given", kind=self.transport.target.credentials.kind, keys=sorted(given))
+
+    async def save(self, given: Mapping[str, Any], remove: Sequence[str]) -> list[str]:
+        """Settings of the page: on disk for good, then in force; gives the keys that have changed.
+
+        Raises BadSettings or ConfigError for what can't be, SpoolError if the disk doesn't take it; nothing is changed then.
+        """
+        if self._saving:
+            raise SaveUnderWay("another change of the settings is being saved", "look at it, and try again")
+        self._saving = True
+        try:
+            before = self.saved.values
+            values = self.saved.with_changes(given, remove)
+            self._demand_usable(applied(self.base, values))
+            try:
+                await asyncio.to_thread(self.saved.write, values)
+                try:
+                    changed = self._take_saved(values)
+                except BaseException:
+                    await asyncio.to_thread(self.saved.write, before)
+                    raise
+            except OSError as error:
+                raise SpoolError(
+                    f"the settings can't be saved in {self.saved.path}: {error}",
+                    "is there room, and is the folder writable?",
+                ) from error
+        finally:
+            self._saving = False
+        return changed
+
+    def _demand_usable(self, config: Config) -> None:
+        """Raises ConfigError for what would stop a delivery that works."""
+        if has_credential(self._configured) and not has_credential(config):
+            raise ConfigError(NO_CREDENTIAL)
+
+    def _take_saved(self, values: dict[str, Any]) -> list[str]:
+        """Puts what is on disk now in force. What the API gave goes, if another credential was saved."""
+        said = applied(self.base, values)
+        given = self.given if options.target(said).credentials == options.target(self._configured).credentials else {}
+        before = with_credentials(self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given})
+        config, changed, restart = reloading.take_over(before, said)
+        self._use(with_credentials(config, given))
+        self._configured, self.given, self.restart_needed = said, given, restart
+        self.saved.values, self.saved.problem = values, ""
+        self.saved.revise()
+        if changed:
+            log.info("settings_saved", changed=changed)
+            what = ", ".join(_change(name, before, config) for name in changed)
+            self.activity.tell("settings", f"Settings were saved: {what}", changed=changed)
+        return changed
 
     def _use(self, config: Config) -> None:
         """Puts a configuration in force. First what may fail; then nothing waits, so everybody changes at the same moment."""
-        settings = mapping_settings(config)
+        settings = options.mapping_settings(config)
         mapping = self.mapping
-        if settings != mapping_settings(self.config):
+        if settings != options.mapping_settings(self.config):
             mapping = EventMapping(EVENT_TYPES, settings)
-        aimed = target(config)
+        aimed = options.target(config)
         is_other = aimed != self.transport.target
         self.transport.use(aimed, config.delivery.timeout)
-        self.delivery.use(delivery_options(config), pace_limits(config), Archive(config.retention.archive_path))
+        self.delivery.use(
+            options.delivery_options(config), options.pace_limits(config), Archive(config.retention.archive_path)
+        )
         self.mapping = mapping
         self.intake.use(mapping)
-        self.watch.webhook.use(_hook(config))
+        self.watch.webhook.use(options.hook(config))
         if self._importing is not None:
             self._importing.use(config)
-        if self.cohorts is not None:
-            self.cohorts.use(cohort_options(config))
+        # These are opened after the admin listener, where somebody may have saved something meanwhile.
+        if cohorts := getattr(self, "cohorts", None):
+            cohorts.use(cohort_options(config))
+        if door := getattr(self, "http", None):
+            door.use(config.sources.http.bearer_token)
         self.config = config
         if is_other:
             self.delivery.credentials_changed()
@@ -372,8 +376,13 @@ async def _nothing() -> None:
     await asyncio.Event().wait()
 
 
-def _hook(config: Config) -> Hook:
-    return Hook(config.alerts.webhook_url, config.alerts.webhook_token)
+def _change(name: str, before: Config, after: Config) -> str:
+    """A changed key in words; of a secret, or a list, nothing but that it changed."""
+    key = EDITABLE[name]
+    old, new = value_at(before, key.path), value_at(after, key.path)
+    if is_secret(key) or not isinstance(new, str | int | float):
+        return name
+    return f"{name} is {new!s} (was {old!s})"
 
 
 async def _end(task: "asyncio.Task[None]") -> None:
@@ -407,7 +416,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    warn(config)
+    warn(app.config)
     _allow_connections(config)
     memory.give_back_large_blocks()
     async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
@@ -449,7 +458,9 @@ def _allow_connections(config: Config) -> None:
 
 def warn(config: Config) -> None:
     """Says at start-up what will hurt later."""
-    kind = target(config).credentials.kind
+    if config.mixpanel.export and not has_credential(config):
+        log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
+    kind = options.target(config).credentials.kind
     if kind == "API secret":
         log.warning(
             "api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account and set service_account"

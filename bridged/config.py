@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -20,6 +20,8 @@ from msgspec import Meta, Struct
 from bridged.errors import ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config, Seconds, Section, Size
+
+NO_CREDENTIAL: Final = "mixpanel has no credential: set service_account, api_secret or token"
 
 
 class Key(NamedTuple):
@@ -76,15 +78,35 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _apply_environment(raw, environ)
     try:
-        config = msgspec.convert(raw, Config, dec_hook=_convert)
+        config = convert(raw)
     except msgspec.ValidationError as error:
         raise _explained(where, error) from error
     config = _with_secrets(config, environ)
+    demand_good(config, where)
+    return config
+
+
+def demand_good(config: Config, where: str = "") -> None:
+    """Raises ConfigError for what contradicts itself. From here on its secrets are masked in whatever is said.
+
+    A credential may be missing as long as there is a page to give it on.
+    """
     hide(_spoken_secrets(config))
     problems = list(_problems(config))
+    if not has_credential(config) and not config.admin.listen:
+        problems.append(NO_CREDENTIAL)
     if problems:
-        raise ConfigError(f"{where}: " + "\n  ".join(problems))
-    return config
+        raise ConfigError((f"{where}: " if where else "") + "\n  ".join(problems))
+
+
+def has_credential(config: Config) -> bool:
+    """Whether there is anything to show to Mixpanel."""
+    return bool(config.mixpanel.service_account or config.mixpanel.api_secret or config.mixpanel.token)
+
+
+def convert(raw: Mapping[str, Any]) -> Config:
+    """Nested plain data as a configuration. Raises msgspec.ValidationError."""
+    return msgspec.convert(raw, Config, dec_hook=_convert)
 
 
 def _convert(kind: type, value: object) -> object:
@@ -208,12 +230,11 @@ def replaced(struct: Any, path: tuple[str, ...], value: object) -> Any:
 
 
 def with_credentials(config: Config, changes: Mapping[str, str]) -> Config:
-    """The configuration with other values in [mixpanel]. Raises ConfigError if it would have no usable credential."""
+    """The configuration with other values in [mixpanel]. Raises ConfigError if they contradict each other."""
     config = msgspec.structs.replace(config, mixpanel=msgspec.structs.replace(config.mixpanel, **changes))
+    hide(_spoken_secrets(config))
     if problems := list(_problems(config)):
         raise ConfigError("; ".join(problems))
-    hide(_spoken_secrets(config))
-    hide(_spoken_secrets(config))
     return config
 
 
@@ -238,8 +259,6 @@ def _problems(config: Config) -> Iterator[str]:
     mixpanel = config.mixpanel
     if mixpanel.service_account and not (mixpanel.service_secret and mixpanel.project_id):
         yield "mixpanel.service_account needs mixpanel.service_secret and mixpanel.project_id"
-    if mixpanel.export and not (mixpanel.service_account or mixpanel.api_secret or mixpanel.token):
-        yield "mixpanel has no credential: set service_account, api_secret or token (or export = false)"
     if config.cohorts.enabled:
         yield from _cohort_problems(config)
     elif not mixpanel.export:
@@ -343,18 +362,21 @@ def default_toml() -> str:
         if key.path[:-1] != section:
             section = key.path[:-1]
             lines += ["", f"# {docs[section]}", f"[{'.'.join(section)}]"]
-        lines += [f"# {key.description}", f"{key.path[-1]} = {_toml_value(key.default)}"]
+        lines += [f"# {key.description}", f"{key.path[-1]} = {toml_value(key.default)}"]
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it; what `tomllib` reads back is the same."""
     if isinstance(value, Size | Seconds):
         return f'"{value}"'
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        return "{}"
-    return msgspec.json.encode(value).decode()
+        members = ", ".join(f"{toml_value(name)} = {toml_value(of)}" for name, of in value.items())
+        return f"{{ {members} }}" if members else "{}"
+    # A string of JSON is one of TOML, but for one character that only JSON takes raw.
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
 
 
 def masked(config: Config) -> dict[str, Any]:

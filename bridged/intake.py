@@ -98,6 +98,20 @@ class Intake:
         mapped.replayed = [row]
         return self._spool.append(mapped)
 
+    def both_forms(self, row: DeadLetterRow) -> dict[str, object]:
+        """A dead letter as Braze sent it (`original`) and as Mixpanel got or would get it (`mapped`); None: not known.
+
+        What Mixpanel refused is kept as it was sent there; `mapped_problem` says why there is no mapped form of the other.
+        """
+        if row.stage == "mixpanel":
+            return {"original": None, "mapped": _raw(row.event), "mapped_problem": ""}
+        mapped = self._mapping.map(self._schema.lines([row.event]), self._clock())
+        if not mapped.forms:
+            reasons = [refusal.reason for refusal in mapped.refusals] + [skip.reason for skip in mapped.skips]
+            problem = reasons[0] if reasons else "it holds no event"
+            return {"original": _raw(row.event), "mapped": None, "mapped_problem": problem}
+        return {"original": _raw(row.event), "mapped": mapped.forms[0], "mapped_problem": ""}
+
     def _with_token(self, event: bytes) -> bytes:
         """A mapped event with the project token of today, if it has one at all: for events that come back after a while.
 
@@ -195,6 +209,15 @@ class Intake:
                         self.unknown_fields[event.code, name[:100]] += 1
             if not fresh:
                 return
+
+
+def _raw(event: bytes) -> msgspec.Raw | None:
+    """An event as JSON, in its own spelling; None if it is none."""
+    try:
+        msgspec.json.decode(event)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return msgspec.Raw(event)
 
 
 def _joined(parts: Sequence[Intaken]) -> Intaken:

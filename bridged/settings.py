@@ -194,6 +194,15 @@ class Events(Section, frozen=True, kw_only=True):
         dict[str, str],
         Meta(description='Mixpanel event name by event type, e.g. "users.messages.sms.CarrierSend" = "SMS Carrier".'),
     ] = {}
+    transform: Annotated[
+        dict[str, dict[str, Literal["remove", "hash"]]],
+        Meta(
+            description=(
+                'Fields that Mixpanel doesn\'t get as they are, by event type, e.g. "users.messages.email.Send" = '
+                '{ email_address = "hash" }. remove: "[REDACTED]"; hash: SHA-256 in hex. See README, Events.'
+            )
+        ),
+    ] = {}
 
 
 class SpoolSettings(Section, frozen=True, kw_only=True):

@@ -145,8 +145,10 @@ async def test_a_page_elsewhere_changes_nothing(daemon, client):
 
 
 async def test_our_own_page_and_tools_may(daemon, client):
-    """Tools send neither header, our own page the right ones; a proxy in front may have ended the TLS."""
+    """Tools send neither header; our own page the right ones, and the CSRF token; a proxy in front may have ended the TLS."""
     app = await daemon()
+    async with client.get(f"http://{app.config.admin.listen}/api/session") as told:
+        csrf = (await told.json())["csrf"]
 
     for headers in (
         {},
@@ -155,7 +157,12 @@ async def test_our_own_page_and_tools_may(daemon, client):
         {"Origin": "https://{host}"},
     ):
         await dead_letter(client, app)
-        assert await purge(client, app, headers) == (200, ""), headers
+        if headers:
+            for wrong in ({}, {"X-CSRF-Token": ""}, {"X-CSRF-Token": csrf[:-1]}):
+                status, error = await purge(client, app, headers | wrong)
+                assert (status, "X-CSRF-Token" in error) == (403, True), headers
+            assert app.spool.dead_letters == 1
+        assert await purge(client, app, headers | {"X-CSRF-Token": csrf} if headers else {}) == (200, ""), headers
         assert app.spool.dead_letters == 0
     balanced(app)
 

@@ -8,7 +8,8 @@ from conftest import free_port
 from test_cli import _Configured, bridged  # noqa: F401  # a fixture
 from test_wire import Proxy, port
 
-from bridged.commands import check
+from bridged import options
+from bridged.delivery import probe
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.mixpanel import requests
 from bridged.mixpanel.verdicts import Retry
@@ -95,4 +96,4 @@ async def test_a_certificate_of_nobody(bridged, config, emulator):  # noqa: F811
 )
 def test_every_trouble_has_advice(config, verdict, word):
     """Whatever the transport says, somebody can do something."""
-    assert word in check._unreachable(config(), verdict)
+    assert word in probe._unreachable(options.target(config()), verdict)[1]

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import collections
 import json
+import urllib.parse
 
 import msgspec
 import pytest
@@ -84,6 +86,53 @@ async def test_groups(verbs, monkeypatch):
 
     assert sum(group.count for group in groups) == 25
     assert [group.count for group in groups] == [7, 7, 6, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Filter(),
+        Filter(reason="because 1"),
+        Filter(exact_reason="because 1"),
+        Filter(exact_reason="because"),
+        Filter(until=1),
+    ],
+)
+@pytest.mark.parametrize("window", [1, 4, 1000])
+async def test_newest_first(verbs, monkeypatch, wanted, window):
+    """The pages from the newest on are those from the oldest on, in reverse; and a count is their number."""
+    monkeypatch.setattr(dead_letters, "_WINDOW_ROWS", window)
+    expected = (await ids(verbs, wanted))[::-1]
+    found, before = [], dead_letters.MAX_ID
+    while page := await verbs.list_before(wanted, before, 3):
+        found += [row.id for row in page]
+        before = page[-1].id
+    assert found == expected
+    assert await verbs.count(wanted) == len(expected)
+    assert await verbs.count([*expected, 10**6]) == len(expected)
+    assert sum(group.count for group in await verbs.groups(wanted)) == len(expected)
+
+
+async def test_groups_are_counted_on(spool, verbs):
+    """What came since is added to what was counted; what went or changed meanwhile is not in it any more."""
+
+    async def agree():
+        rows = await verbs.list_after(Filter(), limit=1000)
+        alike = collections.Counter((row.stage, row.event_type, row.reason) for row in rows)
+        told = {(group.stage, group.event_type, group.reason): group.count for group in await verbs.groups()}
+        assert told == alike
+
+    await agree()
+    await spool.append(Intaken([], letters(7, reason="another")))
+    assert verbs._known_to == 25
+    await agree()
+    assert verbs._known_to == 32
+    await verbs.purge(Filter(exact_reason="another 1"))
+    await agree()
+    await verbs.replay(Filter(reason="because"))
+    await agree()
+    await verbs.purge([row.id for row in await verbs.list_before(Filter(), limit=3)])
+    await agree()
 
 
 async def test_slices_are_bounded(spool, verbs, monkeypatch):
@@ -327,4 +376,65 @@ async def test_second_replay_is_409(daemon, client):
     statuses = sorted(status for status, _ in answers)
     assert statuses[0] == 200
     assert set(statuses) <= {200, 409}
+    balanced(app)
+
+
+async def test_the_page_looks_at_them(daemon, client, emulator):
+    """Newest first, page by page, by an exact reason; one with both its forms; a count before anything is deleted."""
+    app = await daemon(mixpanel__token="example-token-1")
+    url = f"http://{app.config.admin.listen}/api/dead-letters"
+    events = [currents(seed=n) | {"time": -n} for n in range(1, 6)] + [
+        currents("users.messages.sms.Send", seed=9) | {"id": 7}
+    ]
+    async with client.post(f"http://{app.config.sources.http.listen}/v1/currents", json={"events": events}) as got:
+        assert got.status == 200
+
+    async def ask(path=""):
+        async with client.get(url + path) as got:
+            return got.status, await got.json()
+
+    _, page = await ask("?order=newest&limit=4")
+    assert [row["id"] for row in page["dead_letters"]] == [6, 5, 4, 3]
+    _, page = await ask(f"?order=newest&limit=4&before={page['next']}")
+    assert ([row["id"] for row in page["dead_letters"]], page["next"]) == ([2, 1], None)
+    for query in ("?order=sideways", "?before=3", "?order=newest&after=3"):
+        assert (await ask(query))[0] == 400
+    _, groups = await ask("/groups?event_type=users.messages.email.Open")
+    assert sum(group["count"] for group in groups) == 5
+    query = urllib.parse.urlencode({"exact_reason": groups[0]["reason"], "order": "newest"})
+    assert len((await ask(f"?{query}"))[1]["dead_letters"]) == 1
+
+    status, letter = await ask("/1")
+    assert (status, letter["original"], letter["mapped"]) == (200, letter["event"], None)
+    assert "ill-typed" in letter["mapped_problem"]
+    app.activity.tell("reloaded", "so that the next entry is another")
+    for order, count in (
+        ({"all": True}, 6),
+        ({"ids": [1, 2, 99]}, 2),
+        ({"filter": {"exact_reason": groups[0]["reason"]}}, 1),
+    ):
+        async with client.post(f"{url}/count", json=order) as got:
+            assert await got.json() == {"count": count}
+    async with client.post(f"{url}/purge", json={"ids": [1, 2, 99]}) as got:
+        assert await got.json() == {"purged": 2}
+    assert (app.activity.entries[-1].kind, app.activity.entries[-1].detail) == ("purge", {"purged": 2})
+
+    # What Mixpanel refuses is kept as it was sent; its token is masked.
+    emulator.script(
+        [
+            {
+                "status": 400,
+                "body": '{"code":400,"error":"some data points in the request failed validation",'
+                '"failed_records":[{"index":0,"$insert_id":"","field":"properties.x","message":"no"}],"num_records_imported":0}',
+            }
+        ]
+    )
+    async with client.post(
+        f"http://{app.config.sources.http.listen}/v1/currents", json={"events": [currents(seed=77)]}
+    ) as got:
+        assert got.status == 200
+    await until(lambda: app.spool.dead_letters == 5, "the refusal", 30)
+    _, letter = await ask("/7")
+    assert (letter["original"], letter["mapped"]["event"], letter["mapped"]) == (None, "Email Open", letter["event"])
+    assert letter["mapped"]["properties"]["token"] == "********"
     balanced(app)

@@ -18,10 +18,13 @@ LADDER: dict[str, set[str]] = {
     "redaction": set(),
     "logs": {"redaction"},
     "clock": set(),
+    "activity": {"redaction"},
     "settings": set(),
     "config": {"errors", "redaction", "settings"},
     "reloading": {"config", "settings"},
     "memory": set(),
+    # What was saved on the page, over the configuration.
+    "saved": {"config", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
     "alarms": set(),
     "currents": set(),
@@ -34,10 +37,26 @@ LADDER: dict[str, set[str]] = {
     "cohorts": {"errors", "braze", "mixpanel"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "redaction", "backlog", "intake", "cohorts"},
+    # The configuration in each part's own terms.
+    "options": {"alarms", "backlog", "config", "delivery", "mixpanel", "settings", "sources"},
     # The cohorts' parts, made from a configuration.
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
-    "admin": {"errors", "redaction", "config", "alarms", "currents", "mixpanel", "backlog", "delivery", "cohorts"},
+    "admin": {
+        "activity",
+        "options",
+        "saved",
+        "settings",
+        "errors",
+        "redaction",
+        "config",
+        "alarms",
+        "currents",
+        "mixpanel",
+        "backlog",
+        "delivery",
+        "cohorts",
+    },
     # What a service manager hands over and wants to hear.
     "service": {"errors"},
     # Knows everyone.
@@ -49,6 +68,9 @@ LADDER: dict[str, set[str]] = {
             "config",
             "reloading",
             "memory",
+            "saved",
+            "options",
+            "activity",
             "alarms",
             "currents",
             "mixpanel",
@@ -67,6 +89,8 @@ LADDER: dict[str, set[str]] = {
         "errors",
         "settings",
         "config",
+        "saved",
+        "options",
         "currents",
         "mixpanel",
         "backlog",
@@ -76,7 +100,6 @@ LADDER: dict[str, set[str]] = {
         "braze",
         "admin",
         "cohort_import",
-        "app",
     },
     "cli": {"errors", "redaction", "logs", "config", "memory", "app", "emulator", "commands"},
     "__main__": {"cli"},
@@ -95,6 +118,8 @@ PURE = [
     ROOT / "cohorts" / "records.py",
     ROOT / "cohorts" / "pace.py",
     ROOT / "admin" / "health.py",
+    ROOT / "admin" / "sessions.py",
+    ROOT / "admin" / "selection.py",
     ROOT / "alarms" / "rules.py",
     ROOT / "clock.py",
     *[

@@ -1,11 +1,15 @@
 """The JSON API under /api/: what the commands, the page and the operator's own tools ask and order.
 
     GET  /api/status                  the Status of admin/status.py
-    GET  /api/config                  the configuration in force, secrets masked
-    GET  /api/dead-letters            ?event_type= reason= stage= since= until= after= limit= (<= 1000), oldest first
-    GET  /api/dead-letters/groups     all of them, counted by stage, event type and reason
+    GET  /api/config                  the configuration in force, secrets masked, and which keys were saved on the page
+    GET  /api/history                 ?span=hour|day since=: columns for charts
+    GET  /api/activity                ?before= limit=: what happened, newest first
+    GET  /api/dead-letters            ?event_type= reason= exact_reason= stage= since= until= order=oldest|newest after=|before=
+                                      limit= (<= 1000)
+    GET  /api/dead-letters/groups     counted by stage, event type and reason; the same filters
     GET  /api/dead-letters/export     NDJSON, with the events; the same filters
-    GET  /api/dead-letters/ID         one, with its event
+    GET  /api/dead-letters/ID         one, with its event as it came and as it was mapped, as far as there are both
+    POST /api/dead-letters/count      how many an order, such as the following, would be about
     POST /api/dead-letters/replay     {"ids": [...]} or {"filter": {...}} or {"all": true}
     POST /api/dead-letters/purge      likewise
     POST /api/credentials             {"token", "api_secret", "service_account", "service_secret", "project_id"}: those that
@@ -18,6 +22,7 @@
 What changes something is a POST of JSON, and only that. Errors are {"error": what happened, "hint": what to do}.
 """
 
+import math
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -26,16 +31,17 @@ from aiohttp import web
 from msgspec import Struct
 
 from bridged import config
-from bridged.admin.answers import body, json, number
+from bridged.activity import MAX_ENTRIES, Entry
+from bridged.admin.answers import body_of, json, number_of
 from bridged.admin.cohorts import CohortsApi
+from bridged.admin.history import SPANS, History
 from bridged.admin.status import status
-from bridged.backlog.dead_letters import MAX_LISTED, DeadLetters, Filter, Group, Summary, exported
+from bridged.backlog.dead_letters import MAX_ID, MAX_LISTED, DeadLetters, Filter, Group, Summary, exported
 from bridged.errors import BadRequest, ConfigError
 
 if TYPE_CHECKING:
     from bridged.app import App
 
-_MAX_ID: Final = 2**63 - 1
 # Counting the reasons goes through the whole table: the status uses an old count for so many times what it took.
 _PATIENCE: Final = 30.0
 _TOP_REASONS: Final = 20
@@ -45,6 +51,13 @@ class Listing(Struct):
     """A page of dead letters; `next` is the `after` of the following one."""
 
     dead_letters: list[Summary]
+    next: int | None
+
+
+class Happened(Struct):
+    """A page of what happened, the newest first; `next` is the `before` of the following one."""
+
+    activity: list[Entry]
     next: int | None
 
 
@@ -63,7 +76,7 @@ class Order(Struct, forbid_unknown_fields=True):
             if self.filter == Filter():
                 raise BadRequest("the filter is empty", '{"all": true} means all of them')
             return self.filter
-        if self.ids is not None and any(not 0 < id_ <= _MAX_ID for id_ in self.ids):
+        if self.ids is not None and any(not 0 < id_ <= MAX_ID for id_ in self.ids):
             raise BadRequest("ids are positive numbers")
         return Filter() if self.ids is None else self.ids
 
@@ -96,8 +109,9 @@ class Archived(msgspec.Struct, forbid_unknown_fields=True):
 class Api:
     """The endpoints. Owns the dead letters' verbs, so that there is one replay at a time."""
 
-    def __init__(self, app: "App") -> None:
+    def __init__(self, app: "App", history: History) -> None:
         self._app = app
+        self._history = history
         self._dead_letters = DeadLetters(app.spool, app.intake.replay)
         self._groups: list[Group] = []
         self._groups_of: object = None  # what the dead letters were like when they were counted
@@ -107,10 +121,13 @@ class Api:
         """Declares every endpoint."""
         router.add_get("/api/status", self._status)
         router.add_get("/api/config", self._config)
+        router.add_get("/api/history", self._columns)
+        router.add_get("/api/activity", self._activity)
         router.add_get("/api/dead-letters", self._list)
         router.add_get("/api/dead-letters/groups", self._all_groups)
         router.add_get("/api/dead-letters/export", self._export)
         router.add_get(r"/api/dead-letters/{id:\d{1,19}}", self._show)
+        router.add_post("/api/dead-letters/count", self._count)
         router.add_post("/api/dead-letters/replay", self._replay)
         router.add_post("/api/dead-letters/purge", self._purge)
         router.add_post("/api/replay", self._replay_archived)
@@ -121,7 +138,22 @@ class Api:
         return json(status(self._app, (await self._counted())[:_TOP_REASONS]))
 
     async def _config(self, request: web.Request) -> web.Response:
-        return json(config.masked(self._app.config))
+        app = self._app
+        return json(config.masked(app.config) | {"overridden": app.saved.overridden(app.base)})
+
+    async def _columns(self, request: web.Request) -> web.Response:
+        query = dict(request.query)
+        span, since = query.pop("span", "hour"), _time(query.pop("since", "0"))
+        if query or span not in SPANS:
+            raise BadRequest("the history is asked for by span and since", f"span is {' or '.join(SPANS)}")
+        return json(self._history.columns(span, since))
+
+    async def _activity(self, request: web.Request) -> web.Response:
+        query = dict(request.query)
+        limit, before = number_of(query, "limit", 100, MAX_ENTRIES), number_of(query, "before", MAX_ID, MAX_ID)
+        _demand_nothing_else(query)
+        entries = self._app.activity.newest(limit, before)
+        return json(Happened(entries, entries[-1].id if entries and len(entries) == limit else None))
 
     async def _counted(self) -> list[Group]:
         """The dead letters by reason, not newer than need be."""
@@ -135,21 +167,31 @@ class Api:
         return self._groups
 
     async def _all_groups(self, request: web.Request) -> web.Response:
-        return json(await self._dead_letters.groups())
+        return json(await self._dead_letters.groups(_filter(dict(request.query))))
+
+    async def _count(self, request: web.Request) -> web.Response:
+        wanted = (await body_of(request, Order)).wanted()
+        return json({"count": await self._dead_letters.count(wanted)})
 
     async def _list(self, request: web.Request) -> web.Response:
         query = dict(request.query)
-        after = number(query, "after", 0, _MAX_ID)
-        limit = number(query, "limit", 100, MAX_LISTED)
-        rows = await self._dead_letters.list_after(_filter(query), after, limit)
+        limit, order = number_of(query, "limit", 100, MAX_LISTED), query.pop("order", "oldest")
+        if order not in ("oldest", "newest"):
+            raise BadRequest("order: oldest or newest")
+        if order == "oldest":
+            after = number_of(query, "after", 0, MAX_ID)
+            rows = await self._dead_letters.list_after(_filter(query), after, limit)
+        else:
+            before = number_of(query, "before", MAX_ID, MAX_ID)
+            rows = await self._dead_letters.list_before(_filter(query), before, limit)
         return json(Listing(rows, rows[-1].id if rows and len(rows) == limit else None))
 
     async def _show(self, request: web.Request) -> web.Response:
         id_ = int(request.match_info["id"])
-        row = await self._dead_letters.get(id_) if id_ <= _MAX_ID else None
+        row = await self._dead_letters.get(id_) if id_ <= MAX_ID else None
         if row is None:
             raise web.HTTPNotFound(text=f"there is no dead letter {id_}")
-        return json(exported(row))
+        return json(exported(row) | self._app.intake.both_forms(row))
 
     async def _export(self, request: web.Request) -> web.StreamResponse:
         wanted = _filter(dict(request.query))
@@ -161,24 +203,29 @@ class Api:
         return response
 
     async def _replay(self, request: web.Request) -> web.Response:
-        wanted = (await body(request, Order)).wanted()
+        wanted = (await body_of(request, Order)).wanted()
         self._demand_quiet()
-        return json(await self._dead_letters.replay(wanted))
+        outcome = await self._dead_letters.replay(wanted)
+        text = "Dead letters were replayed"
+        self._app.activity.tell("replay", text, replayed=outcome.replayed, refused_again=outcome.refused)
+        return json(outcome)
 
     async def _purge(self, request: web.Request) -> web.Response:
-        wanted = (await body(request, Order)).wanted()
+        wanted = (await body_of(request, Order)).wanted()
         self._demand_quiet()
-        return json({"purged": await self._dead_letters.purge(wanted)})
+        purged = await self._dead_letters.purge(wanted)
+        self._app.activity.tell("purge", "Dead letters were deleted for good", "warning", purged=purged)
+        return json({"purged": purged})
 
     async def _replay_archived(self, request: web.Request) -> web.Response:
         """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk."""
-        events = (await body(request, Archived)).events
+        events = (await body_of(request, Archived)).events
         await self._app.intake.accept_archived([bytes(event) for event in events])
         return json({"accepted": len(events)})
 
     async def _credentials(self, request: web.Request) -> web.Response:
         """Another credential, at once."""
-        given = (await body(request, NewCredentials)).given()
+        given = (await body_of(request, NewCredentials)).given()
         try:
             self._app.take_credentials(given)
         except ConfigError as error:
@@ -189,6 +236,21 @@ class Api:
     def _demand_quiet(self) -> None:
         if self._dead_letters.busy:
             raise web.HTTPConflict(text="another replay or purge of dead letters is under way: wait for its end")
+
+
+def _demand_nothing_else(query: dict[str, str]) -> None:
+    if query:
+        raise BadRequest(f"the query has a part that means nothing here: {next(iter(query))[:40]!r}")
+
+
+def _time(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise BadRequest(f"expected a time in seconds, not {text[:40]!r}")
+    return seconds
 
 
 def _filter(query: dict[str, str]) -> Filter:

@@ -9,30 +9,27 @@ from typing import Any, Final
 import msgspec
 
 from bridged import __version__
+from bridged.admin import openapi_page
 from bridged.admin.api import NewCredentials
 from bridged.admin.cohorts import MAX_LISTED as MAX_REFUSALS
 from bridged.admin.cohorts import MAX_POINTS, Overview, Refusals
 from bridged.admin.health import Health
+from bridged.admin.operations import (
+    STATUSES,
+    json_content,
+    object_of,
+    operation,
+    parameter,
+    ref,
+    refused,
+    required,
+    text_content,
+)
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import MAX_LISTED, Group, Replayed, Summary
 from bridged.cohorts.records import CohortDetail, Plan
 
 _MAX_ID: Final = 2**63 - 1
-_STATUSES: Final = {
-    200: "Done.",
-    400: "The request can't be understood: `error` says what, `hint` what to do.",
-    401: "No token, or a wrong one.",
-    403: "From a page of another origin.",
-    404: "There is no such thing here.",
-    405: "Not this method.",
-    408: "The request didn't come in time.",
-    409: "Another replay or purge is under way.",
-    413: "Too large. At the HTTP door: split it.",
-    415: "At the HTTP door: compressed with anything but gzip or deflate. Else: the body must be application/json.",
-    421: "Under a name that is none of ours: see [admin] hosts.",
-    431: "The head is too large.",
-    503: "Not now. At the HTTP door: keep the events and come again after Retry-After seconds.",
-}
 
 
 class _Dead(msgspec.Struct):
@@ -42,57 +39,23 @@ class _Dead(msgspec.Struct):
     next: int | None
 
 
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
-
-
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _text(content_type: str) -> dict[str, Any]:
-    return {content_type: {"schema": {"type": "string"}}}
-
-
-def _operation(
-    summary: str,
-    content: dict[str, Any],
-    *others: int,
-    parameters: list[dict[str, Any]] | None = None,
-    body: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """One operation: what a 200 holds, and what else it may answer (401 unless it is said to be open)."""
-    responses: dict[str, Any] = {"200": {"description": _STATUSES[200], "content": content}}
-    for status in sorted(others):
-        responses[str(status)] = _refused(status)
-    operation: dict[str, Any] = {"summary": summary, "responses": responses}
-    if parameters:
-        operation["parameters"] = parameters
-    if body:
-        operation["requestBody"] = body
-    if 401 not in others:
-        operation["security"] = []
-    return operation
-
-
-def _refused(status: int) -> dict[str, Any]:
-    return {"description": _STATUSES[status], "content": _json(_ref("Error"))}
-
-
-def _parameter(name: str, schema: dict[str, Any], text: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
-
-
 _FILTER: Final = [
-    _parameter("event_type", {"type": "string"}, "Only of this event type."),
-    _parameter("reason", {"type": "string"}, "Only with this in their reason, in any case."),
-    _parameter("stage", {"enum": ["door", "mixpanel"]}, "Only refused there."),
-    _parameter("since", {"type": "number"}, "Only refused, last, at or after this time, in seconds."),
-    _parameter("until", {"type": "number"}, "Only refused, last, before this time, in seconds."),
+    parameter("event_type", {"type": "string"}, "Only of this event type."),
+    parameter("reason", {"type": "string"}, "Only with this in their reason, in any case."),
+    parameter("exact_reason", {"type": "string"}, "Only with this very reason."),
+    parameter("stage", {"enum": ["door", "mixpanel"]}, "Only refused there."),
+    parameter("since", {"type": "number"}, "Only refused, last, at or after this time, in seconds."),
+    parameter("until", {"type": "number"}, "Only refused, last, before this time, in seconds."),
 ]
 _PAGE: Final = [
-    _parameter("after", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The `next` of the page before."),
-    _parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_LISTED}, "At most so many; 100."),
+    parameter("after", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The `next` of the page before."),
+    parameter("before", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The same, with the newest first."),
+    parameter(
+        "order",
+        {"enum": ["oldest", "newest"]},
+        "Which come first; oldest. `before` goes with newest, `after` with oldest.",
+    ),
+    parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_LISTED}, "At most so many; 100."),
 ]
 _ORDER: Final = {
     "description": "Which dead letters: exactly one of the three.",
@@ -137,26 +100,21 @@ _LETTER: Final = {
         "reason": {"type": "string"},
         "event": {"type": ["object", "array"]},
         "event_base64": {"type": "string"},
+        "original": {"description": "As Braze sent it; null: it isn't kept, or isn't JSON."},
+        "mapped": {"description": "As it was sent to Mixpanel, or would be today; null: it can't be."},
+        "mapped_problem": {"type": "string"},
     },
     "required": ["id", "first_at", "last_at", "attempts", "stage", "event_type", "reason"],
 }
-
-
-def _required(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"required": True, "content": _json(schema)}
-
-
-def _object(**properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
-_CURRENTS: Final = _operation(
+_CURRENTS: Final = operation(
     "Takes Currents events. 200: every one of them is on disk, as an event that waits, a dead letter, or skipped by choice.",
-    _json(_object(status={"const": "ok"})),
+    json_content(object_of(status={"const": "ok"})),
     *(400, 401, 404, 405, 408, 413, 415, 431, 503),
     body={
         "description": 'Braze\'s body {"events": [...]}; an array of events or one event will do, and nothing is a probe.',
@@ -174,14 +132,14 @@ _CURRENTS: Final = _operation(
     ],
 )
 
-_COHORT_PAGE: Final = _operation(
+_COHORT_PAGE: Final = operation(
     "Takes a page of a cohort from Mixpanel's custom webhook. 200: it is on disk.",
-    _json(_ref("CohortAnswer")),
+    json_content(ref("CohortAnswer")),
     *(400, 401, 404, 405, 408, 413, 415, 431, 503),
     body={
         "description": "Mixpanel's body. What isn't named here is not looked at, and what is may be a number or a string.",
         "required": True,
-        "content": _json(
+        "content": json_content(
             {
                 "type": "object",
                 "properties": {
@@ -207,38 +165,46 @@ _COHORT_PAGE: Final = _operation(
 # Mixpanel reads its own form of a refusal; what isn't about a page (a path, a method, a head) is told as everywhere.
 for _status in (400, 401, 413, 415, 503):
     _COHORT_PAGE["responses"][str(_status)] = {
-        "description": _STATUSES[_status],
-        "content": _json({"anyOf": [_ref("CohortAnswer"), _ref("Error")]}),
+        "description": STATUSES[_status],
+        "content": json_content({"anyOf": [ref("CohortAnswer"), ref("Error")]}),
     }
 _COHORT_PAGE["security"] = [{"mixpanel": []}, {}]
 
 _PATHS: Final[dict[str, dict[str, Any]]] = {
     "/healthz": {
-        "get": _operation(
+        "get": operation(
             "Whether the process answers at all.",
-            _json(_object(status={"const": "ok"}, version={"type": "string"}, uptime_s={"type": "number"})),
+            json_content(object_of(status={"const": "ok"}, version={"type": "string"}, uptime_s={"type": "number"})),
         )
     },
-    "/readyz": {"get": _operation("Whether it takes events and makes progress.", _json(_ref("Health")), 401)},
-    "/metrics": {"get": _operation("For Prometheus.", _text("text/plain"), 401)},
-    "/openapi.json": {"get": _operation("This document.", _json({"type": "object"}), 401)},
-    "/api/status": {"get": _operation("What the daemon does now.", _json(_ref("Status")), 401)},
+    "/readyz": {"get": operation("Whether it takes events and makes progress.", json_content(ref("Health")), 401)},
+    "/metrics": {"get": operation("For Prometheus.", text_content("text/plain"), 401)},
+    "/openapi.json": {"get": operation("This document.", json_content({"type": "object"}), 401)},
+    "/api/status": {"get": operation("What the daemon does now.", json_content(ref("Status")), 401)},
     "/api/config": {
-        "get": _operation("The configuration in force, secrets masked.", _json({"type": "object"}), 401),
+        "get": operation("The configuration in force, secrets masked.", json_content({"type": "object"}), 401),
     },
     "/api/dead-letters": {
-        "get": _operation("Dead letters, oldest first.", _json(_ref("Listing")), 400, 401, parameters=_FILTER + _PAGE)
+        "get": operation(
+            "Dead letters, oldest first.", json_content(ref("Listing")), 400, 401, parameters=_FILTER + _PAGE
+        )
     },
     "/api/dead-letters/groups": {
-        "get": _operation("All of them, counted.", _json({"type": "array", "items": _ref("Group")}), 401)
+        "get": operation(
+            "Those that match, counted.",
+            json_content({"type": "array", "items": ref("Group")}),
+            400,
+            401,
+            parameters=_FILTER,
+        )
     },
     "/api/dead-letters/export": {
-        "get": _operation("NDJSON, with the events.", _text("application/x-ndjson"), 400, 401, parameters=_FILTER)
+        "get": operation("NDJSON, with the events.", text_content("application/x-ndjson"), 400, 401, parameters=_FILTER)
     },
     "/api/dead-letters/{id}": {
-        "get": _operation(
+        "get": operation(
             "One, with its event.",
-            _json(_LETTER),
+            json_content(_LETTER),
             *(401, 404),
             parameters=[
                 {
@@ -250,36 +216,44 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
             ],
         )
     },
+    "/api/dead-letters/count": {
+        "post": operation(
+            "How many there are of them.",
+            json_content(object_of(count={"type": "integer"})),
+            *(400, 401, 413, 415, 503),
+            body=required(_ORDER),
+        )
+    },
     "/api/dead-letters/replay": {
-        "post": _operation(
+        "post": operation(
             "Sends them again through the whole path.",
-            _json(_ref("Replayed")),
+            json_content(ref("Replayed")),
             *(400, 401, 409, 413, 415, 503),
-            body=_required(_ORDER),
+            body=required(_ORDER),
         )
     },
     "/api/dead-letters/purge": {
-        "post": _operation(
+        "post": operation(
             "Deletes them for good.",
-            _json(_object(purged={"type": "integer"})),
+            json_content(object_of(purged={"type": "integer"})),
             *(400, 401, 409, 413, 415, 503),
-            body=_required(_ORDER),
+            body=required(_ORDER),
         )
     },
     "/api/replay": {
-        "post": _operation(
+        "post": operation(
             "Takes mapped events that were archived when they expired.",
-            _json(_object(accepted={"type": "integer"})),
+            json_content(object_of(accepted={"type": "integer"})),
             *(400, 401, 413, 415, 503),
-            body=_required(_object(events={"type": "array"}) | {"additionalProperties": False}),
+            body=required(object_of(events={"type": "array"}) | {"additionalProperties": False}),
         )
     },
     "/api/credentials": {
-        "post": _operation(
+        "post": operation(
             "Another credential for Mixpanel, at once; in memory until the next start.",
-            _json(_object(credential={"type": "string"}, kept={"type": "string"})),
+            json_content(object_of(credential={"type": "string"}, kept={"type": "string"})),
             *(400, 401, 413, 415),
-            body=_required(
+            body=required(
                 {
                     "type": "object",
                     "description": "What isn't given stays; an empty string takes a value away.",
@@ -291,34 +265,34 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         )
     },
     "/api/cohorts": {
-        "get": _operation(
+        "get": operation(
             "Every cohort: its members at Mixpanel, in Braze, and in between. 404: none are imported.",
-            _json(_ref("Overview")),
+            json_content(ref("Overview")),
             *(401, 404, 503),
         )
     },
     "/api/cohorts/plan": {
-        "get": _operation(
+        "get": operation(
             "What would be written to Braze now, and what that costs.",
-            _json(_ref("Plan")),
+            json_content(ref("Plan")),
             *(401, 404, 503),
         )
     },
     "/api/cohorts/refusals": {
-        "get": _operation(
+        "get": operation(
             "Users that Braze refused, with its words.",
-            _json(_ref("Refusals")),
+            json_content(ref("Refusals")),
             *(400, 401, 404, 503),
             parameters=[
                 _PAGE[0],
-                _parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_REFUSALS}, "100."),
+                parameter("limit", {"type": "integer", "minimum": 0, "maximum": MAX_REFUSALS}, "100."),
             ],
         )
     },
     "/api/cohorts/{key}": {
-        "get": _operation(
+        "get": operation(
             "One, with Mixpanel's sessions, newest first.",
-            _json(_ref("CohortDetail")),
+            json_content(ref("CohortDetail")),
             *(401, 404, 503),
             parameters=[
                 {
@@ -332,11 +306,11 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         )
     },
     "/api/cohorts/resync": {
-        "post": _operation(
+        "post": operation(
             "Writes all members again, whatever Braze is known to have; or only what it refused.",
-            _json(_object(due={"type": "integer"})),
+            json_content(object_of(due={"type": "integer"})),
             *(400, 401, 404, 413, 415, 503),
-            body=_required(
+            body=required(
                 {
                     "oneOf": [
                         _closed(
@@ -350,19 +324,19 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         )
     },
     "/api/cohorts/forget": {
-        "post": _operation(
+        "post": operation(
             "Takes all members out of a cohort in Braze, then forgets it.",
-            _json(_object(leaving={"type": "integer"})),
+            json_content(object_of(leaving={"type": "integer"})),
             *(400, 401, 404, 413, 415, 503),
-            body=_required(_closed({"cohort": {"type": "string", "minLength": 1}}, "cohort")),
+            body=required(_closed({"cohort": {"type": "string", "minLength": 1}}, "cohort")),
         )
     },
     "/api/cohorts/allow": {
-        "post": _operation(
+        "post": operation(
             "Allows more data points today: so many, or with 0 as many as are due.",
-            _json(_ref("Plan")),
+            json_content(ref("Plan")),
             *(400, 401, 404, 413, 415, 503),
-            body=_required(
+            body=required(
                 _closed({"points": {"type": "integer", "minimum": 0, "maximum": MAX_POINTS}}, "points"),
             ),
         )
@@ -375,13 +349,26 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         "servers": [{"url": "http://127.0.0.1:8480", "description": "The HTTP door, [sources.http] listen"}],
         "post": _CURRENTS,
     },
+    **openapi_page.PATHS,
 }
 
 
 def document() -> dict[str, Any]:
     """The document, as plain data."""
     _, schemas = msgspec.json.schema_components(
-        [Status, Health, Group, Replayed, Summary, _Dead, CohortDetail, Overview, Plan, Refusals],
+        [
+            Status,
+            Health,
+            Group,
+            Replayed,
+            Summary,
+            _Dead,
+            CohortDetail,
+            Overview,
+            Plan,
+            Refusals,
+            *openapi_page.STRUCTS,
+        ],
         ref_template="#/components/schemas/{name}",
     )
     schemas["Listing"] = schemas.pop("_Dead")
@@ -390,20 +377,20 @@ def document() -> dict[str, Any]:
         "properties": {
             "action": {"type": "string"},
             "status": {"enum": ["success", "failure"]},
-            "error": _object(message={"type": "string"}, code={"type": "integer"}),
+            "error": object_of(message={"type": "string"}, code={"type": "integer"}),
         },
         "required": ["action", "status"],
     }
-    schemas["Error"] = _object(error={"type": "string"})
+    schemas["Error"] = object_of(error={"type": "string"})
     paths = msgspec.json.decode(msgspec.json.encode(_PATHS))
     for path, operations in paths.items():
-        for method, operation in operations.items():
+        for method, described in operations.items():
             if not path.startswith("/v1/"):
-                refusals = (403, 421) if method == "post" else (421,)
-                operation["responses"] |= {str(status): _refused(status) for status in refusals}
+                refusals = (421,) if method == "get" and path != "/api/live" else (403, 421)
+                described["responses"] |= {str(status): refused(status) for status in refusals}
     # It says 503 with the same body: an orchestrator reads the status, a person the reason.
     ready = paths["/readyz"]["get"]["responses"]
-    ready["503"] = {"description": "Not ready: `reason` says why.", "content": _json(_ref("Health"))}
+    ready["503"] = {"description": "Not ready: `reason` says why.", "content": json_content(ref("Health"))}
     return {
         "openapi": "3.1.0",
         "info": {

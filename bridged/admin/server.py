@@ -1,40 +1,35 @@
-"""The admin listener: who may ask, and where each question goes.
+"""The admin listener: what is around every request, and where each question goes. Who may ask is `access`' business.
 
-What a request has to pass, in this order:
-
-1. Its Host is one of ours: localhost, any IP address, the host of [admin] listen, or one of [admin] hosts; else 421. A page whose
-   own name is made to point at this machine (DNS rebinding) comes under that name, and cannot come under an address.
-2. With [admin] token set, it comes with it, as `Authorization: Bearer ...`; else 401. /healthz needs neither.
-3. What changes something (anything but GET and HEAD) is JSON, declared as such, and if a browser sent it, it comes from
-   our own origin: Sec-Fetch-Site and Origin say so, or it is answered 403. A form can't send JSON, and a script elsewhere
-   would have to ask first (a CORS preflight), which nobody answers. No cookie is ever a credential here; whoever adds one
-   adds a token against forgery with it.
-4. Its head and its body come in time, and the body is no larger than 16 MiB.
-
-Answers pass the redaction, but for the export of dead letters, which is the events as they are.
+A head and a body come in time, and the body is no larger than 16 MiB. Answers pass the redaction, but for the export of dead
+letters, which is the events as they are, and the page's own files.
 """
 
 import asyncio
-import hmac
-import ipaddress
+import contextlib
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
-from urllib.parse import urlsplit
 
 import structlog
 from aiohttp import web
 
 from bridged import __version__
 from bridged.admin import metrics, openapi
-from bridged.admin.answers import json
+from bridged.admin.access import Access
+from bridged.admin.answers import Verbatim, json
 from bridged.admin.api import Api
-from bridged.admin.status import health
+from bridged.admin.events import EventsApi
+from bridged.admin.history import History
+from bridged.admin.live import Broadcast
+from bridged.admin.page import Page
+from bridged.admin.settings import SettingsApi
+from bridged.admin.status import health, totals
 from bridged.config import split_address
 from bridged.errors import BridgedError, ConfigError, ListenError
 from bridged.redaction import redacted_bytes
+from bridged.saved import BadSettings
 
 if TYPE_CHECKING:
     from bridged.app import App
@@ -48,7 +43,6 @@ _BODY_S: Final = 30.0
 # The rest of a body that was refused is read for so long, so that the answer arrives.
 _LINGER_S: Final = 2.0
 _HEAD_S: Final = 30.0  # from the connecting, or the last answer
-_SAFE_METHODS: Final = ("GET", "HEAD")
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -99,11 +93,9 @@ class AdminServer:
         self._app = app
         self._sockets = sockets
         self._metrics = metrics.Metrics(app)
-        admin = app.config.admin
-        self._credential = admin.token.encode() or None
-        self._hosts = {"localhost", *(host.lower() for host in admin.hosts)}
-        if admin.listen:
-            self._hosts.add(split_address(admin.listen)[0].lower())
+        self._access = Access(app)
+        self._live = Broadcast(app, self._access.lasts)
+        self._history = History(lambda: totals(app))
         self._tls: ssl.SSLContext | None = None
 
     async def __aenter__(self) -> Self:
@@ -111,14 +103,21 @@ class AdminServer:
         if admin.tls_cert:
             self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             _load(self._tls, admin.tls_cert, admin.tls_key)
-        around = [self._answers, self._host, self._authentication, self._origin, self._body]
+        access = self._access
+        around = [self._answers, access.host, access.authentication, access.origin, self._body]
         web_app = web.Application(middlewares=around, client_max_size=_MAX_BODY_BYTES)
+        web_app.on_response_prepare.append(self._head)
         router = web_app.router
         router.add_get("/healthz", self._healthz)
         router.add_get("/readyz", self._readyz)
         router.add_get("/metrics", self._metrics_text)
         router.add_get("/openapi.json", self._openapi)
-        Api(self._app).add_routes(router)
+        access.add_routes(router)
+        Page().add_routes(router)
+        router.add_get("/api/live", self._live.answer, allow_head=False)
+        Api(self._app, self._history).add_routes(router)
+        SettingsApi(self._app).add_routes(router)
+        EventsApi(self._app).add_routes(router)
         self._runner = _Runner(web_app, shutdown_timeout=2.0)
         await self._runner.setup()
         try:
@@ -130,7 +129,8 @@ class AdminServer:
                 f"can't listen on admin.listen = {admin.listen!r}: {error}",
                 "is another bridged running? choose another port",
             ) from error
-        self.port = self._runner.addresses[0][1]
+        self.port = access.port = self._runner.addresses[0][1]
+        self._recording = asyncio.create_task(self._history.run(), name="history")
         return self
 
     def _sites(self) -> Iterator[web.BaseSite]:
@@ -141,6 +141,10 @@ class AdminServer:
             yield web.TCPSite(self._runner, host, port, reuse_address=True, ssl_context=self._tls)
 
     async def __aexit__(self, *_exc: object) -> None:
+        self._recording.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._recording
+        self._live.close()
         await self._runner.cleanup()
 
     def reload(self) -> None:
@@ -162,52 +166,23 @@ class AdminServer:
         try:
             answer = await handler(request)
         except BridgedError as error:
-            answer = json({"error": error.args[0], "hint": error.hint}, error.http_status)
+            told: dict[str, object] = {"error": error.args[0], "hint": error.hint}
+            if isinstance(error, BadSettings):
+                told["keys"] = error.keys
+            answer = json(told, error.http_status)
         except web.HTTPException as error:
             answer = json({"error": error.text, "hint": ""}, error.status)
             for name in ("Allow", "WWW-Authenticate"):
                 if name in error.headers:
                     answer.headers[name] = error.headers[name]
-        if isinstance(answer, web.Response) and isinstance(answer.body, bytes):
+        if isinstance(answer, web.Response) and isinstance(answer.body, bytes) and not isinstance(answer, Verbatim):
             answer.body = redacted_bytes(answer.body)
-        if not answer.prepared:
-            answer.headers.update(_HEADERS)
         return answer
 
-    @web.middleware
-    async def _host(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if request.path != "/healthz":
-            for given in request.headers.getall("Host", []):
-                host = _host_of(f"//{given}")
-                if host not in self._hosts and not _is_address(host):
-                    raise web.HTTPMisdirectedRequest(
-                        text=f"this is not {host[:80]!r}: ask for it by its address, or add the name to [admin] hosts"
-                    )
-        return await handler(request)
-
-    @web.middleware
-    async def _authentication(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if self._credential is not None and request.path != "/healthz":
-            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            token = given.strip().encode("utf-8", "surrogateescape")
-            if not hmac.compare_digest(token, self._credential) or scheme.lower() != "bearer":
-                raise web.HTTPUnauthorized(
-                    text="wrong or missing token: send [admin] token as `Authorization: Bearer ...`",
-                    headers={"WWW-Authenticate": 'Bearer realm="bridged"'},
-                )
-        return await handler(request)
-
-    @web.middleware
-    async def _origin(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if request.method not in _SAFE_METHODS:
-            site = request.headers.get("Sec-Fetch-Site", "same-origin")
-            # Of a page's scheme nothing is asked: a proxy in between may have ended the TLS.
-            theirs = request.headers.get("Origin", f"://{request.host}").partition("://")[2].lower()
-            if site not in ("same-origin", "none") or theirs != request.host.lower():
-                raise web.HTTPForbidden(text="a page of another origin may not change anything here")
-            if request.content_type != "application/json":
-                raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
-        return await handler(request)
+    async def _head(self, request: web.Request, answer: web.StreamResponse) -> None:
+        """What every answer carries, whoever made it; when its head is about to be sent."""
+        for name, value in _HEADERS.items():
+            answer.headers.setdefault(name, value)
 
     @web.middleware
     async def _body(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -234,22 +209,6 @@ class AdminServer:
 
     async def _metrics_text(self, request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
-
-
-def _host_of(url: str) -> str:
-    """The host of a URL without its port; what is no URL is its own host, and nobody's."""
-    try:
-        return (urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:
-        return url
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _load(context: ssl.SSLContext, cert: str, key: str) -> None:

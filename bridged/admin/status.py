@@ -11,6 +11,7 @@ from msgspec import Struct
 from bridged import __version__
 from bridged.admin.cohorts import CohortsStatus, cohorts_status, trouble
 from bridged.admin.health import Facts, Health, is_stall, judge
+from bridged.admin.history import Totals
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
 from bridged.backlog.dead_letters import Group
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 TYPE_NAMES = dict(iter_types(EVENT_TYPES))
 
-State = Literal["idle", "delivering", "backing off", "halted", "stalled", "refusing"]
+State = Literal["not set up", "idle", "delivering", "backing off", "halted", "stalled", "refusing"]
 
 
 class SpoolStatus(Struct, kw_only=True):
@@ -64,7 +65,7 @@ class ReloadStatus(Struct, kw_only=True):
     """What the configuration says and what is in force."""
 
     credential: str  # which kind is in force
-    credential_from: str  # configuration | api: the latter is gone with the next start
+    credential_from: str  # configuration (or the page) | api: the latter is gone with the next start
     restart_needed: list[str]  # keys that were changed since the start and can't be taken over
     problem: str  # why the last change wasn't taken over; empty when it was
 
@@ -138,6 +139,7 @@ class Status(Struct, kw_only=True):
     by_type: dict[str, dict[str, int]]  # the same, per event type
     imbalance: int  # of that equation: always 0
     oldest_age_s: float | None  # of what waits
+    expires_in_s: float | None  # until the oldest of what waits expires; None: never, as far as can be told now
     delivered_at: float | None  # wall clock, seconds: the last success
     last_problem: str  # what Mixpanel or the network last said that was no success
     spool: SpoolStatus
@@ -150,6 +152,7 @@ class Status(Struct, kw_only=True):
     cohorts: CohortsStatus | None  # None: none are imported
     webhook: WebhookStatus | None  # None: there is none
     reload: ReloadStatus
+    overridden: list[str]  # keys of the configuration that were saved on the page
     retrying: RetryStatus | None
     set_aside: int  # single events refused incomprehensibly while nothing else is taken: tried again after a success
     clock_skew_s: float | None  # our wall clock less Mixpanel's
@@ -213,9 +216,24 @@ def alarm_facts(app: "App") -> AlarmFacts:
         spool_share=config.alerts.spool_share,
         refusing=spool.near_cap,
         skew_s=app.transport.clock_skew_s,
-        configuration_problem=app.reload_problem,
+        configuration_problem=app.reload_problem or app.saved.problem,
         cohorts_halted=cohorts_halted,
         cohorts_capped=cohorts_capped,
+    )
+
+
+def totals(app: "App") -> Totals:
+    """What the charts are made of, now."""
+    total, pace, delivery = app.spool.accounts.total, app.delivery.pace, app.delivery
+    return Totals(
+        accepted=total("accepted"),
+        delivered=total("delivered"),
+        dead_lettered=total("dead_lettered"),
+        rate_limited=pace.rate_limited_total,
+        age_sum_s=delivery.age_sum_s,
+        ages=delivery.ages,
+        waiting=app.backlog.events,
+        latency_s=_finite(pace.latency_s) or None,
     )
 
 
@@ -233,6 +251,14 @@ def _retrying(app: "App") -> RetryStatus | None:
         return None
     age_s = max(0.0, app.clock.earliest() - oldest.created_at)
     return RetryStatus(parcels=oldest.parcels, attempts=oldest.attempts, age_s=round(age_s, 1))
+
+
+def _expires_in_s(app: "App") -> float | None:
+    """Only while nothing can be delivered does anything expire."""
+    retention, age_s = app.config.retention, oldest_age_s(app)
+    if app.delivery.halted is None or retention.on_expiry == "keep" or age_s is None:
+        return None
+    return round(max(0.0, float(retention.max_age) - age_s), 1)
 
 
 def _doors_open(app: "App") -> bool:
@@ -263,6 +289,9 @@ def status(app: "App", reasons: list[Group]) -> Status:
     well = health(app)
     refusal = str(spool.refusal().args[0]) if spool.near_cap else ""
     state, sentence = _state(well, halted, pace, refusal)
+    if not app.transport.target.credentials.given:
+        safe = f". {well.waiting:,} events wait, safe on disk" if well.waiting else ""
+        state, sentence = "not set up", f"Not set up: Mixpanel's credential isn't given yet{safe}"
     return Status(
         version=__version__,
         started_at=app.started_at,
@@ -274,6 +303,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         by_type=accounts.by_type(names),
         imbalance=accounts.imbalance(),
         oldest_age_s=oldest_age_s(app),
+        expires_in_s=_expires_in_s(app),
         delivered_at=delivery.delivered_at,
         last_problem=delivery.last_problem,
         spool=SpoolStatus(
@@ -311,6 +341,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
             restart_needed=app.restart_needed,
             problem=app.reload_problem,
         ),
+        overridden=sorted(app.saved.values),
         retrying=_retrying(app),
         set_aside=delivery.set_aside,
         clock_skew_s=None if app.transport.clock_skew_s is None else round(app.transport.clock_skew_s, 1),
@@ -400,6 +431,8 @@ def _warnings(app: "App") -> list[str]:
         found.append(
             "the credential in force was given by the API and is gone with the next start: put it into the configuration"
         )
+    if app.saved.problem:
+        found.append(app.saved.problem)
     if app.restart_needed:
         found.append(f"a restart is needed for {', '.join(app.restart_needed)}")
     if (webhook := app.watch.webhook.status) and webhook.last_error:

@@ -36,6 +36,7 @@ class Watch:
         self._folder = Path(spool_path).absolute().parent
         self._host = socket.gethostname()
         self._failed = False
+        self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
         self._kept = Path(f"{spool_path}.alarms")
         self._remember()
 
@@ -85,6 +86,10 @@ class Watch:
             log.error("alarm_raised", alarm=notice.alarm, text=notice.text)
         else:
             log.warning("alarm_raised", alarm=notice.alarm, text=notice.text)
+        severity = notice.severity if notice.state == "raised" else "info"
+        self.happened(
+            f"alarm_{notice.state}", notice.text, severity, alarm=notice.alarm, lasted_s=round(notice.lasted_s)
+        )
         self.webhook.put(self._body(notice, facts))
 
     def _body(self, notice: Notice, facts: Facts) -> dict[str, Any]:

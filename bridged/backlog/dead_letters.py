@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -21,6 +21,7 @@ from bridged.backlog.tables import transaction
 from bridged.errors import SpoolError, SpoolFull
 
 MAX_LISTED: Final = 1000
+MAX_ID: Final = 2**63 - 1
 _WINDOW_ROWS: Final = 10_000
 _PURGE_ROWS: Final = 1000  # a commit of its own, which the doors' commits wait for
 _SLICE_ROWS: Final = 500
@@ -33,11 +34,16 @@ _LINE_BREAKS: Final = bytes.maketrans(b"\r\n", b"  ")
 Replay = Callable[[DeadLetterRow], "asyncio.Future[None] | str"]
 
 
+# Stage, event type, reason.
+_Alike = tuple[Stage, str, str]
+
+
 class Filter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which dead letters. Empty: all of them."""
 
     event_type: str = ""
     reason: str = ""  # a part of it, in any case
+    exact_reason: str = ""  # the whole of it
     stage: Stage | None = None
     since: float | None = None  # wall clock seconds: refused, last, at or after
     until: float | None = None  # ... before
@@ -49,6 +55,8 @@ class Filter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             terms.append(("event_type = ?", self.event_type))
         if self.reason:
             terms.append(("instr(lower(reason), lower(?)) > 0", self.reason))
+        if self.exact_reason:
+            terms.append(("reason = ?", self.exact_reason))
         if self.stage is not None:
             terms.append(("stage = ?", self.stage))
         if self.since is not None:
@@ -104,6 +112,11 @@ class DeadLetters:
         self.busy = False
         self._spool = spool
         self._replay_one = replay_one
+        self._changes = 0  # of what lies in the table: more than that some were added
+        # What was counted, up to which id, and what the table was like then.
+        self._known: Counter[_Alike] = Counter()
+        self._known_to = 0
+        self._known_of: tuple[int, int] | None = None
         self._clock = clock
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -119,18 +132,55 @@ class DeadLetters:
                 break
         return found
 
+    async def list_before(self, wanted: Filter, before: int = MAX_ID, limit: int = 100) -> list[Summary]:
+        """The newest that match and come before an id, the newest first."""
+        limit = min(limit, MAX_LISTED)
+        found: list[Summary] = []
+        while len(found) < limit:
+            low = await self._read(_window_below, before, _WINDOW_ROWS)
+            if low is None:
+                break
+            span = _Span(low - 1, before - 1, limit - len(found))
+            rows = await self._read(_select, _SUMMARY_COLUMNS, wanted, span, "DESC")
+            found += [Summary(*row) for row in rows]
+            before = low
+        return found
+
+    async def count(self, wanted: "Filter | Sequence[int]") -> int:
+        """How many match now."""
+        counted = 0
+        if isinstance(wanted, Filter):
+            async for low, high in self._windows(0):
+                counted += await self._read(_counted, low, high, wanted)
+        else:
+            for at in range(0, len(wanted), _SLICE_ROWS):
+                counted += await self._read(_counted_ids, sorted(set(wanted[at : at + _SLICE_ROWS])))
+        return counted
+
     async def get(self, id_: int) -> DeadLetterRow | None:
         """One dead letter, with its event."""
         rows = await self._read(_select, _ROW_COLUMNS, Filter(), _Span(id_ - 1, id_, 1))
         return DeadLetterRow(*rows[0]) if rows else None
 
-    async def groups(self) -> list[Group]:
-        """All of them, counted by what is alike; the most frequent first."""
-        counts: Counter[tuple[Stage, str, str]] = Counter()
-        async for low, high in self._windows(0):
-            for *key, n in await self._read(_grouped, low, high):
-                counts[tuple(key)] += n
-        return [Group(*key, count) for key, count in counts.most_common()]
+    async def groups(self, wanted: Filter | None = None) -> list[Group]:
+        """Those that match, counted by what is alike; the most frequent first.
+
+        Of all of them, only those are counted that came since the last time, as long as none has gone or changed.
+        """
+        if wanted is None or wanted == Filter():
+            key = (self._changes, self._spool.dropped_dead_letters)
+            if key != self._known_of or self.busy:
+                self._known, self._known_to, self._known_of = Counter(), 0, key
+            counts, known_to = Counter(self._known), self._known_to
+        else:
+            counts, known_to, key = Counter[_Alike](), 0, None
+        async for low, high in self._windows(known_to):
+            for *alike, n in await self._read(_grouped, low, high, wanted or Filter()):
+                counts[tuple(alike)] += n
+            known_to = high
+        if key is not None and key == (self._changes, self._spool.dropped_dead_letters) and not self.busy:
+            self._known, self._known_to = counts, known_to
+        return [Group(*alike, count) for alike, count in counts.most_common()]
 
     async def slices(self, wanted: "Filter | Sequence[int]") -> AsyncIterator[list[DeadLetterRow]]:
         """Those that match now, with their events, a few at a time; ids that don't exist are passed over."""
@@ -202,10 +252,12 @@ class DeadLetters:
         if self.busy:
             raise SpoolError("another replay or purge of dead letters is under way", "wait for its end, and try again")
         self.busy = True
+        self._changes += 1
         try:
             yield
         finally:
             self.busy = False
+            self._changes += 1
 
     async def _touch(self, refused: list[tuple[int, str]]) -> None:
         """Notes that a replay didn't help."""
@@ -234,9 +286,17 @@ def _window(db: sqlite3.Connection, after: int, rows: int) -> int | None:
     return high
 
 
-def _select(db: sqlite3.Connection, columns: str, wanted: Filter, span: _Span) -> list[Any]:
+def _window_below(db: sqlite3.Connection, before: int, rows: int) -> int | None:
+    query = "SELECT min(id) FROM (SELECT id FROM dead_letters WHERE id < ? ORDER BY id DESC LIMIT ?)"
+    low: int | None = db.execute(query, (before, rows)).fetchone()[0]
+    return low
+
+
+def _select(
+    db: sqlite3.Connection, columns: str, wanted: Filter, span: _Span, order: Literal["ASC", "DESC"] = "ASC"
+) -> list[Any]:
     condition, values = wanted.sql()
-    query = f"SELECT {columns} FROM dead_letters WHERE id > ? AND id <= ? AND {condition} ORDER BY id LIMIT ?"
+    query = f"SELECT {columns} FROM dead_letters WHERE id > ? AND id <= ? AND {condition} ORDER BY id {order} LIMIT ?"
     return _until(db.execute(query, (span.low, span.high, *values, span.rows)), span.bytes)
 
 
@@ -260,9 +320,24 @@ def _until(cursor: sqlite3.Cursor, max_bytes: int | None) -> list[Any]:
     return rows
 
 
-def _grouped(db: sqlite3.Connection, low: int, high: int) -> list[Any]:
-    query = "SELECT stage, event_type, reason, count(*) FROM dead_letters WHERE id > ? AND id <= ? GROUP BY 1, 2, 3"
-    return db.execute(query, (low, high)).fetchall()
+def _grouped(db: sqlite3.Connection, low: int, high: int, wanted: Filter) -> list[Any]:
+    condition, values = wanted.sql()
+    columns = "stage, event_type, reason"
+    query = f"SELECT {columns}, count(*) FROM dead_letters WHERE id > ? AND id <= ? AND {condition} GROUP BY {columns}"
+    return db.execute(query, (low, high, *values)).fetchall()
+
+
+def _counted(db: sqlite3.Connection, low: int, high: int, wanted: Filter) -> int:
+    condition, values = wanted.sql()
+    query = f"SELECT count(*) FROM dead_letters WHERE id > ? AND id <= ? AND {condition}"
+    counted: int = db.execute(query, (low, high, *values)).fetchone()[0]
+    return counted
+
+
+def _counted_ids(db: sqlite3.Connection, ids: list[int]) -> int:
+    query = "SELECT count(*) FROM dead_letters WHERE id IN (SELECT value FROM json_each(?))"
+    counted: int = db.execute(query, (msgspec.json.encode(ids).decode(),)).fetchone()[0]
+    return counted
 
 
 def _update(db: sqlite3.Connection, values: list[tuple[float, str, int]]) -> None:

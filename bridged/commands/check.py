@@ -7,25 +7,17 @@ the credential is good, and nothing is stored.
 import argparse
 import asyncio
 import difflib
-import secrets
-import time
 from collections.abc import Iterator
-from typing import Final
-from urllib.parse import urlsplit
 
-import msgspec
-from isal import igzip
-
-from bridged import app, config
+from bridged import config, options
 from bridged.commands import check_braze
 from bridged.commands.printing import printable, size, table
-from bridged.config import with_credentials
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
-from bridged.delivery.transport import Transport
+from bridged.delivery.probe import probe
 from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.mapping import mixpanel_name, selected
-from bridged.mixpanel.requests import API_SECRET_RETIRED, HOSTS
-from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
+from bridged.mixpanel.requests import API_SECRET_RETIRED
+from bridged.saved import read_for
 from bridged.settings import Config
 
 EPILOG = """\
@@ -50,11 +42,19 @@ def main(arguments: argparse.Namespace) -> int:
     """Checks, and tells what the configuration amounts to."""
     path = config.find_config(arguments.config)
     settings = config.load(path)
+    saved = read_for(settings)
+    settings = saved.in_force(settings)
     where = str(path) if path else "the environment"
     if problems := list(_problems(settings)):
         raise ConfigError(f"{where}: " + "\n  ".join(problems), "`bridged send-test-events --list` names the types")
+    if settings.mixpanel.export and not config.has_credential(settings):
+        raise ConfigError(f"{where}: {config.NO_CREDENTIAL}", "or give it on the page: `bridged run` starts without")
     print(f"{path or 'no file, only the environment and the defaults'}: good")
     print(table(_summary(settings)))
+    if saved.values:
+        print(f"saved on the page, over the configuration ({saved.path}): {', '.join(saved.values)}")
+    if saved.problem:
+        print(f"warning: {saved.problem}")
     for warning in (*_warnings(settings), *check_braze.warnings(settings)):
         print(f"warning: {warning}")
     if arguments.online and settings.mixpanel.export:
@@ -76,7 +76,7 @@ def _problems(settings: Config) -> Iterator[str]:
 
 
 def _summary(settings: Config) -> Iterator[list[str]]:
-    target, mapping = app.target(settings), app.mapping_settings(settings)
+    target, mapping = options.target(settings), options.mapping_settings(settings)
     sources = settings.sources
     protected = "bearer token" if sources.http.bearer_token else "no token"
     yield ["http door", f"{sources.http.listen} ({protected})" if sources.http.listen else "closed"]
@@ -108,8 +108,8 @@ def _masked(settings: Config) -> str:
 def _warnings(settings: Config) -> Iterator[str]:
     if not settings.mixpanel.export:
         return
-    mapping = app.mapping_settings(settings)
-    if app.target(settings).credentials.kind == "API secret":
+    mapping = options.mapping_settings(settings)
+    if options.target(settings).credentials.kind == "API secret":
         yield f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account"
     if not settings.mixpanel.token:
         yield "mixpanel.token is empty: events carry no `token` property, as those of Braze's connector do"
@@ -134,83 +134,7 @@ def _warnings(settings: Config) -> Iterator[str]:
 
 def _online(settings: Config) -> str:
     """What Mixpanel says. Raises UpstreamError when it isn't a yes, with what to do about it."""
-    verdict = asyncio.run(_ask(settings))
-    kind = app.target(settings).credentials.kind
-    if isinstance(verdict, Halt):
-        raise UpstreamError(
-            f"Mixpanel refuses us, HTTP {verdict.status}: {printable(verdict.reason)}",
-            _refused(settings) if verdict.status == 401 else "",
-        )
-    if isinstance(verdict, Retry):
-        raise UpstreamError(f"Mixpanel can't be asked: {printable(verdict.reason)}", _unreachable(settings, verdict))
-    if isinstance(verdict, Split):
-        raise UpstreamError(
-            f"what answers doesn't answer as Mixpanel does: {printable(verdict.reason)}",
-            "is a proxy or portal in the way? check [mixpanel] url and region",
-        )
-    return f"Mixpanel takes the {kind}; nothing was stored"
-
-
-def _refused(settings: Config) -> str:
-    """Why a 401, as far as can be found out: by asking the other regions, too, unless the address is given."""
-    mixpanel = settings.mixpanel
-    for region in HOSTS if not mixpanel.url else ():
-        other = with_credentials(settings, {"region": region})
-        if region != mixpanel.region and isinstance(asyncio.run(_ask(other)), Reject | Delivered):
-            return f'Mixpanel takes it in another region, where the project lives: set [mixpanel] region = "{region}"'
-    match app.target(settings).credentials.kind:
-        case "service account":
-            return (
-                "the service account's user name or secret is wrong, or it has expired, or it is not Admin or Owner of "
-                f"project {mixpanel.project_id}: see Settings > Project settings > Service accounts"
-            )
-        case "API secret":
-            return (
-                f"no project of region {mixpanel.region!r} has this API secret: see Settings > Project settings > Overview, "
-                "or better, create a service account"
-            )
-    return f"no project of region {mixpanel.region!r} has this token: see Settings > Project settings > Overview"
-
-
-def _unreachable(settings: Config, verdict: Retry) -> str:
-    """What to do about a network that doesn't lead to Mixpanel."""
-    host = urlsplit(app.target(settings).import_url).hostname
-    if verdict.kind == "rate":
-        return "it is there, and busy with this project: try again in a minute"
-    if verdict.kind == "server":
-        return "something answers, but it isn't well, or isn't Mixpanel: try again; is a proxy or portal in the way?"
-    for sign, advice in _NETWORK:
-        if sign in verdict.reason:
-            return advice.format(host=host)
-    return "try again; check the network and any proxy"
-
-
-# By a part of the transport's words, the first that is there.
-_NETWORK: Final = (
-    ("DNS", "this machine can't find {host}: is it on a network, and does its DNS work?"),
-    ("roxy", "the proxy in HTTPS_PROXY or HTTP_PROXY doesn't let us through: is its address right, and is it running?"),
-    (
-        "ertificate",
-        "{host} can't prove to be it: if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop",
-    ),
-    (
-        "no connection",
-        "nobody answers at {host}: does a firewall let this machine out? set HTTPS_PROXY if it needs a proxy",
-    ),
-    (
-        "ClientConnectorError",
-        "{host} can't be connected to: does a firewall let this machine out? set HTTPS_PROXY if it needs a proxy",
-    ),
-    ("no answer", "{host} takes the connection and says nothing: try again; is a proxy or firewall in the way?"),
-)
-
-
-async def _ask(settings: Config) -> Verdict:
-    insert_id = f"bridged-check-{secrets.token_hex(8)}"
-    properties: dict[str, object] = {"time": int(time.time()), "distinct_id": "bridged-check", "$insert_id": insert_id}
-    if settings.mixpanel.token:
-        properties["token"] = settings.mixpanel.token
-    record = msgspec.json.encode({"event": "", "properties": properties}) + b"\n"
-    timeout_s = min(float(settings.delivery.timeout) or 15.0, 15.0)
-    async with Transport(app.target(settings), timeout_s) as transport:
-        return await transport.send(igzip.compress(record, 1), 1, lambda: [insert_id])
+    found = asyncio.run(probe(options.target(settings), float(settings.delivery.timeout)))
+    if not found.ok:
+        raise UpstreamError(printable(found.text), found.hint)
+    return f"{printable(found.text)} ({found.hint})" if found.hint else printable(found.text)

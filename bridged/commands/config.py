@@ -4,6 +4,7 @@ import argparse
 import json
 
 from bridged import config
+from bridged.saved import read_for
 
 EPILOG = """\
 examples:
@@ -23,6 +24,11 @@ def main(arguments: argparse.Namespace) -> int:
         print(config.default_toml(), end="")
     else:
         path = config.find_config(arguments.config)
-        settings = config.load(path)
-        print(json.dumps({"file": str(path) if path else None, **config.masked(settings)}, indent=2))
+        configured = config.load(path)
+        saved = read_for(configured)
+        settings = saved.in_force(configured)
+        about = {"file": str(path) if path else None, "overridden": saved.overridden(configured)}
+        if saved.problem:
+            about["problem"] = saved.problem
+        print(json.dumps({**about, **config.masked(settings)}, indent=2))
     return 0

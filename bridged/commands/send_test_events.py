@@ -6,12 +6,13 @@ import time
 
 import msgspec
 
-from bridged import app, config
+from bridged import config, options
 from bridged.commands.client import Daemon
 from bridged.currents.examples import example_event
 from bridged.currents.table import EVENT_TYPES, EventType
 from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.mapping import mixpanel_name, selected
+from bridged.saved import read_for
 from bridged.settings import Config
 from bridged.sources.http import PATH
 
@@ -32,10 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Sends them in one request, as Braze does."""
-    settings = config.load(config.find_config(arguments.config))
+    configured = config.load(config.find_config(arguments.config))
+    settings = read_for(configured).in_force(configured)
     rows = _wanted(settings, arguments.types)
     if arguments.list:
-        mapping = app.mapping_settings(settings)
+        mapping = options.mapping_settings(settings)
         for row in rows:
             print(f"{row.event_type}  {mixpanel_name(row, mapping)}")
         return 0
@@ -54,7 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _wanted(settings: Config, names: list[str]) -> list[EventType]:
     """The selected types, or those of them that were named. Raises ConfigError."""
-    mapping = app.mapping_settings(settings)
+    mapping = options.mapping_settings(settings)
     chosen = {row.event_type: row for row in EVENT_TYPES if selected(row, mapping)}
     if not chosen:
         raise ConfigError("no event type is selected", "see [events]")

@@ -95,6 +95,9 @@ class Delivery:
         self.judged_at: float | None = None  # loop time, of the last verdict of any kind
         self.last_problem = ""
         self.archived_in_vain = ""  # why the last archive file couldn't be written; empty when it could
+        self.age_sum_s = 0.0  # of parcels when they were delivered: since their oldest event was accepted
+        self.ages = 0  # so many
+        self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
         self.uncounted = 0  # events of successful requests that Mixpanel's count left out
         self._backlog = backlog
         self._spool = spool
@@ -232,6 +235,8 @@ class Delivery:
         match verdict:
             case Delivered(short):
                 self.uncounted += short
+                self.age_sum_s += max(0.0, self._clock() - first.created_at)
+                self.ages += 1
                 self._resume()
                 self._backlog.settle(Settlement(parcel.segments, delivered=parcel.codes))
             case Reject(failures):
@@ -285,6 +290,8 @@ class Delivery:
         self.archived_in_vain = ""
         codes = b"".join([segment.codes for segment in too_old])
         log.error("events_expired", events=len(codes), max_age_s=self._options.max_age_s, archived_as=file)
+        fate = "archived" if file else "dropped"
+        self.happened("expired", f"Events expired and were {fate}", "critical", events=len(codes), archived_as=file)
         self._backlog.settle(Settlement(too_old, expired=codes))
         gone = {segment.id for segment in too_old}
         self._retried.pop(parcel.segments[0].id, None)
@@ -315,6 +322,7 @@ class Delivery:
             log.warning("event_rejected", reason=reason)
             self._backlog.settle(Settlement(parcel.segments, dead_letters=[letter]))
             return
+        self.happened("split", f"A request was split: {reason}", events=len(events), raw_bytes=parcel.raw_bytes)
         log.info("parcel_split", events=len(events), raw_bytes=parcel.raw_bytes, reason=reason)
         half = len(events) // 2
         parts = [Batch(b"\n".join([*events[at:to], b""]), codes[at:to]) for at, to in ((0, half), (half, len(events)))]
@@ -350,6 +358,7 @@ class Delivery:
         if self.halted is None:
             log.error("delivery_halted", status=verdict.status, reason=verdict.reason, waiting=self._backlog.events)
             self.halted_at = self._clock()
+            self.happened("halted", f"Delivery halted: {verdict.reason}", "critical", status=verdict.status)
         self.halted = verdict
         self._note(verdict.reason)
 
@@ -364,6 +373,8 @@ class Delivery:
             log.info(
                 "delivery_resumed", halted_s=round(self._clock() - (self.halted_at or 0)), waiting=self._backlog.events
             )
+            halted_s = round(self._clock() - (self.halted_at or 0))
+            self.happened("resumed", "Delivery resumed", halted_s=halted_s, waiting=self._backlog.events)
             self.halted = self.halted_at = None
             self._answered.set()
 

@@ -13,7 +13,7 @@ import aiohttp
 from bridged import __version__
 from bridged.errors import ConfigError
 from bridged.mixpanel.requests import Target
-from bridged.mixpanel.verdicts import Retry, Verdict, clean, clock_skew_s, judge
+from bridged.mixpanel.verdicts import Halt, Retry, Verdict, clean, clock_skew_s, judge
 from bridged.redaction import redacted, redacted_bytes
 
 # An answer larger than this is no answer of Mixpanel's; 2,000 failed records are some 400 kB.
@@ -56,6 +56,8 @@ class Transport:
     async def send(self, body: bytes, events: int, insert_ids: Callable[[], Sequence[str]]) -> Verdict:
         """Posts one gzip NDJSON body; never raises but for cancellation."""
         target, timeout = self.target, self._timeout
+        if not target.credentials.given:
+            return Halt(0, "no credential for Mixpanel is set yet")
         try:
             async with self._session.post(
                 target.import_url,

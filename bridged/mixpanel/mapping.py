@@ -35,6 +35,7 @@ from bridged.currents.table import (
     SEED_PROPERTY_NAMES,
     EventType,
 )
+from bridged.mixpanel import transforms
 from bridged.mixpanel.limits import (
     EARLIEST_TIME_S,
     INSERT_ID,
@@ -81,6 +82,8 @@ class MappingSettings(Struct, frozen=True, kw_only=True):
     unknown: Literal["dead_letter", "forward", "skip"] = "dead_letter"
     anonymous: Literal["skip", "device", "dead_letter"] = "skip"
     names: Mapping[str, str] = {}
+    # By event type and field: see `transforms`.
+    transform: Mapping[str, Mapping[str, Literal["remove", "hash"]]] = {}
 
 
 class Skip(NamedTuple):
@@ -230,7 +233,7 @@ class EventMapping:
                 return Refusal(code, event_type, "no user.external_user_id", original)
             if self._settings.anonymous == "skip" or not user.device_id:
                 return Skip(code, "no external_user_id")
-            user.external_user_id = f"$device:{user.device_id}"
+            user.external_user_id = f"{transforms.DEVICE_PREFIX}{user.device_id}"
         elif user.external_user_id in REFUSED_IDS:
             reason = f"user.external_user_id {user.external_user_id!r} is a placeholder that Mixpanel refuses"
             return Refusal(code, event_type, reason, original)
@@ -272,6 +275,8 @@ class EventMapping:
         properties |= {key: value for key, value in optional.items() if value}
         if problem := _properties_problem(properties):
             return Refusal(code, event_type, problem, original)
+        if rules := settings.transform.get(event_type):
+            transforms.of_mapped(properties, rules)
         return _NamedForm(name, properties)
 
 
@@ -336,23 +341,29 @@ def _properties_problem(properties: Mapping[str, Any]) -> str | None:
 def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[Event], _Form | _CustomForm]:
     """A row's Event, as configured, and its form."""
     if not (row.properties or row.custom):
+        # What comes is forwarded as it is; so its transformations are made in `_whole`.
         return event_struct(row, code, dict[str, Any] | None, None), partial(_NamedForm, "")
     current = settings.naming == "current" or row.seed_name is None
     spelling = CURRENT_PROPERTY_NAMES if current else SEED_PROPERTY_NAMES
     renames = {name: spelling[name] for name in row.properties if name in spelling}
     name = mixpanel_name(row, settings)
     if row.custom:
-        members: dict[str, Any] = {CUSTOM_MEMBERS[row.custom]: dict[str, Any] | None}
+        member = CUSTOM_MEMBERS[row.custom]
+        members: dict[str, Any] = {member: dict[str, Any] | None}
         if row.custom == "event":
             members["name"] = str | None
         prefix = CUSTOM_PROPERTY_PREFIX if row.custom == "event" else PURCHASE_PROPERTY_PREFIX
         custom_form = _custom_form(row, name, prefix, renames, settings)
+        if rules := settings.transform.get(row.event_type):
+            custom_form = transforms.of_dict(custom_form, rules, member)
         return event_struct(row, code, properties_dict(row, members), field(default_factory=dict)), custom_form
     own = [*_ENVELOPE, *((f"renamed_{old}", Any, field(default=None, name=new)) for old, new in renames.items())]
     properties = properties_struct(row, own)
     form: _Form = msgspec.defstruct("Form", [("properties", Any)], tag_field="event", tag=name, gc=False)
     if renames:
         form = _renaming([(old, f"renamed_{old}") for old in renames], form)
+    if rules := settings.transform.get(row.event_type):
+        form = transforms.of_struct(form, rules)
     return event_struct(row, code, properties, field(default_factory=properties)), form
 
 

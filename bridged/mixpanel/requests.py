@@ -9,7 +9,8 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-HOSTS: Final = {
+Region = Literal["us", "eu", "in"]
+HOSTS: Final[dict[Region, str]] = {
     "us": "https://api.mixpanel.com",
     "eu": "https://api-eu.mixpanel.com",
     "in": "https://api-in.mixpanel.com",
@@ -25,6 +26,11 @@ class Credentials(Struct, frozen=True, kw_only=True):
     service_account: str = ""
     service_secret: str = ""
     project_id: str = ""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is one at all."""
+        return bool(self.service_account or self.api_secret or self.token)
 
     @property
     def kind(self) -> Literal["service account", "API secret", "project token"]:
@@ -54,7 +60,7 @@ class Target(Struct, frozen=True, kw_only=True):
     """Where requests go, and as whom."""
 
     url: str = ""
-    region: Literal["us", "eu", "in"] = "us"
+    region: Region = "us"
     credentials: Credentials
 
     @property

@@ -144,6 +144,13 @@ class HttpSource:
         self._stopping = False
         self._servers: list[asyncio.Server] = []
 
+    def use(self, bearer_token: str) -> None:
+        """Another token from the next request on."""
+        if bearer_token != self._options.bearer_token:
+            self._options = msgspec.structs.replace(self._options, bearer_token=bearer_token)
+            self._credential = bearer_token.encode() or None
+            self.connections.forget_heads()
+
     async def __aenter__(self) -> Self:
         options = self._options
         self._tls = tls = server_context("sources.http", options.tls_cert, options.tls_key)
@@ -190,6 +197,7 @@ class HttpSource:
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         connection.answered = False
+        credential = self._credential
         response: web.StreamResponse | None = None
         try:
             response = await self._answer(request, connection)
@@ -198,7 +206,9 @@ class HttpSource:
             connection.answered = True
             came = request.content.total_bytes
             connection.release(came)
-            usual = came > 0 and not any(name in request.headers for name in _UNUSUAL)
+            usual = (
+                came > 0 and not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
+            )
             connection.handled(came, plain=usual and response is self._ok)
         if response is not self._ok and self._last(request, connection):
             response.force_close()

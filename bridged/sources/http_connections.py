@@ -136,6 +136,11 @@ class HttpConnections(web.Server):
             chosen.refuse(503)
         return asking.transport is not None
 
+    def forget_heads(self) -> None:
+        """What a head meant may have changed: the next one is looked at again."""
+        for connection in self.alive:
+            connection.forget_head()
+
     def _look_at_all(self) -> None:
         try:
             self.now = self._loop.time()
@@ -304,6 +309,10 @@ class HttpConnection(RequestHandler):
             length = head[at:to]
             self._known = head[: to - len(length.lstrip())], head[to:]
 
+    def forget_head(self) -> None:
+        """The next request is the parser's. One that is coming was let in already."""
+        self._known = None
+
     def _repeated(self, data: bytes) -> bool:
         """Takes what begins with a known head. False: nothing was done, the parser shall have it."""
         assert self._known is not None
@@ -342,7 +351,6 @@ class HttpConnection(RequestHandler):
         self._coming.append(data)
         self._missing -= len(data)
         if self._missing <= 0:
-            assert self._known is not None
             whole, pieces = b"".join(self._coming), self._coming
             self._coming = []
             self.release(len(whole))

@@ -1,0 +1,128 @@
+"""What the settings say about each event type, for the page: selection, name, transformed fields. Pure."""
+
+import difflib
+from typing import Any, Final
+
+from msgspec import Struct
+
+from bridged.currents.table import EVENT_TYPES, PROPERTY_TYPES, EventType
+from bridged.mixpanel.mapping import MappingSettings, mixpanel_name, selected
+from bridged.mixpanel.transforms import OWN_PREFIX, USER_FIELDS
+
+ROWS: Final = {row.event_type: row for row in EVENT_TYPES}
+TITLES: Final = {"message_engagement": "Message engagement events", "customer_behavior": "Customer behavior events"}
+_TRANSFORMABLE: Final = ("string", "array<string>")
+
+
+class Field(Struct):
+    """A field that Braze documents for a type."""
+
+    field: str
+    type: str
+    transformable: bool
+
+
+class UnknownSeen(Struct):
+    """A field that the table doesn't have; `seen` in samples, since the start."""
+
+    field: str
+    seen: int
+
+
+class TypeView(Struct, kw_only=True):
+    """An event type as the page shows it."""
+
+    event_type: str
+    group: str
+    name: str  # Mixpanel's event name in force; of custom events what it begins with
+    default_name: str
+    renamed: bool
+    selected: bool
+    later: bool  # it came after the seed page
+    custom: str  # event | purchase: it has properties of the customer's own
+    fields: list[Field]
+    transform: dict[str, str]
+    counts: dict[str, int]
+    unknown_fields: list[UnknownSeen]
+
+
+def view(row: EventType, settings: MappingSettings, counts: dict[str, int], unknown: list[UnknownSeen]) -> TypeView:
+    """One type."""
+    default = mixpanel_name(row, _without_names(settings))
+    name = mixpanel_name(row, settings)
+    return TypeView(
+        event_type=row.event_type,
+        group=row.group,
+        name=name,
+        default_name=default,
+        renamed=row.event_type in settings.names,
+        selected=selected(row, settings),
+        later=row.seed_name is None,
+        custom=row.custom,
+        fields=fields_of(row),
+        transform=dict(settings.transform.get(row.event_type, {})),
+        counts=counts,
+        unknown_fields=unknown,
+    )
+
+
+def fields_of(row: EventType) -> list[Field]:
+    """Its fields, the user's first."""
+    own = [Field(name, "string", transformable=True) for name in USER_FIELDS]
+    return own + [
+        Field(name, PROPERTY_TYPES[name], transformable=PROPERTY_TYPES[name] in _TRANSFORMABLE)
+        for name in row.properties
+    ]
+
+
+def _without_names(settings: MappingSettings) -> MappingSettings:
+    return MappingSettings(naming=settings.naming)
+
+
+def with_selected(row: EventType, settings: MappingSettings, wanted: bool) -> dict[str, Any]:
+    """The lists of [events] by which a type is forwarded, or not; the others stay as they are."""
+    include = tuple(name for name in settings.include if name != row.event_type)
+    exclude = tuple(name for name in settings.exclude if name != row.event_type)
+    if wanted != getattr(settings, row.group):
+        if wanted:
+            include = (*include, row.event_type)
+        else:
+            exclude = (*exclude, row.event_type)
+    return {"events.include": list(include), "events.exclude": list(exclude)}
+
+
+def problems(settings: MappingSettings) -> dict[str, str]:
+    """What is wrong with names of event types and fields, by key."""
+    found: dict[str, str] = {}
+    for key, names in (("exclude", settings.exclude), ("names", settings.names), ("transform", settings.transform)):
+        for name in names:
+            if name not in ROWS:
+                near = difflib.get_close_matches(name, ROWS, 1)
+                found[f"events.{key}"] = f"there is no event type {name!r}" + (f"; is it {near[0]!r}?" if near else "")
+    for name in settings.names.values():
+        if not name.strip():
+            found["events.names"] = "a name is blank"
+        elif len(name) > 255:
+            found["events.names"] = "a name is longer than 255 characters"
+    for event_type, rules in settings.transform.items():
+        for name, rule in rules.items():
+            if event_type in ROWS and (problem := _rule_problem(ROWS[event_type], name, rule)):
+                found["events.transform"] = f"{event_type}: {name!r} {problem}"
+    return found
+
+
+def _rule_problem(row: EventType, name: str, rule: str) -> str:
+    if name == "external_user_id":
+        return "" if rule == "hash" else "can be hashed only: removed, all people would be one"
+    if name in USER_FIELDS:
+        return ""
+    if name.startswith(OWN_PREFIX) and row.custom:
+        return "" if len(name) > len(OWN_PREFIX) else "names no property"
+    if not (row.properties or row.custom):
+        return ""  # of a type whose fields aren't documented: it may be there
+    if name not in row.properties:
+        near = difflib.get_close_matches(name, row.properties, 1)
+        return "is no field of it" + (f": is it {near[0]!r}?" if near else "")
+    return (
+        "" if PROPERTY_TYPES[name] in _TRANSFORMABLE else f"is a {PROPERTY_TYPES[name]}: only text can be transformed"
+    )

@@ -1,0 +1,156 @@
+"""Does Mixpanel take a credential? Asked with one record that it must refuse, so that nothing is stored.
+
+The record has no event name: a refusal of the record proves that the credential is good. For `bridged check --online` and the
+page's "Test connection", which tell what is wrong in the same words.
+"""
+
+import secrets
+import time
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from isal import igzip
+from msgspec import Struct
+
+from bridged.delivery.transport import Transport
+from bridged.errors import ConfigError
+from bridged.mixpanel.requests import HOSTS, Region, Target
+from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
+
+_TIMEOUT_S: Final = 15.0
+# Mixpanel refuses what is an hour ahead; from a few minutes on somebody should look.
+_SKEWED_S: Final = 300.0
+
+Problem = Literal["", "credential", "project", "region", "network", "clock", "busy", "upstream", "settings"]
+
+
+class Finding(Struct, kw_only=True):
+    """What came of it. `hint` says what to do."""
+
+    ok: bool
+    problem: Problem
+    text: str
+    hint: str = ""
+    region: Region | None = None  # where it would work
+    clock_skew_s: float | None = None  # our wall clock less Mixpanel's; None: not known
+
+
+async def probe(target: Target, timeout_s: float = 0.0) -> Finding:
+    """Asks, and says what is wrong if something is. Never raises but for cancellation; takes up to a minute at worst."""
+    if not target.credentials.given:
+        return Finding(
+            ok=False,
+            problem="settings",
+            text="no credential is given",
+            hint="a service account is best: see its three fields",
+        )
+    try:
+        verdict, skew_s = await _ask(target, timeout_s)
+    except ConfigError as error:
+        return Finding(ok=False, problem="network", text=str(error.args[0]), hint=error.hint)
+    found = await _judged(target, verdict, timeout_s)
+    found.clock_skew_s = None if skew_s is None else round(skew_s, 1)
+    if found.ok and skew_s is not None and abs(skew_s) > _SKEWED_S:
+        way = "ahead" if skew_s > 0 else "behind"
+        found.problem = "clock"
+        found.text += f"; but this machine's clock is {abs(skew_s) / 60:.0f} minutes {way} of Mixpanel's"
+        found.hint = "set the clock, by NTP: Mixpanel refuses events from the future"
+    return found
+
+
+async def _judged(target: Target, verdict: Verdict, timeout_s: float) -> Finding:
+    match verdict:
+        case Reject() | Delivered():
+            return Finding(
+                ok=True, problem="", text=f"Mixpanel takes the {target.credentials.kind}; nothing was stored"
+            )
+        case Halt():
+            said = f"Mixpanel refuses us, HTTP {verdict.status}: {verdict.reason}"
+            if verdict.status != 401:
+                return Finding(ok=False, problem="project" if verdict.status == 404 else "credential", text=said)
+            return await _refused(target, said, timeout_s)
+        case Retry():
+            said = f"Mixpanel can't be asked: {verdict.reason}"
+            problem, hint = _unreachable(target, verdict)
+            return Finding(ok=False, problem=problem, text=said, hint=hint)
+        case Split():
+            return Finding(
+                ok=False,
+                problem="upstream",
+                text=f"what answers doesn't answer as Mixpanel does: {verdict.reason}",
+                hint="is a proxy or portal in the way? check [mixpanel] url and region",
+            )
+
+
+async def _refused(target: Target, said: str, timeout_s: float) -> Finding:
+    """Why a 401, as far as can be found out: by asking the other regions, too, unless the address is given."""
+    credentials = target.credentials
+    for region in HOSTS if not target.url else ():
+        other = msgspec.structs.replace(target, region=region)
+        if region != target.region and isinstance((await _ask(other, timeout_s))[0], Reject | Delivered):
+            hint = f'Mixpanel takes it in another region, where the project lives: set [mixpanel] region = "{region}"'
+            return Finding(ok=False, problem="region", text=said, hint=hint, region=region)
+    match credentials.kind:
+        case "service account":
+            # Whether the name, the secret or the project is wrong, Mixpanel doesn't tell.
+            hint = (
+                "the service account's user name or secret is wrong, or it has expired, or it is not Admin or Owner of "
+                f"project {credentials.project_id}: see Settings > Project settings > Service accounts"
+            )
+        case "API secret":
+            hint = (
+                f"no project of region {target.region!r} has this API secret: see Settings > Project settings > Overview, "
+                "or better, create a service account"
+            )
+        case _:
+            hint = f"no project of region {target.region!r} has this token: see Settings > Project settings > Overview"
+    return Finding(ok=False, problem="credential", text=said, hint=hint)
+
+
+def _unreachable(target: Target, verdict: Retry) -> tuple[Problem, str]:
+    """What to do about a network that doesn't lead to Mixpanel."""
+    host = urlsplit(target.import_url).hostname
+    if verdict.kind == "rate":
+        return "busy", "it is there, and busy with this project: try again in a minute"
+    if verdict.kind == "server":
+        return (
+            "upstream",
+            "something answers, but it isn't well, or isn't Mixpanel: try again; is a proxy or portal in the way?",
+        )
+    for sign, advice in _NETWORK:
+        if sign in verdict.reason:
+            return "network", advice.format(host=host)
+    return "network", "try again; check the network and any proxy"
+
+
+# By a part of the transport's words, the first that is there.
+_NETWORK: Final = (
+    ("DNS", "this machine can't find {host}: is it on a network, and does its DNS work?"),
+    ("roxy", "the proxy in HTTPS_PROXY or HTTP_PROXY doesn't let us through: is its address right, and is it running?"),
+    (
+        "ertificate",
+        "{host} can't prove to be it: if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop",
+    ),
+    (
+        "no connection",
+        "nobody answers at {host}: does a firewall let this machine out? set HTTPS_PROXY if it needs a proxy",
+    ),
+    (
+        "ClientConnectorError",
+        "{host} can't be connected to: does a firewall let this machine out? set HTTPS_PROXY if it needs a proxy",
+    ),
+    ("no answer", "{host} takes the connection and says nothing: try again; is a proxy or firewall in the way?"),
+)
+
+
+async def _ask(target: Target, timeout_s: float) -> tuple[Verdict, float | None]:
+    """The verdict, and how far our clock is from Mixpanel's. Raises ConfigError for a proxy that can't be used."""
+    insert_id = f"bridged-check-{secrets.token_hex(8)}"
+    properties: dict[str, object] = {"time": int(time.time()), "distinct_id": "bridged-check", "$insert_id": insert_id}
+    if target.credentials.token:
+        properties["token"] = target.credentials.token
+    record = msgspec.json.encode({"event": "", "properties": properties}) + b"\n"
+    async with Transport(target, min(timeout_s or _TIMEOUT_S, _TIMEOUT_S)) as transport:
+        verdict = await transport.send(igzip.compress(record, 1), 1, lambda: [insert_id])
+        return verdict, transport.clock_skew_s

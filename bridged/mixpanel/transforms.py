@@ -1,0 +1,104 @@
+"""Fields that Mixpanel doesn't get as they are, as Braze offers it for its own connectors: [events.transform]. Pure.
+
+    remove   the value becomes the string "[REDACTED]"
+    hash     the value becomes its SHA-256 in hex, of its UTF-8, without a salt: the same value stays recognisable
+
+Of strings, and of each string of a list. What is absent or null stays so. A field is named as Braze names it;
+"external_user_id" is the user's (and so `distinct_id`), "device_id" the device's, "properties.NAME" a property of a custom
+event or a purchase.
+
+Only the forms of types with a rule are wrapped: the others cost nothing. What is refused before it is mapped is kept as a
+dead letter as it came, with the plain values, or it could not be tried again; purge it if that must not be. What Mixpanel
+refuses, what waits and what is archived was mapped, and so transformed.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
+
+REMOVED: Final = "[REDACTED]"
+OWN_PREFIX: Final = "properties."
+# Of the event's user.
+USER_FIELDS: Final = ("external_user_id", "device_id")
+# How an anonymous user's `distinct_id` begins.
+DEVICE_PREFIX: Final = "$device:"
+
+Rule = Literal["remove", "hash"]
+Rules = Mapping[str, Rule]
+
+
+def hashed(value: str) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def transformed(value: Any, rule: Rule) -> Any:
+    """What is sent in a value's place; what is no string stays, but for what a list or an object holds."""
+    if isinstance(value, str):
+        return REMOVED if rule == "remove" else hashed(value)
+    if isinstance(value, list):
+        return [transformed(one, rule) for one in value]
+    if isinstance(value, dict):
+        return {name: transformed(one, rule) for name, one in value.items()}
+    if rule == "remove" and value is not None:
+        return REMOVED
+    # A number of the customer's own can be as telling as a string; that of a typed field is never asked for.
+    return value if value is None else hashed(str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def identity(value: str | None, rules: Rules) -> str | None:
+    """A `distinct_id`, of a user or of a device. It is hashed, whatever the rule: "[REDACTED]" would make one person of all."""
+    if value is None:
+        return None
+    if value.startswith(DEVICE_PREFIX):
+        rest = value.removeprefix(DEVICE_PREFIX)
+        return DEVICE_PREFIX + hashed(rest) if "device_id" in rules else value
+    return hashed(value) if "external_user_id" in rules else value
+
+
+def of_struct(form: Callable[[Any], Any], rules: Rules) -> Callable[[Any], Any]:
+    """A form of decoded properties, which transforms them first."""
+    named = [(name, rule) for name, rule in rules.items() if name != "external_user_id"]
+
+    def transforming(properties: Any) -> Any:
+        for name, rule in named:
+            value = getattr(properties, name, None)
+            if value is not None:
+                setattr(properties, name, transformed(value, rule))
+        properties.distinct_id = identity(properties.distinct_id, rules)
+        return form(properties)
+
+    return transforming
+
+
+def of_dict(
+    form: Callable[[dict[str, Any], Any], Any], rules: Rules, member: str
+) -> Callable[[dict[str, Any], Any], Any]:
+    """The same for an event with properties of the customer's own, which stand in `member`."""
+    own = {name.removeprefix(OWN_PREFIX): rule for name, rule in rules.items() if name.startswith(OWN_PREFIX)}
+    plain = {name: rule for name, rule in rules.items() if not name.startswith(OWN_PREFIX) and name not in USER_FIELDS}
+
+    def transforming(properties: dict[str, Any], event: Any) -> Any:
+        in_place(properties, plain)
+        if custom := properties.get(member):
+            in_place(custom, own)
+        user = event.user
+        user.external_user_id = identity(user.external_user_id, rules)
+        if "device_id" in rules:
+            user.device_id = transformed(user.device_id, rules["device_id"])
+        return form(properties, event)
+
+    return transforming
+
+
+def of_mapped(properties: dict[str, Any], rules: Rules) -> None:
+    """The same, in place, for the properties of an event of which only these are known: mapped already, but as they came."""
+    in_place(properties, {name: rule for name, rule in rules.items() if name != "external_user_id"})
+    properties["distinct_id"] = identity(properties["distinct_id"], rules)
+
+
+def in_place(properties: dict[str, Any], rules: Rules) -> None:
+    """Transforms the members of an object that a rule names."""
+    for name, rule in rules.items():
+        if properties.get(name) is not None:
+            properties[name] = transformed(properties[name], rule)

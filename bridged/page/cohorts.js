@@ -1,0 +1,173 @@
+// Cohorts: Mixpanel's, on their way into Braze.
+
+import { ask, order } from "./api.js";
+import { attempt, button, confirmed, count, el, fill, moment, number, problemText, prose, say, section, toast } from "./dom.js";
+
+export const title = "Cohorts";
+
+const REFRESH_MS = 5000;
+const BUSY = ["receiving", "sweeping", "sending", "renaming", "forgetting"];
+const SENDER = { halted: "bad", capped: "warn", "backing off": "warn" };
+
+/** Opens the view. */
+export function open(main) {
+  const body = el("div", {});
+  let askedAt = 0;
+  let shown = "";
+  let view = null; // what is there: {use(answer)}
+  let ended = false;
+  fill(main, el("div", { class: "view-head" }, el("div", {}, el("h1", {}, title), el("p", {}, "Mixpanel’s cohorts, imported into Braze."))), body);
+
+  async function reload() {
+    askedAt = Date.now();
+    let answer;
+    try {
+      answer = await ask("/api/cohorts");
+    } catch (error) {
+      if (error.status === 0 && view) return; // the page says by itself that the daemon doesn't answer
+      answer = { problem: error.status === 404 ? "none" : problemText(error) };
+    }
+    const key = answer.problem ?? "cohorts";
+    if (ended) return;
+    if (key !== shown) {
+      shown = key;
+      view = null;
+      if (answer.problem === "none") fill(body, none());
+      else if (answer.problem) fill(body, el("div", { class: "callout bad" }, el("p", {}, answer.problem), button("Try again", reload)));
+      else {
+        view = overview(reload);
+        fill(body, view.element);
+      }
+    }
+    view?.use(answer);
+  }
+
+  reload();
+  return {
+    use() {
+      if (Date.now() - askedAt > REFRESH_MS) reload();
+    },
+    changed(what) {
+      if (what === "cohorts_revision") reload();
+    },
+    end() {
+      ended = true;
+    },
+  };
+}
+
+function none() {
+  return section(
+    "No cohorts configured",
+    el("p", {}, "bridged can take the cohorts that Mixpanel syncs and keep their membership up to date in Braze."),
+    el("p", {}, "Set enabled in ", el("code", {}, "[cohorts]"), " and the key of ", el("code", {}, "[braze]"), " in the configuration, and restart."),
+  );
+}
+
+function overview(reload) {
+  const sentence = el("p", {});
+  const notice = el("div", {});
+  const facts = {};
+  const fact = (name, label) => {
+    facts[name] = { value: el("span", {}), more: el("p", {}) };
+    return el("div", {}, el("dt", {}, label), el("dd", {}, facts[name].value, facts[name].more));
+  };
+  const put = (name, value, more = "") => {
+    say(facts[name].value, value);
+    say(facts[name].more, more);
+  };
+  const rows = new Map(); // by key: {element, cells}
+  const tbody = el("tbody", {});
+  const empty = el("p", { class: "empty-state" }, "None yet: Mixpanel sends them as soon as a cohort’s sync is switched on there.");
+  const head = [["Cohort", ""], ["Last sync", ""], ["Members", "right"], ["In Braze", "right"], ["Waiting", "right"], ["Rejected", "right"]];
+  const list = el(
+    "div",
+    { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Cohorts" },
+    el("table", { class: "cards" }, el("thead", {}, el("tr", {}, head.map(([text, side]) => el("th", { scope: "col", class: side || null }, text)), el("td", {}))), tbody),
+  );
+  const all = button("Resync all", () => resync(all, { all: true }, "all cohorts", reload));
+  const allow = button("Spend what is due", () => spend(allow, reload), "primary");
+  const element = el(
+    "div",
+    {},
+    notice,
+    section("Now", sentence, el("dl", { class: "facts" }, fact("sender", "Writer to Braze"), fact("points", "Data points spent today"), fact("members", "Members"), fact("due", "Waiting")), el("div", { class: "actions" }, allow)),
+    section("Cohorts", empty, list, el("div", { class: "actions" }, all)),
+  );
+
+  return {
+    element,
+    use({ cohorts, figures, writer, ...answer }) {
+      fill(sentence, prose(answer.sentence ?? ""));
+      const halted = writer.halted && `Braze refuses the key: ${writer.halted.reason}`;
+      fill(notice, halted && el("div", { class: "callout bad" }, el("p", {}, halted)));
+      put("sender", writer.state.charAt(0).toUpperCase() + writer.state.slice(1), SENDER[writer.state] ? writer.problem : `${number(writer.users_sent)} users written since the start`);
+      const left = figures.points_left_today;
+      put("points", number(figures.points_today), left === null || left === undefined ? "no daily cap" : `${number(left)} left of today’s cap`);
+      put("members", number(figures.members), `${number(figures.in_braze)} of them are in Braze`);
+      put("due", number(figures.joining + figures.leaving), `${number(figures.joining)} to join, ${number(figures.leaving)} to leave`);
+      allow.hidden = writer.state !== "capped";
+      const keys = new Set(cohorts.map((one) => one.key));
+      for (const [key, row] of rows) {
+        if (!keys.has(key)) {
+          row.element.remove();
+          rows.delete(key);
+        }
+      }
+      for (const one of cohorts) {
+        if (!rows.has(one.key)) {
+          rows.set(one.key, cohortRow(one, reload));
+          tbody.append(rows.get(one.key).element);
+        }
+        rows.get(one.key).use(one);
+      }
+      empty.hidden = cohorts.length > 0;
+      list.hidden = !cohorts.length;
+      all.hidden = !cohorts.length;
+    },
+  };
+}
+
+function cohortRow(first, reload) {
+  const name = el("span", {});
+  const state = el("span", { class: "tag" });
+  const cells = Object.fromEntries([["synced", "last sync"], ["members", "members"], ["in_braze", "in Braze"], ["waiting", "waiting"], ["rejected", "rejected"]].map(([key, label]) => [key, el("td", { class: key === "synced" ? null : "right", "data-label": label })]));
+  let called = first.name || first.key;
+  const again = button("Resync", () => resync(again, { cohort: first.key }, `“${called}”`, reload));
+  return {
+    element: el("tr", {}, el("th", { scope: "row", class: "full" }, name, " ", state, el("small", {}, first.key)), Object.values(cells), el("td", { class: "tight full" }, again)),
+    use(one) {
+      called = one.name || one.key;
+      say(name, called);
+      again.setAttribute("aria-label", `Resync ${called}`);
+      say(state, BUSY.includes(one.state) && one.progress > 0 && one.progress < 1 ? `${one.state}, ${Math.round(100 * one.progress)} %` : one.state);
+      state.className = BUSY.includes(one.state) ? "tag changed" : "tag";
+      if (cells.synced.dataset.at !== String(one.synced_at)) fill(cells.synced, one.synced_at ? moment(one.synced_at) : "never");
+      cells.synced.dataset.at = String(one.synced_at);
+      for (const [key, value] of Object.entries({ members: one.members, in_braze: one.in_braze, waiting: one.joining + one.leaving, rejected: one.rejected })) {
+        say(cells[key], number(value));
+        cells[key].classList.toggle("zero", !value);
+      }
+    },
+  };
+}
+
+async function resync(control, which, what, reload) {
+  await attempt(control, async () => {
+    if (!(await confirmed(`Resync ${what}?`, "Every membership is written to Braze again. Braze bills data points for it.", "Resync"))) return;
+    const { due } = await order("POST", "/api/cohorts/resync", which);
+    toast(`${count(due, "membership")} will be written again.`);
+    await reload();
+  });
+}
+
+async function spend(control, reload) {
+  await attempt(control, async () => {
+    const plan = await ask("/api/cohorts/plan");
+    const text = `${count(plan.users, "user")} are due, for ${count(plan.points, "data point")}: more than today’s cap allows.`;
+    if (!(await confirmed("Go beyond today’s cap?", text, `Spend ${count(plan.points, "data point")}`))) return;
+    await order("POST", "/api/cohorts/allow", { points: 0 });
+    toast("Allowed, for today.");
+    await reload();
+  });
+}

@@ -1,0 +1,167 @@
+"""A bridge to look at in a browser: `bridged run` and `bridged emulator` as processes, with a folder and ports of their own."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from conftest import SLOW, free_port
+
+PATIENCE_S = 30 * SLOW
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+ACCOUNT = "bridged.1a2b3c.mp-service-account"
+SECRET = "the-secret-of-the-service-account"
+PROJECT = "1234567"
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Waits for a condition, and gives what it gave; fails with its name."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {PATIENCE_S:g} s in vain for {what}"
+        time.sleep(0.05)
+    return found
+
+
+class Bridge:
+    """The two processes, and the senders' and the operator's way to them. Ends what it has started."""
+
+    def __init__(self, folder: Path, *, toml: str = "", connected: bool = True, admin_token: str = "") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.admin_token = folder, admin_token
+        self.mixpanel = f"http://127.0.0.1:{free_port()}"
+        self.http = f"http://127.0.0.1:{free_port()}"
+        self.admin = f"http://127.0.0.1:{free_port()}"
+        credential = (
+            f'token = "{TOKEN}"\nservice_account = "{ACCOUNT}"\nservice_secret = "{SECRET}"\nproject_id = "{PROJECT}"'
+        )
+        (folder / "config.toml").write_text(f"""
+[sources.http]
+listen = "{self.http[7:]}"
+[sources.stream]
+listen = []
+[mixpanel]
+url = "{self.mixpanel}"
+{credential if connected else ""}
+[spool]
+path = "{folder}/spool.db"
+[retention]
+archive_path = "{folder}/archive"
+[delivery]
+flush_interval = "100ms"
+probe_interval = "500ms"
+grace = "1s"
+[admin]
+listen = "{self.admin[7:]}"
+{f'token = "{admin_token}"' if admin_token else ""}
+{toml}
+""")
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        account = ("--token", TOKEN, "--service-account", f"{ACCOUNT}:{SECRET}", "--project-id", PROJECT)
+        self._start("emulator", "emulator", "--listen", self.mixpanel[7:], *account)
+        self.start()
+        until(lambda: answers(f"{self.mixpanel}/healthz"), "the emulator")
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for name in list(self._children):
+            self.end(name)
+
+    def start(self) -> None:
+        """Starts the daemon; returns when its doors are open."""
+        self._start("daemon", "run", "--config", str(self.folder / "config.toml"))
+        until(lambda: answers(f"{self.admin}/healthz") and answers(f"{self.http}/v1/currents"), "the daemon")
+
+    def _start(self, name: str, *arguments: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._children[name] = subprocess.Popen(
+                [sys.executable, "-m", "bridged", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=environment,
+            )
+
+    def end(self, name: str = "daemon", number: int = signal.SIGTERM) -> None:
+        """Ends one of the two."""
+        child = self._children.pop(name)
+        child.send_signal(number)
+        try:
+            child.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            raise
+
+    # -- the sides ----------------------------------------------------------------------------------------------------
+
+    def post(self, events: list[Any], bearer: str = "") -> int:
+        """What Braze does; gives the status of the answer."""
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        status, _ = call("POST", f"{self.http}/v1/currents", {"events": events}, headers)
+        return status
+
+    def ask(self, path: str) -> Any:
+        """The admin API."""
+        headers = {"Authorization": f"Bearer {self.admin_token}"} if self.admin_token else {}
+        status, body = call("GET", self.admin + path, None, headers)
+        assert status == 200, body
+        return body
+
+    def arrived(self) -> list[dict[str, Any]]:
+        """The events that Mixpanel shows."""
+        connection = http.client.HTTPConnection(self.mixpanel[7:], timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            connection.request("GET", "/emulator/events")
+            return [json.loads(line) for line in connection.getresponse().read().splitlines()]
+
+    def mixpanel_says(self, faults: list[dict[str, Any]]) -> None:
+        """The emulator's script of faults."""
+        assert call("POST", f"{self.mixpanel}/emulator/faults", faults)[0] == 200
+
+    def mixpanel_accepts(self, **credentials: str) -> None:
+        """Which credential is right from now on."""
+        assert call("POST", f"{self.mixpanel}/emulator/credentials", credentials)[0] == 200
+
+    def events(self) -> dict[str, int]:
+        """The books."""
+        return self.ask("/api/status")["events"]
+
+
+def answers(url: str) -> bool:
+    """Whether somebody speaks HTTP there."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return bool(call("GET", url, None)[0])
+    return False
+
+
+def call(method: str, url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    """A request of JSON; the answer's status and body."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        payload = None if body is None else json.dumps(body)
+        target = parts.path + (f"?{parts.query}" if parts.query else "")
+        connection.request(method, target, payload, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        text = response.read()
+    with contextlib.suppress(ValueError):
+        return response.status, json.loads(text)
+    return response.status, text
+
+
+__all__ = ["Bridge", "answers", "call", "until"]

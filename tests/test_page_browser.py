@@ -1,0 +1,637 @@
+"""The page in a real browser over a real daemon: every task as a person would do it, by role and by name.
+
+Screenshots of what is seen are kept in $BRIDGED_SCREENSHOTS if that is set; with BRIDGED_RENEW_SCREENSHOTS=1 those of
+the README are written to docs/screenshots.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import currents
+from page_bridge import ACCOUNT, PATIENCE_S, PROJECT, SECRET, TOKEN, Bridge, until
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs" / "screenshots"
+README = {"overview", "overview-phone", "halted", "connection", "event", "dead-letter"}
+RENEW = bool(os.environ.get("BRIDGED_RENEW_SCREENSHOTS"))
+OPEN, CLICK, PURCHASE = "users.messages.email.Open", "users.messages.email.Click", "users.behaviors.Purchase"
+# Each with what is there when it has got what it asks for.
+VIEWS = {
+    "": ".sum dd",
+    "connection": "main .field input",
+    "events": "main tbody tr",
+    "dead-letters": "main tbody tr",
+    "cohorts": "main section",
+    "activity": "main li",
+}
+
+SCRIPT = "<script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all of them."""
+    assert Path(CHROMIUM).exists(), "this test needs Debian's chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        expect.set_options(timeout=PATIENCE_S * 1000)
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core."""
+    folder = tmp_path_factory.mktemp("axe")
+    shutil.copy(HERE / "clients" / "axe" / "package.json", folder)
+    assert shutil.which("npm"), "this test needs Node.js and npm"
+    install = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
+    subprocess.run(install, cwd=folder, check=True, capture_output=True, timeout=180)
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def flowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bridge]:
+    """A bridge that has delivered, and has dead letters of both kinds. Tests that need a clean one have their own."""
+    with Bridge(tmp_path_factory.mktemp("flowing")) as bridge:
+        for number in range(4):
+            batch = [currents(kind, seed=1000 * number + n) for n in range(60) for kind in (OPEN, CLICK, PURCHASE)]
+            assert bridge.post(batch) == 200
+        bridge.post([currents(OPEN, seed=90_000 + n, user={"user_id": "anonymous"}) for n in range(7)])
+        until(lambda: bridge.events()["delivered"] == 720, "720 delivered events")
+        # Two that Mixpanel refuses, in its own words.
+        refused = {
+            "code": 400,
+            "error": "some data points in the request failed validation",
+            "num_records_imported": 0,
+            "status": "Bad Request",
+            "failed_records": [
+                {"index": n, "insert_id": "", "field": "properties.time", "message": "'properties.time' is invalid"}
+                for n in range(2)
+            ],
+        }
+        bridge.mixpanel_says([{"status": 400, "body": refused, "times": 1}])
+        bridge.post([currents(OPEN, seed=91_000 + n) for n in range(2)])
+        until(lambda: bridge.events()["dead_lettered"] == 2, "two dead letters of Mixpanel")
+        fax = {"event_type": "users.messages.fax.Send", "time": int(time.time()), "user": {"external_user_id": "ada"}}
+        bridge.post([fax | {"id": f"fax-{n}", "properties": {"page": n}} for n in range(118)])
+        yield bridge
+
+
+class Eyes:
+    """Opens pages as a person's browser does, keeps what is seen, and notes what a browser complains of."""
+
+    def __init__(self, browser: Browser, folder: Path) -> None:
+        self._browser, self._folder = browser, folder
+        self._contexts: list[BrowserContext] = []
+        self.complaints: list[str] = []
+
+    def context(self, **options: Any) -> BrowserContext:
+        """A fresh profile."""
+        settings = {"viewport": {"width": 1280, "height": 860}, "reduced_motion": "reduce", "locale": "en-GB"} | options
+        context = self._browser.new_context(**settings)
+        context.set_default_timeout(PATIENCE_S * 1000)
+        self._contexts.append(context)
+        return context
+
+    def open(self, bridge: Bridge, view: str = "", context: BrowserContext | None = None, **options: Any) -> Page:
+        """A tab with a view."""
+        page = (context or self.context(**options)).new_page()
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", self._console)
+        page.goto(f"{bridge.admin}/#/{view}")
+        return page
+
+    def _console(self, message: Any) -> None:
+        # An answer that is no 200 is the page's to tell; what else a browser says of a page is a fault of it.
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.complaints.append(message.text)
+
+    def shot(self, page: Page, name: str, *, whole: bool = False) -> None:
+        """Keeps what is seen."""
+        page.screenshot(path=self._folder / f"{name}.png", full_page=whole)
+        if RENEW and name in README:
+            DOCS.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self._folder / f"{name}.png", DOCS)
+
+    def close(self) -> None:
+        """Closes every tab."""
+        for context in self._contexts:
+            context.close()
+
+
+@pytest.fixture
+def eyes(browser: Browser, tmp_path: Path) -> Iterator[Eyes]:
+    """A person's browser; a script error or a breach of the content security policy fails the test."""
+    folder = Path(os.environ.get("BRIDGED_SCREENSHOTS") or tmp_path / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    eyes = Eyes(browser, folder)
+    yield eyes
+    eyes.close()
+    assert eyes.complaints == []
+
+
+@pytest.fixture
+def bridge(tmp_path: Path) -> Iterator[Callable[..., Bridge]]:
+    """Makes bridges, and ends them."""
+    made: list[Bridge] = []
+
+    def make(**options: Any) -> Bridge:
+        new = Bridge(tmp_path / f"bridge-{len(made)}", **options)
+        made.append(new)
+        return new.__enter__()
+
+    yield make
+    for one in made:
+        one.__exit__()
+
+
+def sentence(page: Page) -> Locator:
+    """How it is."""
+    return page.locator("h1.sentence")
+
+
+def go(page: Page, view: str) -> None:
+    """By the navigation."""
+    page.get_by_role("navigation").get_by_role("link", name=view).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(view)
+
+
+def box(page: Page | Locator, name: str) -> Locator:
+    """A text field or the like, by its label."""
+    return page.get_by_label(name, exact=True)
+
+
+def press(page: Page | Locator, name: str) -> None:
+    """A button, by its name."""
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def told(page: Page, text: str | re.Pattern[str]) -> None:
+    """Waits for what the page says in passing, and dismisses it."""
+    toast = page.locator(".toast").filter(has_text=text)
+    expect(toast.first).to_be_visible()
+    toast.first.get_by_role("button", name="Dismiss").click()
+
+
+# -- every task --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_connects_braze_and_mixpanel_with_the_page_alone(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """From a fresh installation: credentials in, tested, saved; a token made and copied; Braze's events arrive at Mixpanel."""
+    fresh = bridge(connected=False)
+    page = eyes.open(fresh, permissions=["clipboard-read", "clipboard-write"])
+    expect(page.get_by_text("Not set up").first).to_be_visible()
+    eyes.shot(page, "fresh")
+    page.get_by_role("main").get_by_role("link", name="Connect").click()
+
+    box(page, "Project token").fill(TOKEN)
+    box(page, "Service account user name").fill(ACCOUNT)
+    box(page, "Service account secret").fill("not it")
+    box(page, "Project ID").fill(PROJECT)
+    press(page, "Test connection")
+    expect(page.locator(".callout.bad")).to_contain_text(re.compile("secret|credential|service account", re.IGNORECASE))
+    eyes.shot(page, "test-connection")
+    box(page, "Service account secret").fill(SECRET)
+    press(page, "Test connection")
+    expect(page.locator(".callout.good")).to_contain_text("It works")
+    press(page, "Save")
+    told(page, "Saved, and in force at once.")
+    expect(box(page, "Service account secret")).to_have_value("")
+    expect(box(page, "Service account secret")).to_have_attribute("placeholder", re.compile("Set"))
+    expect(page.get_by_text(SECRET)).to_have_count(0)
+
+    address = page.get_by_role("status").filter(has_text="/v1/currents")
+    assert address.inner_text() == f"{fresh.http}/v1/currents"
+    expect(page.get_by_text("Only this machine reaches this address")).to_be_visible()
+    box(page, "Public name of this machine, or of the proxy before it").fill("currents.example.com")
+    press(page, "Copy endpoint URL")
+    told(page, "Copied endpoint URL")
+    assert page.evaluate("navigator.clipboard.readText()") == "https://currents.example.com/v1/currents"
+    press(page, "Make a token")
+    with_token = page.get_by_role("dialog", name="The new bearer token")
+    press(with_token, "Copy bearer token")
+    expect(with_token.get_by_text("Copied bearer token")).to_be_visible()
+    bearer = page.evaluate("navigator.clipboard.readText()")
+    assert re.fullmatch("[0-9a-f]{48}", bearer)
+    press(with_token, "I have it")
+    page.evaluate("scrollTo(0, 0)")
+    eyes.shot(page, "connection")
+    eyes.shot(page, "connection-whole", whole=True)
+
+    assert fresh.post([currents(OPEN)]) == 401
+    assert fresh.post([currents(OPEN, seed=n) for n in range(25)], bearer) == 200
+    page.get_by_role("link", name="Overview").click()
+    expect(page.locator(".sum .delivered dd")).to_contain_text("25")
+    expect(sentence(page)).to_have_text(re.compile("nothing waiting|Idle"))
+    assert len(fresh.arrived()) == 25
+
+
+def test_a_refused_credential_from_start_to_resume(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Mixpanel refuses, the page says so and how long there is; the new secret is entered; everything that waited arrives."""
+    mine = bridge()
+    assert mine.post([currents(OPEN, seed=n) for n in range(10)]) == 200
+    page = eyes.open(mine)
+    expect(page.locator(".sum .delivered dd")).to_contain_text("10")
+    mine.mixpanel_accepts(service_secret="renewed")
+    assert mine.post([currents(OPEN, seed=100 + n) for n in range(1200)]) == 200
+
+    expect(sentence(page)).to_contain_text("Halted", timeout=PATIENCE_S * 1000)
+    expect(sentence(page)).to_contain_text(re.compile("1,200 events safe, expire in 4[78] h"))
+    expect(page.locator(".overview-head")).to_contain_text("Invalid credentials")
+    expect(page.locator("#spoken")).to_contain_text("Halted")
+    eyes.shot(page, "halted")
+    page.get_by_role("main").get_by_role("link", name="Renew the credential").first.click()
+    box(page, "Service account secret").fill("renewed")
+    press(page, "Test connection")
+    expect(page.locator(".callout.good")).to_be_visible()
+    press(page, "Save")
+    told(page, "Saved")
+    expect(page.get_by_text("Saved on this page", exact=True).first).to_be_visible()
+
+    page.get_by_role("link", name="Overview").click()
+    expect(page.locator(".sum .delivered dd")).to_contain_text("1,210")
+    expect(page.locator(".sum .waiting dd")).to_contain_text("0")
+    expect(sentence(page)).not_to_contain_text("Halted")
+    assert len(mine.arrived()) == 1210
+    go(page, "Activity")
+    for kind in ("Halted", "Resumed", "Settings"):
+        expect(page.locator(".kind").get_by_text(kind, exact=True).first).to_be_visible()
+    eyes.shot(page, "activity")
+
+
+def test_settings_are_seen_exported_and_taken_back(eyes: Eyes, flowing: Bridge) -> None:
+    """What is saved here goes before config.toml, is shown beside it, comes as TOML without secrets, and can be removed."""
+    page = eyes.open(flowing, "connection")
+    box(page, "Data residency").select_option("eu")
+    box(page, "Names of events and properties").select_option("current")
+    press(page, "Save")
+    told(page, "Saved")
+    row = page.get_by_role("row").filter(has_text="mixpanel.region")
+    expect(row).to_contain_text("European Union")
+    expect(row).to_contain_text("United States")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Export as TOML").click()
+    toml = Path(download.value.path()).read_text(encoding="utf-8")
+    assert 'region = "eu"' in toml
+    assert SECRET not in toml
+    page.get_by_text("Address, retention, pace and alarms").click()
+    box(page, "Requests under way at most").fill("many")
+    press(page, "Save these")
+    expect(box(page, "Requests under way at most")).to_have_attribute("aria-invalid", "true")
+    box(page, "Requests under way at most").fill("9999")
+    press(page, "Save these")
+    expect(box(page, "Requests under way at most")).to_have_attribute("aria-invalid", "true")
+    eyes.shot(page, "settings", whole=True)
+    press(page, "Remove all")
+    press(page.get_by_role("dialog"), "Remove all")
+    told(page, "in force")
+    expect(page.get_by_text("Nothing yet: everything is as")).to_be_visible()
+    assert flowing.ask("/api/config")["mixpanel"]["region"] == "us"
+
+
+def test_events_are_chosen_renamed_and_transformed(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """A box unticked, another name, a field removed and one hashed: seen in the sample, and in what arrives."""
+    mine = bridge()
+    page = eyes.open(mine, "events")
+    expect(page.get_by_role("heading", name="Message Engagement", exact=False)).to_be_visible()
+    expect(page.get_by_role("heading", name="Customer Behavior", exact=False)).to_be_visible()
+    page.get_by_role("checkbox", name="Forward Email Click", exact=True).uncheck()
+    page.get_by_role("searchbox", name="Find").fill("email open")
+    expect(page.get_by_role("row").filter(has_text="users.messages.email.Send")).to_be_hidden()
+    press(page, "Email Open")
+    dialog = page.get_by_role("dialog", name="Email Open")
+    expect(dialog.get_by_text("As Mixpanel gets it", exact=True).first).to_be_visible()
+    box(dialog, "Name in Mixpanel").fill("Mail Read")
+    dialog.get_by_text(re.compile("Transformations of its")).click()
+    dialog.get_by_label("email_address").select_option("remove")
+    dialog.get_by_label("user_agent").select_option("hash")
+    press(dialog, "Save")
+    expect(dialog.get_by_label("As Mixpanel gets it", exact=True)).to_contain_text('"Mail Read"')
+    expect(dialog.get_by_label("As Mixpanel gets it", exact=True)).to_contain_text("[REDACTED]")
+    eyes.shot(page, "event")
+    press(dialog, "Send a test event")
+    expect(dialog.get_by_text(re.compile("Sent 1 test event"))).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Mail Read")).to_be_focused()
+    expect(page.get_by_role("row").filter(has_text="users.messages.email.Open")).to_contain_text("renamed")
+
+    (event,) = until(mine.arrived, "the test event")
+    assert event["event"] == "Mail Read"
+    assert event["properties"]["email_address"] == "[REDACTED]"
+    assert re.fullmatch("[0-9a-f]{64}", event["properties"]["user_agent"])
+    assert mine.post([currents(CLICK, seed=n) for n in range(5)]) == 200
+    page.get_by_role("searchbox", name="Find").fill("email click")
+    clicks = page.get_by_role("row").filter(has_text=CLICK)
+    expect(clicks.locator("[data-label=Skipped]")).to_have_text("5")
+    page.get_by_role("searchbox", name="Find").fill("")
+    group = page.get_by_role("region", name="Customer Behavior").get_by_label("Forward this group")
+    if not group.count():
+        group = page.get_by_label("Forward this group").last
+    group.uncheck()
+    until(lambda: mine.ask("/api/config")["events"]["customer_behavior"] is False, "the group to be off")
+    expect(page.get_by_role("checkbox", name="Forward Purchase", exact=True)).not_to_be_checked()
+    eyes.shot(page, "events")
+
+
+def test_dead_letters_are_grouped_filtered_paged_replayed_and_purged(eyes: Eyes, flowing: Bridge) -> None:
+    """From the reason to one event beside Mixpanel's words; replay, export and purge of one, of a filter and of all."""
+    page = eyes.open(flowing, "dead-letters")
+    reasons = page.get_by_role("region", name="Reasons").last
+    expect(reasons.get_by_role("row").nth(1)).to_contain_text("118")
+    letters = page.get_by_role("region", name="Dead letters").last
+    expect(letters.get_by_role("row")).to_have_count(51)
+    press(page, "Older")
+    expect(page.get_by_text("Page 2")).to_be_visible()
+    press(page, "Newer")
+    expect(page.get_by_text("Page 1")).to_be_visible()
+    eyes.shot(page, "dead-letters")
+
+    box(page, "Refused by").select_option("mixpanel")
+    press(page, "Filter")
+    expect(letters.get_by_role("row")).to_have_count(3)
+    letters.get_by_role("button").first.click()
+    dialog = page.get_by_role("dialog", name="Dead letter")
+    expect(dialog.get_by_role("region", name="What Mixpanel says")).to_contain_text("'properties.time' is invalid")
+    expect(dialog.get_by_label("Event", exact=True)).to_contain_text('"Email Open"')
+    eyes.shot(page, "dead-letter")
+    with page.expect_download() as download:
+        press(dialog, "Export")
+    assert "Email Open" in Path(download.value.path()).read_text(encoding="utf-8")
+    press(dialog, "Replay")
+    press(page.get_by_role("dialog", name="Replay 1 dead letter?"), "Replay 1 dead letter")
+    told(page, "Replayed 1 dead letter")
+    expect(letters.get_by_role("row")).to_have_count(2)
+    until(lambda: flowing.events()["delivered"] == 721, "the replayed event")
+
+    press(page, "Clear")
+    reasons.get_by_role("button", name="unknown event type").click()
+    expect(page.get_by_text("118 that match")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Export").click()
+    assert len(Path(download.value.path()).read_bytes().splitlines()) == 118
+    letters.get_by_role("checkbox").nth(1).check()
+    letters.get_by_role("checkbox").nth(2).check()
+    expect(page.get_by_text("2 selected")).to_be_visible()
+    press(page, "Purge")
+    confirm = page.get_by_role("dialog", name="Purge 2 dead letters?")
+    press(confirm, "Cancel")
+    press(page, "Purge")
+    press(confirm, "Purge 2 dead letters")
+    told(page, "Purged 2 dead letters")
+    expect(page.get_by_text("116 that match")).to_be_visible()
+    press(page, "Replay")
+    press(page.get_by_role("dialog"), "Replay 116 dead letters")
+    told(page, "116 were refused again")
+
+
+# -- what comes from outside is text ----------------------------------------------------------------------------------
+
+
+def test_what_looks_like_markup_is_shown_as_text(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """A script in an event's name, a property and a reason is read, not run."""
+    mine = bridge()
+    custom = currents("users.behaviors.CustomEvent")
+    custom["properties"] |= {"name": SCRIPT, "custom_properties": {SCRIPT: SCRIPT}}
+    message = f"refused because of {SCRIPT}"
+    failed = [{"index": 0, "insert_id": "", "field": SCRIPT, "message": message}]
+    mine.mixpanel_says([{"status": 400, "body": {"code": 400, "failed_records": failed, "num_records_imported": 0}}])
+    mine.post([custom])
+    mine.post([{"event_type": SCRIPT, "id": SCRIPT, "time": int(time.time()), "user": {"external_user_id": SCRIPT}}])
+    until(lambda: mine.events()["dead_lettered"] == 2, "both dead letters")
+    page = eyes.open(mine, "dead-letters")
+    letters = page.get_by_role("region", name="Dead letters").last
+    expect(letters.get_by_role("row")).to_have_count(3)
+    for number in (0, 1):
+        letters.get_by_role("button").nth(number).click()
+        dialog = page.get_by_role("dialog", name="Dead letter")
+        expect(dialog.get_by_role("region").last).to_be_visible()
+        expect(dialog).to_contain_text("<script>")
+        page.keyboard.press("Escape")
+    for view in ("Events", "Activity", "Connection", "Overview"):
+        page.get_by_role("navigation").get_by_role("link", name=view).click()
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+    assert page.locator("main script, main img, dialog script, dialog img").count() == 0
+    assert "broken" not in page.title()
+
+
+@pytest.mark.parametrize("path", sorted((HERE.parent / "bridged" / "page").glob("*.js")), ids=lambda path: path.name)
+def test_no_script_makes_markup_or_code_from_text(path: Path) -> None:
+    """So that nothing from outside can ever become an element or run."""
+    sinks = "innerHTML|outerHTML|insertAdjacentHTML|document\\.write|createContextualFragment|DOMParser|eval\\(|new Function"
+    assert re.findall(sinks, path.read_text(encoding="utf-8")) == []
+
+
+def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
+    """The policy forbids it; the file doesn't try."""
+    html = (HERE.parent / "bridged" / "page" / "index.html").read_text(encoding="utf-8")
+    assert not re.findall(r"\son\w+=|\sstyle=|<style|<script>|https?://", html)
+
+
+# -- how it holds up ---------------------------------------------------------------------------------------------------
+
+
+def test_two_open_tabs_agree(eyes: Eyes, flowing: Bridge) -> None:
+    """What is changed in one is seen in the other, and neither overwrites what a person types in it."""
+    context = eyes.context()
+    one, two = eyes.open(flowing, "events", context), eyes.open(flowing, "events", context)
+    bounce = ("checkbox", "Forward Email Bounce")
+    expect(two.get_by_role(bounce[0], name=bounce[1], exact=True)).to_be_checked()
+    one.get_by_role(bounce[0], name=bounce[1], exact=True).uncheck()
+    expect(two.get_by_role(bounce[0], name=bounce[1], exact=True)).not_to_be_checked()
+    two.get_by_role(bounce[0], name=bounce[1], exact=True).check()
+    expect(one.get_by_role(bounce[0], name=bounce[1], exact=True)).to_be_checked()
+
+    go(one, "Connection")
+    go(two, "Connection")
+    box(two, "Project ID").fill("77")
+    box(one, "Names of events and properties").select_option("current")
+    press(one, "Save")
+    told(one, "Saved")
+    expect(box(two, "Names of events and properties")).to_have_value("current")
+    expect(box(two, "Project ID")).to_have_value("77")
+    press(one, "Remove all")
+    press(one.get_by_role("dialog"), "Remove all")
+    told(one, "in force")
+    expect(box(two, "Names of events and properties")).to_have_value("seed")
+
+
+def test_the_daemon_goes_away_and_comes_back(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Kill -9 while the page is open: it says so, and since when; it goes on by itself, and can change things again."""
+    mine = bridge()
+    page = eyes.open(mine)
+    expect(sentence(page)).to_contain_text("Idle")
+    mine.end("daemon", signal.SIGKILL)
+    expect(page.get_by_text("The daemon doesn't answer.")).to_be_visible()
+    eyes.shot(page, "lost")
+    mine.start()
+    expect(page.get_by_text("The daemon doesn't answer.")).to_be_hidden()
+    assert mine.post([currents(OPEN)]) == 200
+    expect(page.locator(".sum .delivered dd")).to_contain_text("1")
+    go(page, "Events")
+    page.get_by_role("checkbox", name="Forward Email Bounce", exact=True).uncheck()
+    until(lambda: "users.messages.email.Bounce" in mine.ask("/api/config")["events"]["exclude"], "the change")
+
+
+def test_who_has_no_token_stays_outside(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """With [admin] token: a login, a wrong one refused in words, the session kept in a cookie, and ended by logging out."""
+    mine = bridge(admin_token="correct horse battery staple")
+    context = eyes.context()
+    page = eyes.open(mine, context=context)
+    eyes.shot(page, "login")
+    box(page, "Admin token").fill("battery horse")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_be_visible()
+    box(page, "Admin token").fill("correct horse battery staple")
+    press(page, "Log in")
+    expect(sentence(page)).to_contain_text("Idle")
+    (cookie,) = context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    page.reload()
+    expect(sentence(page)).to_contain_text("Idle")
+    other = eyes.open(mine, "activity", context)
+    expect(other.get_by_role("heading", level=1)).to_have_text("Activity")
+    press(page, "Log out")
+    expect(box(page, "Admin token")).to_be_visible()
+    expect(box(other, "Admin token")).to_be_visible()
+
+
+def test_an_ordinary_day_is_drawn(eyes: Eyes, flowing: Bridge) -> None:
+    """The charts show the last hour and the last day, say in words what they show, and follow the screen's width."""
+    page = eyes.open(flowing)
+    rate = page.get_by_role("img", name="Events per second")
+    # For the pictures of the README there is more to see.
+    for second in range(200 if RENEW else 2):
+        now = time.monotonic()
+        many = 200 + 150 * (second % 40 > 15) + 7 * (second * second % 31)
+        event, moment = currents((OPEN, CLICK, PURCHASE)[second % 3]), time.time_ns()
+        assert flowing.post([event | {"id": f"day-{moment}-{n}"} for n in range(many)]) == 200
+        time.sleep(max(0.0, 1 - (time.monotonic() - now)))
+    expect(rate).to_have_attribute("aria-label", re.compile("accepted [0-9,]+, at most [1-9]"))
+    expect(rate.locator("canvas")).to_be_visible()
+    page.get_by_label("Last day").check()
+    expect(page.get_by_label("Last hour")).not_to_be_checked()
+    page.get_by_label("Last hour").check()
+    expect(rate.locator("canvas")).to_be_visible()
+    eyes.shot(page, "overview", whole=True)
+    page.set_viewport_size({"width": 360, "height": 740})
+    until(lambda: rate.locator("canvas").bounding_box()["width"] <= 360, "a narrower chart")
+    page.get_by_role("heading", name="How it has been going").scroll_into_view_if_needed()
+    page.evaluate("scrollTo(0, 0)")
+    eyes.shot(page, "overview-phone")
+
+
+def test_a_flood_is_seen_as_one(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Mixpanel says 429 while events pour in: what waits, for how long, and why it isn't faster."""
+    mine = bridge()
+    mine.mixpanel_says([{"after": 2, "status": 429}])
+    event = currents(OPEN)
+    for number in range(12):
+        mine.post([event | {"id": f"flood-{number}-{n}"} for n in range(1000)])
+    page = eyes.open(mine)
+    expect(sentence(page)).to_contain_text("Backing off")
+    expect(page.locator(".facts")).to_contain_text("Backing off for")
+    expect(page.locator(".sum .waiting dd")).to_contain_text(re.compile(r"\d+,000"))
+    bar = page.get_by_role("img", name=re.compile("12,000 accepted = "))
+    expect(bar).to_be_visible()
+    eyes.shot(page, "flooded")
+    page.set_viewport_size({"width": 360, "height": 740})
+    eyes.shot(page, "flooded-phone")
+
+
+# -- for everybody -----------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_page_by_keyboard_alone(eyes: Eyes, flowing: Bridge) -> None:
+    """Past the navigation, into a view, a dialog opened, walked around in, closed; the focus is seen and comes back."""
+    page = eyes.open(flowing)
+    expect(sentence(page)).not_to_have_text("…")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("main")).to_be_focused()
+    page.get_by_role("navigation").get_by_role("link", name="Dead letters").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1, name="Dead letters")).to_be_focused()
+    letter = page.get_by_role("region", name="Dead letters").last.get_by_role("button").first
+    expect(letter).to_be_visible()
+
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        seen = page.evaluate(
+            "(() => { const e = document.activeElement, s = getComputedStyle(e);"
+            " return [e === document.body, s.outlineStyle, s.outlineWidth, e.matches('.link[aria-haspopup]'), e.outerHTML.slice(0, 200)] })()"
+        )
+        assert seen[0] or (seen[1] != "none" and seen[2] != "0px"), f"the focus can't be seen: {seen[4]}"
+        if seen[3]:
+            break
+    expect(letter).to_be_focused()
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="Dead letter")
+    expect(dialog).to_be_visible()
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        inside = "document.activeElement === document.body || !!document.activeElement.closest('dialog')"
+        assert page.evaluate(inside), "the focus left the dialog"
+    page.keyboard.press("Escape")
+    expect(letter).to_be_focused()
+
+    go_to = page.get_by_role("navigation").get_by_role("link", name="Events")
+    go_to.focus()
+    page.keyboard.press("Enter")
+    tick = page.get_by_role("checkbox", name="Forward Email Retry", exact=True)
+    tick.focus()
+    page.keyboard.press("Space")
+    until(lambda: "users.messages.email.Retry" in flowing.ask("/api/config")["events"]["exclude"], "the change")
+    expect(tick).to_be_focused()
+    page.keyboard.press("Space")
+    until(lambda: "users.messages.email.Retry" not in flowing.ask("/api/config")["events"]["exclude"], "the change")
+
+
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds wrong, with the first place of each."""
+    found = page.evaluate("async tags => (await axe.run({runOnly: tags})).violations", RULES)
+    return [f"{one['id']}: {one['help']}: {one['nodes'][0]['html']} {one['nodes'][0]['any'][:1]}" for one in found]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_every_view_is_accessible(eyes: Eyes, flowing: Bridge, axe: str, scheme: str, width: int) -> None:
+    """No view and no dialog has a fault that axe finds; and nothing is wider than the screen."""
+    page = eyes.open(flowing, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.evaluate(axe)
+    for view, there in VIEWS.items():
+        page.evaluate("hash => { location.hash = hash }", f"#/{view}")
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        expect(page.locator(there).first).to_be_visible()
+        if view == "connection":
+            page.get_by_text("Address, retention, pace and alarms").click()
+        elif view == "events":
+            page.get_by_role("searchbox", name="Find").fill("email")  # a hundred rows alike take axe five seconds
+        assert violations(page) == [], view
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+        eyes.shot(page, f"view-{view or 'overview'}-{scheme}-{width}", whole=view != "events")
+        if view in ("events", "dead-letters"):
+            page.locator("main .link[aria-haspopup]:visible").first.click()
+            expect(page.locator("dialog pre").first).to_be_visible()
+            assert violations(page) == [], f"{view}: dialog"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+            eyes.shot(page, f"dialog-{view}-{scheme}-{width}")
+            page.keyboard.press("Escape")
