@@ -460,17 +460,19 @@ format = "json"
 
     async def drained(self) -> dict[str, Any]:
         """Waits until nothing waits; gives the daemon's status."""
+        status: dict[str, Any] = {}
         until = time.monotonic() + _PATIENCE_S
         while True:
             self.must_live()
             with contextlib.suppress(OSError, BenchError):
-                status: dict[str, Any] = msgspec.json.decode(
-                    await asyncio.to_thread(get, self.admin_port, "/api/status")
-                )
+                status = msgspec.json.decode(await asyncio.to_thread(get, self.admin_port, "/api/status"))
                 if status["http"] and status["events"]["waiting"] == 0:
                     return status
             if time.monotonic() > until:
-                raise BenchError(f"what waits wasn't delivered within {_PATIENCE_S:g} s")
+                assert self.daemon is not None
+                raise BenchError(
+                    f"what waits wasn't delivered within {_PATIENCE_S:g} s: {status}\n{self.daemon.last_words()}"
+                )
             await asyncio.sleep(0.02)
 
 

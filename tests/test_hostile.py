@@ -932,7 +932,7 @@ async def test_the_doors_take_a_renewed_certificate_over(tmp_path):
 
     old = renew()
     keys = {"tls_cert": str(cert), "tls_key": str(key)}
-    async with opened(tmp_path, http=keys, stream=keys) as doors:
+    async with opened(tmp_path, limits=HttpLimits(), http=keys, stream=keys) as doors:
         for source, port in ((doors.http, doors.http.port), (doors.stream, doors.stream.ports[0])):
             _, early = await asyncio.open_connection("127.0.0.1", port, ssl=old)
             new = renew()
