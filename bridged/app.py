@@ -222,7 +222,9 @@ class App:
             self.activity.tell("reload_failed", f"The configuration can't be used: {self.reload_problem}", "critical")
             return
         self.reload_problem = ""
-        self.admin.reload()
+        for listener in (self.admin, self.stream, self.http):
+            if listener is not None:
+                listener.reload()
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
         self.saved.revise()
         if asked or changed:
