@@ -59,9 +59,10 @@ class Door:
 
 
 @contextlib.asynccontextmanager
-async def opened(path, limits=None, **spool_options):
+async def opened(path, limits=None):
     """A door, and one connection."""
-    spool = Spool(SpoolOptions(path=str(path / "spool.db"), **spool_options), NAMES)
+    # A small one: its reserve is made anew for each example of the property below.
+    spool = Spool(SpoolOptions(path=str(path / "spool.db"), max_bytes=40 * 2**20), NAMES)
     options = HttpOptions(port=0, bearer_token=TOKEN, max_body=MAX_BODY, limits=limits or HttpLimits())
     async with spool:
         intake = Intake(EventMapping(EVENT_TYPES, MappingSettings(token="t")), spool)
