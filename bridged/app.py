@@ -222,7 +222,9 @@ class App:
             self.activity.tell("reload_failed", f"The configuration can't be used: {self.reload_problem}", "critical")
             return
         self.reload_problem = ""
-        self.admin.reload()
+        for listener in (self.admin, self.stream, self.http):
+            if listener is not None:
+                listener.reload()
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
         self.saved.revise()
         if asked or changed:
@@ -376,9 +378,11 @@ async def _nothing() -> None:
 
 def _change(name: str, before: Config, after: Config) -> str:
     """A changed key in words; of a secret, or a list, nothing but that it changed."""
-    key = EDITABLE[name]
+    key = EDITABLE.get(name)
+    if key is None or is_secret(key):
+        return name
     old, new = value_at(before, key.path), value_at(after, key.path)
-    if is_secret(key) or not isinstance(new, str | int | float):
+    if not isinstance(new, str | int | float):
         return name
     return f"{name} is {new!s} (was {old!s})"
 

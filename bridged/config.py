@@ -21,7 +21,7 @@ from bridged.errors import ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config, Seconds, Section, Size
 
-NO_CREDENTIAL: Final = "mixpanel has no credential: set service_account, api_secret or token"
+NO_CREDENTIAL: Final = "mixpanel has no credential: set service_account, api_secret or token (or export = false)"
 
 
 class Key(NamedTuple):
@@ -100,7 +100,9 @@ def demand_good(config: Config, where: str = "") -> None:
 
 
 def has_credential(config: Config) -> bool:
-    """Whether there is anything to show to Mixpanel."""
+    """Whether there is anything to show to Mixpanel, or nothing to be shown."""
+    if not config.mixpanel.export:
+        return True
     return bool(config.mixpanel.service_account or config.mixpanel.api_secret or config.mixpanel.token)
 
 

@@ -5,6 +5,7 @@ old one or the new one. One that can't be read is set aside and told of, and the
 secrets, so it is the daemon's alone to read. Nobody should have to edit it; whoever does, finds TOML.
 """
 
+import hashlib
 import os
 import time
 import tomllib
@@ -36,6 +37,8 @@ _KEYS: Final = frozenset(
         ],
     }
 )
+# Different ones, in the life of a process.
+_MAX_SECRETS: Final = 200
 _HEADER: Final = """\
 # Saved on bridged's page: each key goes before that of config.toml and of the environment.
 # Written by the daemon, at each save. To take a key back, use the page, or stop the daemon and delete its line.
@@ -60,7 +63,7 @@ class SaveUnderWay(BridgedError):
 
 def _editable() -> Iterator[Key]:
     for key in keys():
-        if key.path in _KEYS or (key.path[0] in _SECTIONS and not key.path[-1].endswith("_file")):
+        if key.path in _KEYS or (key.path[0] in _SECTIONS and not key.path[-1].endswith(("_file", "export"))):
             yield key
 
 
@@ -81,6 +84,7 @@ class Saved:
         self.problem = ""  # why some of it, or all, isn't in force
         self.revision = 0  # rises with every change, also over restarts
         self._clock = clock
+        self._seen: set[bytes] = set()  # of secrets that came from outside: digests
         self.revise()
 
     def revise(self) -> None:
@@ -131,9 +135,20 @@ class Saved:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
+    def checked(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """As `checked`, of what comes from outside: each secret is masked in all that is said ever after, so they are counted."""
+        new = {name: value for name, value in given.items() if name in EDITABLE and is_secret(EDITABLE[name]) and value}
+        digests = {name: hashlib.sha256(repr(value).encode()).digest() for name, value in new.items()}
+        if len(self._seen | set(digests.values())) > _MAX_SECRETS:
+            return {}, dict.fromkeys(
+                digests, "too many different secrets were tried: restart the daemon, and try again"
+            )
+        self._seen |= set(digests.values())
+        return checked(given)
+
     def with_changes(self, given: Mapping[str, Any], remove: Sequence[str]) -> dict[str, Any]:
         """The values as they would be. Raises BadSettings, and changes nothing."""
-        wanted, wrong = checked(given)
+        wanted, wrong = self.checked(given)
         wrong |= {name: "there is no such key, or it can't be changed here" for name in remove if name not in EDITABLE}
         wrong |= {name: "both set and removed" for name in remove if name in given}
         if wrong:

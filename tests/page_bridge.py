@@ -1,5 +1,6 @@
 """A bridge to look at in a browser: `bridged run` and `bridged emulator` as processes, with a folder and ports of their own."""
 
+import base64
 import contextlib
 import http.client
 import json
@@ -35,15 +36,30 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 class Bridge:
     """The two processes, and the senders' and the operator's way to them. Ends what it has started."""
 
-    def __init__(self, folder: Path, *, toml: str = "", connected: bool = True, admin_token: str = "") -> None:
+    def __init__(
+        self, folder: Path, *, connected: bool = True, admin_token: str = "", cohort_points: int | None = None
+    ) -> None:
+        """With `cohort_points`, cohorts are imported too, into an emulated Braze, and so many data points a day are paid for."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.admin_token = folder, admin_token
+        self.braze = f"127.0.0.1:{free_port()}" if cohort_points is not None else ""
         self.mixpanel = f"http://127.0.0.1:{free_port()}"
         self.http = f"http://127.0.0.1:{free_port()}"
         self.admin = f"http://127.0.0.1:{free_port()}"
         credential = (
             f'token = "{TOKEN}"\nservice_account = "{ACCOUNT}"\nservice_secret = "{SECRET}"\nproject_id = "{PROJECT}"'
         )
+        cohorts = f"""
+[cohorts]
+enabled = true
+username = "mixpanel"
+password = "{SECRET}"
+path = "{folder}/cohorts.db"
+max_data_points_per_day = {cohort_points}
+[braze]
+url = "http://{self.braze}"
+rest_key = "{SECRET}"
+"""
         (folder / "config.toml").write_text(f"""
 [sources.http]
 listen = "{self.http[7:]}"
@@ -63,13 +79,14 @@ grace = "1s"
 [admin]
 listen = "{self.admin[7:]}"
 {f'token = "{admin_token}"' if admin_token else ""}
-{toml}
+{cohorts if self.braze else ""}
 """)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         account = ("--token", TOKEN, "--service-account", f"{ACCOUNT}:{SECRET}", "--project-id", PROJECT)
-        self._start("emulator", "emulator", "--listen", self.mixpanel[7:], *account)
+        braze = ("--braze-listen", self.braze, "--braze-rest-key", SECRET) if self.braze else ()
+        self._start("emulator", "emulator", "--listen", self.mixpanel[7:], *account, *braze)
         self.start()
         until(lambda: answers(f"{self.mixpanel}/healthz"), "the emulator")
         return self
@@ -114,6 +131,20 @@ listen = "{self.admin[7:]}"
         headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         status, _ = call("POST", f"{self.http}/v1/currents", {"events": events}, headers)
         return status
+
+    def sync(self, cohort: str, name: str, members: list[str]) -> int:
+        """What Mixpanel does with a cohort; gives the status of the answer."""
+        parameters = {
+            "mixpanel_project_id": "117",
+            "mixpanel_cohort_id": cohort,
+            "mixpanel_cohort_name": name,
+            "mixpanel_session_id": "session",
+            "page_info": {"total_pages": 1, "page_count": 1},
+            "members": [{"mixpanel_distinct_id": member} for member in members],
+        }
+        login = base64.b64encode(f"mixpanel:{SECRET}".encode()).decode()
+        page = {"action": "members", "parameters": parameters}
+        return call("POST", f"{self.http}/v1/cohorts/mixpanel", page, {"Authorization": f"Basic {login}"})[0]
 
     def ask(self, path: str) -> Any:
         """The admin API."""

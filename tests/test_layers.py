@@ -139,12 +139,12 @@ MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
     "sources/stream.py": (
-        500,
+        510,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "backlog/spool.py": (
-        600,
+        610,
         "one owner: opening, the writer, its transaction and the rows that it reads belong together",
     ),
 }

@@ -13,6 +13,7 @@ import pytest
 from conftest import balanced, currents, free_port, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import _Configured, bridged  # noqa: F401  # a fixture
 from test_lifecycle import Process
 
 from bridged import saved
@@ -124,7 +125,7 @@ def test_which_keys_there_are():
     ("given_", "part"),
     [
         ({"mixpanel.region": "mars"}, "us"),
-        ({"mixpanel.region": None}, "str"),
+        ({"mixpanel.region": None}, "us | eu | in"),
         ({"mixpanel.regoin": "us"}, "no such key"),
         ({"admin.token": "x"}, "can't be changed here"),
         ({"mixpanel.token_file": "/etc/shadow"}, "can't be changed here"),
@@ -265,6 +266,16 @@ async def test_a_save_that_cannot_be(daemon, client):
         assert (await say(client, app, "PUT", "/api/settings", body))[0] == 400
 
 
+async def test_what_the_configuration_says_is_not_the_pages_fault(daemon, client):
+    """A name for a type that the table doesn't have may stand in config.toml; the page saves other things all the same."""
+    app = await daemon(events__names='{"users.messages.fax.Send" = "Fax"}')
+    assert (await put(client, app, set={"events.exclude": ["users.messages.sms.Send"]}))[0] == 200
+    kind = "users.messages.email.Send"
+    assert (await say(client, app, "PUT", f"/api/events/{kind}", {"name": "Mail"}))[0] == 200
+    assert app.config.events.names == {"users.messages.fax.Send": "Fax", kind: "Mail"}
+    assert (await put(client, app, set={"events.names": {"users.nothing": "x"}}))[0] == 400
+
+
 async def test_two_windows(daemon, client):
     """Who has not seen the other's change is told so, instead of undoing it."""
     app = await daemon()
@@ -346,6 +357,28 @@ async def test_a_secret_is_not_sent_elsewhere(daemon, client, emulator):
     assert app.config.mixpanel.url == emulator.url
     assert (await put(client, app, set={"mixpanel.url": emulator.url}))[0] == 200
     assert (await put(client, app, set=elsewhere | {"mixpanel.api_secret": "another"}))[0] == 200
+    # Nor in two steps: what the configuration holds doesn't follow to an address of the page's.
+    for change in ({"remove": ["mixpanel.api_secret"]}, {"set": {"mixpanel.url": "http://127.0.0.1:8"}}):
+        status, told = await put(client, app, **change)
+        assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret"])
+    assert (await say(client, app, "DELETE", "/api/settings/mixpanel.api_secret"))[0] == 400
+    assert app.config.mixpanel.api_secret == "another"
+    assert (await put(client, app, remove=["mixpanel.api_secret", "mixpanel.url"]))[0] == 200
+    assert (app.config.mixpanel.api_secret, app.config.mixpanel.url) == (CANARY, emulator.url)
+
+
+async def test_secrets_without_end(daemon, client, monkeypatch):
+    """Each is masked in all that is said ever after, which costs: somebody who tries thousands is stopped, nobody else."""
+    monkeypatch.setattr(saved, "_MAX_SECRETS", 3)
+    app = await daemon()
+    for n in (1, 2, 2, 3, 1):
+        assert (await put(client, app, set={"mixpanel.api_secret": f"{CANARY}-{n}"}))[0] == 200
+    status, told = await put(client, app, set={"mixpanel.api_secret": f"{CANARY}-4"})
+    assert (status, "too many" in told["keys"]["mixpanel.api_secret"]) == (400, True)
+    assert CANARY not in json.dumps(told)
+    status, told = await say(client, app, "POST", "/api/test-connection", {"mixpanel": {"api_secret": f"{CANARY}-5"}})
+    assert (status, "too many" in told["error"]) == (400, True)
+    assert (await put(client, app, set={"mixpanel.region": "eu"}))[0] == 200
 
 
 async def test_brazes_token(daemon, client):
@@ -516,6 +549,40 @@ async def test_test_events(daemon, client, emulator):
     await until(lambda: app.spool.accounts.total("delivered") == 1 + told["sent"], "the delivery")
     assert app.spool.accounts.total("dead_lettered") == 0
     balanced(app)
+
+
+async def test_the_commands_tell(daemon, client, bridged):  # noqa: F811  # the fixture
+    """`bridged config` shows both values of a key, `check` names it, and neither says a secret; a damaged file is told of, and left."""
+    app = await daemon()
+    saved_ = {
+        "mixpanel.naming": "current",
+        "mixpanel.api_secret": CANARY,
+        "events.exclude": ["users.messages.sms.Send"],
+    }
+    assert (await put(client, app, set=saved_))[0] == 200
+    code, out, _ = await bridged(_Configured(app.base), "config")
+    told = json.loads(out)
+    assert (code, told["mixpanel"]["naming"]) == (0, "current")
+    assert told["overridden"]["mixpanel.naming"] == {"configured": "seed", "saved": "current"}
+    code, checked_, _ = await bridged(_Configured(app.base), "check")
+    assert (code, "saved on the page" in checked_, "mixpanel.api_secret" in checked_) == (0, True, True)
+    assert "API secret" in checked_
+    _, listed, _ = await bridged(_Configured(app.base), "send-test-events", "--list")
+    assert "users.messages.sms.Send " not in listed
+    assert CANARY not in out + checked_ + listed
+    app.saved.path.write_text("[mixpanel\n")
+    code, out, _ = await bridged(_Configured(app.base), "check")
+    assert (code, "damaged" in out) == (0, True)
+    assert app.saved.path.exists()
+
+
+async def test_check_wants_a_credential(config, bridged):  # noqa: F811  # the fixture
+    """The daemon starts without one, for the page to give it; `check` says that it is missing, and names bad transformations."""
+    code, _, err = await bridged(_Configured(config(mixpanel__token="")), "check")
+    assert (code, "no credential" in err, "on the page" in err) == (78, True, True)
+    bad = config(events__transform='{"users.messages.email.Send" = {nonsense = "hash"}}')
+    code, _, err = await bridged(_Configured(bad), "check")
+    assert (code, "events.transform: users.messages.email.Send: 'nonsense' is no field" in err) == (78, True)
 
 
 def test_masks():

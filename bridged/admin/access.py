@@ -32,7 +32,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from bridged import __version__
-from bridged.admin.answers import body_of, json
+from bridged.admin.answers import body, json
 from bridged.admin.sessions import LIFE_S, Guesses, Session, Sessions
 from bridged.config import split_address
 
@@ -184,7 +184,7 @@ class Access:
         return json(self._standing(request.get(_SESSION)))
 
     async def _login(self, request: web.Request) -> web.Response:
-        given = await body_of(request, Login)
+        given = await body(request, Login)
         if self._credential is None:
             return json(self._standing(None))
         address, now = request.remote or "", time.monotonic()

@@ -32,7 +32,7 @@ from msgspec import Struct
 
 from bridged import config
 from bridged.activity import MAX_ENTRIES, Entry
-from bridged.admin.answers import body_of, json, number_of
+from bridged.admin.answers import body, json, number
 from bridged.admin.cohorts import CohortsApi
 from bridged.admin.history import SPANS, History
 from bridged.admin.status import status
@@ -150,7 +150,7 @@ class Api:
 
     async def _activity(self, request: web.Request) -> web.Response:
         query = dict(request.query)
-        limit, before = number_of(query, "limit", 100, MAX_ENTRIES), number_of(query, "before", MAX_ID, MAX_ID)
+        limit, before = number(query, "limit", 100, MAX_ENTRIES), number(query, "before", MAX_ID, MAX_ID)
         _demand_nothing_else(query)
         entries = self._app.activity.newest(limit, before)
         return json(Happened(entries, entries[-1].id if entries and len(entries) == limit else None))
@@ -170,19 +170,19 @@ class Api:
         return json(await self._dead_letters.groups(_filter(dict(request.query))))
 
     async def _count(self, request: web.Request) -> web.Response:
-        wanted = (await body_of(request, Order)).wanted()
+        wanted = (await body(request, Order)).wanted()
         return json({"count": await self._dead_letters.count(wanted)})
 
     async def _list(self, request: web.Request) -> web.Response:
         query = dict(request.query)
-        limit, order = number_of(query, "limit", 100, MAX_LISTED), query.pop("order", "oldest")
+        limit, order = number(query, "limit", 100, MAX_LISTED), query.pop("order", "oldest")
         if order not in ("oldest", "newest"):
             raise BadRequest("order: oldest or newest")
         if order == "oldest":
-            after = number_of(query, "after", 0, MAX_ID)
+            after = number(query, "after", 0, MAX_ID)
             rows = await self._dead_letters.list_after(_filter(query), after, limit)
         else:
-            before = number_of(query, "before", MAX_ID, MAX_ID)
+            before = number(query, "before", MAX_ID, MAX_ID)
             rows = await self._dead_letters.list_before(_filter(query), before, limit)
         return json(Listing(rows, rows[-1].id if rows and len(rows) == limit else None))
 
@@ -203,7 +203,7 @@ class Api:
         return response
 
     async def _replay(self, request: web.Request) -> web.Response:
-        wanted = (await body_of(request, Order)).wanted()
+        wanted = (await body(request, Order)).wanted()
         self._demand_quiet()
         outcome = await self._dead_letters.replay(wanted)
         text = "Dead letters were replayed"
@@ -211,7 +211,7 @@ class Api:
         return json(outcome)
 
     async def _purge(self, request: web.Request) -> web.Response:
-        wanted = (await body_of(request, Order)).wanted()
+        wanted = (await body(request, Order)).wanted()
         self._demand_quiet()
         purged = await self._dead_letters.purge(wanted)
         self._app.activity.tell("purge", "Dead letters were deleted for good", "warning", purged=purged)
@@ -219,13 +219,13 @@ class Api:
 
     async def _replay_archived(self, request: web.Request) -> web.Response:
         """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk."""
-        events = (await body_of(request, Archived)).events
+        events = (await body(request, Archived)).events
         await self._app.intake.accept_archived([bytes(event) for event in events])
         return json({"accepted": len(events)})
 
     async def _credentials(self, request: web.Request) -> web.Response:
         """Another credential, at once."""
-        given = (await body_of(request, NewCredentials)).given()
+        given = (await body(request, NewCredentials)).given()
         try:
             self._app.take_credentials(given)
         except ConfigError as error:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from bridged.admin.answers import body_of, json, number_of
+from bridged.admin.answers import body, json, number
 from bridged.cohorts.records import CohortRow, Figures, Refusal
 from bridged.errors import BadRequest, MembershipError
 
@@ -188,7 +188,7 @@ class CohortsApi:
 
     async def _refusals(self, request: web.Request) -> web.Response:
         query = dict(request.query)
-        after, limit = number_of(query, "after", 0, MAX_ID), number_of(query, "limit", 100, MAX_LISTED)
+        after, limit = number(query, "after", 0, MAX_ID), number(query, "limit", 100, MAX_LISTED)
         rows = await self._membership.refusals(after, limit)
         return json(Refusals(rows, rows[-1].id if rows and len(rows) == limit else None))
 
@@ -196,16 +196,16 @@ class CohortsApi:
         return json(await self._membership.show(request.match_info["key"]))
 
     async def _resync(self, request: web.Request) -> web.Response:
-        order = await body_of(request, ResyncOrder)
+        order = await body(request, ResyncOrder)
         if bool(order.cohort) == order.all:
             raise BadRequest("which cohort?", 'either "cohort" or {"all": true}')
         due = await self._membership.resync(order.cohort, rejected_only=order.rejected_only)
         return json({"due": due})
 
     async def _forget(self, request: web.Request) -> web.Response:
-        order = await body_of(request, ForgetOrder)
+        order = await body(request, ForgetOrder)
         return json({"leaving": await self._membership.forget(order.cohort)})
 
     async def _allow(self, request: web.Request) -> web.Response:
-        order = await body_of(request, Allowance)
+        order = await body(request, Allowance)
         return json(await self._membership.allow(order.points))

@@ -15,7 +15,7 @@ from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from bridged import options
-from bridged.admin.answers import body_of, json
+from bridged.admin.answers import body, json
 from bridged.admin.selection import ROWS, TITLES, TypeView, UnknownSeen, view, with_selected
 from bridged.admin.settings import Change, saved
 from bridged.admin.status import TYPE_NAMES
@@ -111,7 +111,7 @@ class EventsApi:
 
     async def _change(self, request: web.Request) -> web.Response:
         row = _row(request)
-        change = await body_of(request, TypeChange)
+        change = await body(request, TypeChange)
         settings = options.mapping_settings(self._app.config)
         changes: dict[str, Any] = {}
         if change.selected is not UNSET:
@@ -133,7 +133,7 @@ class EventsApi:
         return json(sample(self._app.mapping, event))
 
     async def _test(self, request: web.Request) -> web.Response:
-        wanted = (await body_of(request, TestEvents)).types
+        wanted = (await body(request, TestEvents)).types
         settings = options.mapping_settings(self._app.config)
         chosen = {name: row for name, row in ROWS.items() if selected(row, settings)}
         for name in wanted if wanted is not None else ():

@@ -120,6 +120,7 @@ class _BridgedCollector(Collector):
         yield _gauge("ring_bytes", "Bytes of those.", ring.bytes)
         yield _gauge("leased_segments", "Segments that are in a request or about to be.", ring.leased)
         yield _counter("segments_damaged", "Segments that the disk gave back changed.", spool.damaged)
+        yield _gauge("events_missing", "Accepted events that the spool knew nothing of at the start.", spool.missing)
         yield _gauge("spool_files_set_aside", "Damaged files that are kept beside the spool.", len(spool.set_aside))
         yield _gauge("spool_disk_free_bytes", "Free on the spool's disk, besides its reserve there.", spool.free_bytes)
         yield _counter("commits", "Commits to the spool.", spool.commits)

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator
 
 from bridged import config, options
+from bridged.admin import selection
 from bridged.commands import check_braze
 from bridged.commands.printing import printable, size, table
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
@@ -73,6 +74,9 @@ def _problems(settings: Config) -> Iterator[str]:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 yield f"events.{key}: no event type {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+    if wrong := selection.problems(options.mapping_settings(settings)).get("events.transform"):
+        yield f"events.transform: {wrong}"
 
 
 def _summary(settings: Config) -> Iterator[list[str]]:

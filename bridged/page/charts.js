@@ -108,7 +108,7 @@ function options(chart, width, words, rest) {
   return {
     width,
     height: HEIGHT,
-    padding: [8, 8, 0, 0],
+    padding: [8, 20, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 } },
     legend: { show: false },
     scales: { x: { range: (plot, first, last) => [Math.min(first, last - SHORTEST_S), last] }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },

@@ -1,7 +1,7 @@
 // Cohorts: Mixpanel's, on their way into Braze.
 
 import { ask, order } from "./api.js";
-import { attempt, button, confirmed, count, el, fill, moment, number, problemText, prose, say, section, toast } from "./dom.js";
+import { attempt, button, confirmed, count, el, fill, moment, number, problemText, prose, say, section, table, toast } from "./dom.js";
 
 export const title = "Cohorts";
 
@@ -79,12 +79,8 @@ function overview(reload) {
   const rows = new Map(); // by key: {element, cells}
   const tbody = el("tbody", {});
   const empty = el("p", { class: "empty-state" }, "None yet: Mixpanel sends them as soon as a cohort’s sync is switched on there.");
-  const head = [["Cohort", ""], ["Last sync", ""], ["Members", "right"], ["In Braze", "right"], ["Waiting", "right"], ["Rejected", "right"]];
-  const list = el(
-    "div",
-    { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Cohorts" },
-    el("table", { class: "cards" }, el("thead", {}, el("tr", {}, head.map(([text, side]) => el("th", { scope: "col", class: side || null }, text)), el("td", {}))), tbody),
-  );
+  const head = ["Cohort", "Last sync", ["Members", "right"], ["In Braze", "right"], ["Waiting", "right"], ["Rejected", "right"], ""];
+  const list = table("Table of cohorts", head, tbody);
   const all = button("Resync all", () => resync(all, { all: true }, "all cohorts", reload));
   const allow = button("Spend what is due", () => spend(allow, reload), "primary");
   const element = el(

@@ -1,7 +1,7 @@
 // Dead letters: what couldn't be delivered, why, and what to do with it. The daemon filters and pages; 100,000 are as quick as ten.
 
 import { ask, order } from "./api.js";
-import { attempt, button, bytes, confirmed, count, dialog, el, field, fill, moment, number, pretty, problemText, say, section, toast } from "./dom.js";
+import { attempt, button, bytes, confirmed, count, dialog, el, field, fill, moment, number, pretty, problemText, say, section, table, toast } from "./dom.js";
 
 export const title = "Dead letters";
 
@@ -106,7 +106,7 @@ export function open(main, context) {
     fill(
       groups,
       rows.length
-        ? el("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Reasons" }, el("table", { class: "cards" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "right" }, "Events"), ["Reason", "Refused by", "Event type"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, rows)))
+        ? table("Table of reasons", [["Events", "right"], "Reason", "Refused by", "Event type"], rows)
         : el("p", { class: "empty-state" }, "None that match."),
       found.length > MOST_GROUPS && el("p", { class: "hint" }, `And ${count(found.length - MOST_GROUPS, "more reason")}: filter to see them.`),
     );
@@ -146,11 +146,7 @@ export function open(main, context) {
     fill(
       list,
       rows.length
-        ? el(
-            "div",
-            { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Dead letters" },
-            el("table", { class: "cards picks" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "tight" }, all), el("th", { scope: "col" }, "Reason"), el("th", { scope: "col" }, "Refused"), el("th", { scope: "col" }, "By"), el("th", { scope: "col", class: "right" }, "Attempts"), el("th", { scope: "col", class: "right" }, "Size"))), el("tbody", {}, rows)),
-          )
+        ? table("Table of dead letters", [el("th", { scope: "col", class: "tight" }, all), "Reason", "Refused", "By", ["Attempts", "right"], ["Size", "right"]], rows, "cards picks")
         : el("p", { class: "empty-state" }, "None that match."),
     );
     newer.hidden = pages.length === 1;

@@ -113,14 +113,16 @@ export function field(label, control, hint = "") {
   return el("div", { class: "field" }, el("label", { for: control.id }, label), control, hint && el("p", { class: "hint", id: hintId }, hint));
 }
 
-/** A table that scrolls by itself where the screen is too narrow for it; `columns`: [text, "right" | ""]. */
-export function table(caption, columns, rows) {
-  const head = columns.map(([text, side]) => el("th", { scope: "col", class: side || null }, text));
-  return el(
-    "div",
-    { class: "scrolls", tabindex: "0", role: "region", "aria-label": caption },
-    el("table", {}, el("caption", { class: "unseen" }, caption), el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)),
-  );
+/** A table that scrolls by itself where the screen is too narrow for it. `columns`: a text, [text, class] or an element each. */
+export function table(label, columns, rows, kind = "cards") {
+  const head = columns.map((column) => {
+    if (column instanceof Element) return column;
+    const [text, side] = Array.isArray(column) ? column : [column, null];
+    // A column of buttons has nothing to be called.
+    return text ? el("th", { scope: "col", class: side }, text) : el("td", {});
+  });
+  const body = rows instanceof Element ? rows : el("tbody", {}, rows);
+  return el("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": label }, el("table", { class: kind }, el("thead", {}, el("tr", {}, head)), body));
 }
 
 /** Says something in passing, aloud too. Problems stay until they are dismissed. */

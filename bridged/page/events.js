@@ -1,7 +1,7 @@
 // Events: which are forwarded, under which names, what becomes of their fields, and how many there were.
 
 import { ask, order } from "./api.js";
-import { attempt, button, count, dialog, el, field, fill, newId, number, pretty, problemText, say, section, toast } from "./dom.js";
+import { attempt, button, count, dialog, el, field, fill, newId, number, pretty, problemText, say, section, table, toast } from "./dom.js";
 import { changes, complain, control, Settings, tellSaved } from "./settings.js";
 
 export const title = "Events";
@@ -128,12 +128,9 @@ export function open(main, context) {
   }
 
   function typesTable(caption, types) {
-    const head = el("tr", {}, el("th", { scope: "col", class: "tight" }, el("span", { class: "unseen" }, "Forwarded")), el("th", { scope: "col" }, "Event"), COUNTS.map(([, text]) => el("th", { scope: "col", class: "right" }, text)));
-    return el(
-      "div",
-      { class: "scrolls", tabindex: "0", role: "region", "aria-label": `${caption}: event types` },
-      el("table", { class: "cards picks" }, el("thead", {}, head), el("tbody", {}, types.map((type) => rows.get(type.event_type).element))),
-    );
+    const forwarded = el("th", { scope: "col", class: "tight" }, el("span", { class: "unseen" }, "Forwarded"));
+    const columns = [forwarded, "Event", ...COUNTS.map(([, text]) => [text, "right"])];
+    return table(`${caption}: event types`, columns, types.map((type) => rows.get(type.event_type).element), "cards picks");
   }
 
   function row(type) {
@@ -176,13 +173,9 @@ export function open(main, context) {
   }
 
   function useCounts(byType) {
-    let strange = false;
     for (const [name, counts] of Object.entries(byType ?? {})) {
-      const one = rows.get(name);
-      if (one) show(one, counts);
-      else strange ||= name !== "";
+      if (rows.has(name)) show(rows.get(name), counts);
     }
-    return strange;
   }
 
   function sift() {
@@ -236,7 +229,7 @@ const typePath = (eventType) => `/api/events/${encodeURIComponent(eventType)}`;
 function typeDialog(eventType, type, changed, sendTest) {
   const first = type();
   const name = el("input", { type: "text", value: first.renamed ? first.name : "", placeholder: first.default_name, autocomplete: "off", spellcheck: "false", maxlength: "255" });
-  const nameHint = first.custom ? "" : `Leave it empty for “${first.default_name}”. Reports in Mixpanel count the new name as another event.`;
+  const nameHint = first.custom === "event" ? "" : `Leave it empty for “${first.default_name}”. Reports in Mixpanel count the new name as another event.`;
   const rules = el("div", {});
   const sample = el("div", { class: "pair" });
   const chosen = { ...first.transform };
@@ -280,7 +273,7 @@ function typeDialog(eventType, type, changed, sendTest) {
       el("details", { open: Object.keys(chosen).length > 0 },
         el("summary", {}, `Transformations of its ${count(known.length, "field")}`),
         el("p", { class: "hint" }, "Applied when an event arrives, before anything is written to disk."),
-        el("div", { class: "scrolls short", tabindex: "0", role: "region", "aria-label": "Fields" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Field"), el("th", { scope: "col" }, "What becomes of it"))), el("tbody", {}, [...known, ...own].map(([key, about]) => ruleRow(key, about))))),
+        table("Fields", ["Field", "What becomes of it"], [...known, ...own].map(([key, about]) => ruleRow(key, about)), "short"),
         now.custom && el("div", { class: "inline" }, add, adding)),
     );
   }
@@ -309,7 +302,7 @@ function typeDialog(eventType, type, changed, sendTest) {
         event.preventDefault();
         attempt(save, async () => {
           const body = { transform: chosen };
-          if (!first.custom) body.name = name.value.trim() || null;
+          if (first.custom !== "event") body.name = name.value.trim() || null;
           tellSaved(await order("PUT", typePath(eventType), body));
           await changed();
         });

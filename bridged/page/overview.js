@@ -24,6 +24,8 @@ const LIMITS = {
 /** Where a person goes from an alarm. */
 const HELP = {
   dead_letters: ["Look at them", "#/dead-letters"],
+  cohorts_halted: ["Look at the cohorts", "#/cohorts"],
+  cohorts_capped: ["Look at the cohorts", "#/cohorts"],
   dead_letters_dropped: ["Look at them", "#/dead-letters"],
   halted: ["Renew the credential", "#/connection"],
   expiring_50: ["Renew the credential", "#/connection"],
@@ -253,13 +255,15 @@ function history() {
   return { element: box, tick: () => void more(), end: drawn.end };
 }
 
-const MOST_POINTS = 720;
+const SPANS_S = { hour: 3600, day: 86_400 };
 
-/** What is drawn, and what came since. After a restart of the daemon its history begins anew; ours goes on. */
+/** What is drawn, and what came since, no longer than the span. After a restart of the daemon its history begins anew; ours goes on. */
 function joined(before, later) {
+  const at = [...before.at, ...later.at];
+  const first = at.findIndex((one) => one > at.at(-1) - SPANS_S[later.span]);
   const both = { ...later };
   for (const [name, values] of Object.entries(later)) {
-    if (Array.isArray(values)) both[name] = [...before[name], ...values].slice(-MOST_POINTS);
+    if (Array.isArray(values)) both[name] = [...before[name], ...values].slice(Math.max(first, 0));
   }
   return both;
 }

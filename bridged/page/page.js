@@ -27,7 +27,7 @@ let stopListening = null;
 const KINDS = { idle: "good", delivering: "good", "backing off": "warn", "not set up": "warn", halted: "bad", stalled: "bad", refusing: "bad" };
 
 /** good | warn | bad: how a state is to be seen. */
-export const kindOf = (state) => KINDS[state] ?? "warn";
+const kindOf = (state) => KINDS[state] ?? "warn";
 
 const links = Object.fromEntries(
   Object.entries(VIEWS).map(([name, view]) => [name, el("a", { href: `#/${name}` }, view.title)]),
@@ -77,15 +77,13 @@ function speak(text) {
 const context = {
   live: () => last,
   kindOf,
-  go: (hash) => {
-    location.hash = hash;
-  },
 };
 
 function show() {
   const [name, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
   const known = name in VIEWS ? name : "";
   const moved = openedName !== null && openedName !== known;
+  closeDialogs();
   open?.end?.();
   open = null;
   openedName = known;
@@ -115,7 +113,13 @@ function start() {
   show();
 }
 
+/** What was asked belongs to the view that is left. */
+function closeDialogs() {
+  for (const one of document.querySelectorAll("dialog[open]")) one.close();
+}
+
 function gate() {
+  closeDialogs();
   stopListening?.();
   stopListening = null;
   open?.end?.();

@@ -1,7 +1,7 @@
 // Settings: a control for each, where its value comes from, and saving them. Shared by the views that change some.
 
 import { ask, order } from "./api.js";
-import { button, confirmed, dialog, el, field, fill, newId, problemText, prose, toast } from "./dom.js";
+import { button, confirmed, dialog, el, field, fill, newId, problemText, prose, table, toast } from "./dom.js";
 
 /** What a person calls a setting; the others are called what they are called in config.toml. */
 const LABELS = {
@@ -226,11 +226,7 @@ export function overrides(settings, back) {
   );
   return [
     el("p", {}, "They are kept in ", el("code", {}, answer.saved_in), " and go before what ", configured, " says."),
-    el(
-      "div",
-      { class: "scrolls", role: "region", tabindex: "0", "aria-label": "Settings saved on this page" },
-      el("table", { class: "cards" }, el("thead", {}, el("tr", {}, ["Setting", "Saved here", "In the configuration", ""].map((text) => (text ? el("th", { scope: "col" }, text) : el("td", {}))))), el("tbody", {}, rows)),
-    ),
+    table("Table of settings saved on this page", ["Setting", "Saved here", "In the configuration", ""], rows),
     el(
       "div",
       { class: "actions" },

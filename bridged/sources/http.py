@@ -37,7 +37,7 @@ from bridged.sources import cohorts
 from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
 from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
-from bridged.sources.tls import HANDSHAKE_S, server_context
+from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
 
 log = structlog.get_logger()
 
@@ -153,7 +153,7 @@ class HttpSource:
 
     async def __aenter__(self) -> Self:
         options = self._options
-        tls = server_context("sources.http", options.tls_cert, options.tls_key)
+        self._tls = tls = server_context("sources.http", options.tls_cert, options.tls_key)
         # As it came and expanded, and some for the head and the sizes of chunks.
         limits = msgspec.structs.replace(options.limits, max_request=2 * options.max_body + 2**21)
         self.connections = HttpConnections(self._handle, self, limits, self.answers)
@@ -187,6 +187,10 @@ class HttpSource:
         while self.connections.connections and loop.time() < (finish_until if self._busy else linger_until):
             await asyncio.sleep(0.005)
         await self.connections.close(_LINGER_S)
+
+    def reload(self) -> None:
+        """Reads the certificate again, for connections to come."""
+        load_again(self._tls, "sources.http", self._options.tls_cert, self._options.tls_key)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1

@@ -1,6 +1,6 @@
 """What an open page costs: the daemon's CPU an event with and without a browser that shows it, in turns.
 
-    python -m bench browser --runs 5
+    python -m bench page --runs 5
 
 A real Chromium, headless, shows the overview of the daemon that is being loaded: its stream, its charts. It takes its own
 share of the same cores, so the rate says little; the daemon's own CPU time says what the page costs the daemon. Beside it
