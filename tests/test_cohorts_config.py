@@ -15,20 +15,22 @@ COHORTS = {
     "BRIDGED__BRAZE__REST_KEY": "rest-key-of-tests",
 }
 EXPORT = {"BRIDGED__MIXPANEL__TOKEN": "example-token"}
+NO_PAGE = {"BRIDGED__ADMIN__LISTEN": ""}  # where the export's credential could be given later
 NO_EXPORT = {"BRIDGED__MIXPANEL__EXPORT": "false"}
 
 
 @pytest.mark.parametrize("environ", [EXPORT, COHORTS | NO_EXPORT, COHORTS | EXPORT])
-def test_a_profile_demands_only_its_own_credentials(environ: dict[str, str]) -> None:
+@pytest.mark.parametrize("page", [{}, NO_PAGE])
+def test_a_profile_demands_only_its_own_credentials(environ: dict[str, str], page: dict[str, str]) -> None:
     """The export's without cohorts, Braze's without an export, and both."""
-    assert load(None, environ)
+    assert load(None, environ | page)
 
 
 @pytest.mark.parametrize(
     ("environ", "why"),
     [
         (NO_EXPORT, "nothing is left to be done"),
-        (COHORTS, "mixpanel has no credential"),
+        (COHORTS | NO_PAGE, "mixpanel has no credential"),
         (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__REST_KEY": ""}, "braze has no key"),
         (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__CLUSTER": ""}, "braze.cluster is not set"),
         (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__URL": "https://user:secret@host"}, "braze.url: expected"),
