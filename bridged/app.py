@@ -269,6 +269,9 @@ class App:
                     await asyncio.to_thread(self.saved.write, before)
                     raise
             except OSError as error:
+                # It may have its name already, and only that it is for good could not be had.
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(self.saved.write, before)
                 raise SpoolError(
                     f"the settings can't be saved in {self.saved.path}: {error}",
                     "is there room, and is the folder writable?",
