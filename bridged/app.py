@@ -375,9 +375,11 @@ async def _nothing() -> None:
 
 def _change(name: str, before: Config, after: Config) -> str:
     """A changed key in words; of a secret, or a list, nothing but that it changed."""
-    key = EDITABLE[name]
+    key = EDITABLE.get(name)
+    if key is None or is_secret(key):
+        return name
     old, new = value_at(before, key.path), value_at(after, key.path)
-    if is_secret(key) or not isinstance(new, str | int | float):
+    if not isinstance(new, str | int | float):
         return name
     return f"{name} is {new!s} (was {old!s})"
 

@@ -356,6 +356,14 @@ async def test_a_secret_is_not_sent_elsewhere(daemon, client, emulator):
     assert app.config.mixpanel.url == emulator.url
     assert (await put(client, app, set={"mixpanel.url": emulator.url}))[0] == 200
     assert (await put(client, app, set=elsewhere | {"mixpanel.api_secret": "another"}))[0] == 200
+    # Nor in two steps: what the configuration holds doesn't follow to an address of the page's.
+    for change in ({"remove": ["mixpanel.api_secret"]}, {"set": {"mixpanel.url": "http://127.0.0.1:8"}}):
+        status, told = await put(client, app, **change)
+        assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret"])
+    assert (await say(client, app, "DELETE", "/api/settings/mixpanel.api_secret"))[0] == 400
+    assert app.config.mixpanel.api_secret == "another"
+    assert (await put(client, app, remove=["mixpanel.api_secret", "mixpanel.url"]))[0] == 200
+    assert (app.config.mixpanel.api_secret, app.config.mixpanel.url) == (CANARY, emulator.url)
 
 
 async def test_secrets_without_end(daemon, client, monkeypatch):

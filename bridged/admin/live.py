@@ -30,6 +30,7 @@ class Live(msgspec.Struct):
     status: Status
     settings_revision: int
     activity_id: int  # of the newest entry
+    cohorts_revision: int
 
 
 class Broadcast:
@@ -53,7 +54,8 @@ class Broadcast:
         # A little younger is as good: nobody's second begins exactly with another's.
         if now - self._made_at >= 0.9 * EVERY_S:
             app = self._app
-            live = Live(status(app, []), app.saved.revision, app.activity.last_id)
+            cohorts = app.membership.figures.commits if app.membership else 0
+            live = Live(status(app, []), app.saved.revision, app.activity.last_id, cohorts)
             self._snapshot = b"event: status\ndata: " + redacted_bytes(msgspec.json.encode(live)) + b"\n\n"
             self._made_at = now
         return self._snapshot

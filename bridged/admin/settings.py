@@ -11,7 +11,7 @@ A secret goes in and never comes out. It is also never sent to another address t
 mixpanel.url, or alerts.webhook_url, wants the secrets once more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
@@ -208,12 +208,13 @@ class SettingsApi:
                 "; ".join(f"{name}: {problem}" for name, problem in wrong.items()), wrong, "nothing was asked"
             )
         config = self._app.config
-        _demand_secrets_for_new_addresses(config, values, given=values)
         try:
-            return options.target(applied(config, values))
+            wanted = applied(config, values)
         except ConfigError as error:
             said = str(error.args[0])
             raise BadSettings(said, _by_key(said), "nothing was asked") from error
+        _demand_secrets_for_new_addresses(self._app, wanted, values, {**self._app.saved.values, **values})
+        return options.target(wanted)
 
 
 async def saved(app: "App", change: Change) -> web.Response:
@@ -228,9 +229,7 @@ async def saved(app: "App", change: Change) -> web.Response:
     except ConfigError as error:
         said = str(error.args[0])
         raise BadSettings(said, _by_key(said)) from error
-    _demand_secrets_for_new_addresses(
-        app.config, {name: value_at(config, EDITABLE[name].path) for name in _SENT_TO}, change.set
-    )
+    _demand_secrets_for_new_addresses(app, config, change.set, values)
     before = problems(options.mapping_settings(app.config))
     # What the configuration says already is not this change's fault.
     wrong = {name: of for name, of in problems(options.mapping_settings(config)).items() if before.get(name) != of}
@@ -244,16 +243,22 @@ async def saved(app: "App", change: Change) -> web.Response:
     return json(Changed(revision=app.saved.revision, changed=changed, restart_needed=app.restart_needed))
 
 
-def _demand_secrets_for_new_addresses(config: Config, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises BadSettings where a secret that is known already would go to an address that it wasn't given for."""
+def _demand_secrets_for_new_addresses(app: "App", new: Config, given: Container[str], kept: Container[str]) -> None:
+    """Raises BadSettings where a secret that is known already would go to an address that it wasn't given for.
+
+    `given` are the keys of this change, `kept` those that the page has saved or gives: to an address that isn't the
+    configuration's nothing of the configuration's goes, however many steps lead there.
+    """
     wrong = {}
     for name, secrets in _SENT_TO.items():
-        new, old = values.get(name), value_at(config, EDITABLE[name].path)
+        path = EDITABLE[name].path
+        address = _origin(value_at(new, path))
         # Without an address it is Mixpanel's own, and no other.
-        if not new or _origin(new) == _origin(old):
+        if not address or address == _origin(value_at(app.base, path)):
             continue
+        is_new = address != _origin(value_at(app.config, path))
         for secret in secrets:
-            if value_at(config, EDITABLE[secret].path) and secret not in given:
+            if ((is_new and secret not in given) or secret not in kept) and value_at(new, EDITABLE[secret].path):
                 wrong[secret] = (
                     f"give it once more: {name} leads elsewhere, and a secret is sent only where it was given for"
                 )
@@ -262,6 +267,8 @@ def _demand_secrets_for_new_addresses(config: Config, values: Mapping[str, Any],
 
 
 def _origin(url: str) -> str:
+    if not url:
+        return ""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{rest.partition('/')[0]}".lower()
 
