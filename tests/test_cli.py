@@ -22,8 +22,13 @@ ROOT = Path(__file__).parent.parent
 def written(value):
     """A value as an environment variable holds it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {json.dumps(text)}" for key, text in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(key)} = {written_in(of)}" for key, of in value.items()) + "}"
     return str(value) if isinstance(value, str | config.Size | config.Seconds) else json.dumps(value)
+
+
+def written_in(value):
+    """A value within another."""
+    return written(value) if isinstance(value, dict) else json.dumps(value)
 
 
 @pytest.fixture

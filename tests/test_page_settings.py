@@ -13,6 +13,7 @@ import pytest
 from conftest import balanced, currents, free_port, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import _Configured, bridged  # noqa: F401  # a fixture
 from test_lifecycle import Process
 
 from bridged import saved
@@ -548,6 +549,40 @@ async def test_test_events(daemon, client, emulator):
     await until(lambda: app.spool.accounts.total("delivered") == 1 + told["sent"], "the delivery")
     assert app.spool.accounts.total("dead_lettered") == 0
     balanced(app)
+
+
+async def test_the_commands_tell(daemon, client, bridged):  # noqa: F811  # the fixture
+    """`bridged config` shows both values of a key, `check` names it, and neither says a secret; a damaged file is told of, and left."""
+    app = await daemon()
+    saved_ = {
+        "mixpanel.naming": "current",
+        "mixpanel.api_secret": CANARY,
+        "events.exclude": ["users.messages.sms.Send"],
+    }
+    assert (await put(client, app, set=saved_))[0] == 200
+    code, out, _ = await bridged(_Configured(app.base), "config")
+    told = json.loads(out)
+    assert (code, told["mixpanel"]["naming"]) == (0, "current")
+    assert told["overridden"]["mixpanel.naming"] == {"configured": "seed", "saved": "current"}
+    code, checked_, _ = await bridged(_Configured(app.base), "check")
+    assert (code, "saved on the page" in checked_, "mixpanel.api_secret" in checked_) == (0, True, True)
+    assert "API secret" in checked_
+    _, listed, _ = await bridged(_Configured(app.base), "send-test-events", "--list")
+    assert "users.messages.sms.Send " not in listed
+    assert CANARY not in out + checked_ + listed
+    app.saved.path.write_text("[mixpanel\n")
+    code, out, _ = await bridged(_Configured(app.base), "check")
+    assert (code, "damaged" in out) == (0, True)
+    assert app.saved.path.exists()
+
+
+async def test_check_wants_a_credential(config, bridged):  # noqa: F811  # the fixture
+    """The daemon starts without one, for the page to give it; `check` says that it is missing, and names bad transformations."""
+    code, _, err = await bridged(_Configured(config(mixpanel__token="")), "check")
+    assert (code, "no credential" in err, "on the page" in err) == (78, True, True)
+    bad = config(events__transform='{"users.messages.email.Send" = {nonsense = "hash"}}')
+    code, _, err = await bridged(_Configured(bad), "check")
+    assert (code, "events.transform: users.messages.email.Send: 'nonsense' is no field" in err) == (78, True)
 
 
 def test_masks():
