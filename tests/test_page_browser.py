@@ -343,8 +343,6 @@ def test_events_are_chosen_renamed_and_transformed(eyes: Eyes, bridge: Callable[
     expect(clicks.locator("[data-label=Skipped]")).to_have_text("5")
     page.get_by_role("searchbox", name="Find").fill("")
     group = page.get_by_role("region", name="Customer Behavior").get_by_label("Forward this group")
-    if not group.count():
-        group = page.get_by_label("Forward this group").last
     group.uncheck()
     until(lambda: mine.ask("/api/config")["events"]["customer_behavior"] is False, "the group to be off")
     expect(page.get_by_role("checkbox", name="Forward Purchase", exact=True)).not_to_be_checked()
@@ -497,6 +495,7 @@ def test_the_daemon_goes_away_and_comes_back(eyes: Eyes, bridge: Callable[..., B
     mine = bridge()
     page = eyes.open(mine)
     expect(sentence(page)).to_contain_text("Idle")
+    eyes.shot(page, "idle")
     mine.end("daemon", signal.SIGKILL)
     expect(page.get_by_text("The daemon doesn't answer.")).to_be_visible()
     eyes.shot(page, "lost")

@@ -19,6 +19,7 @@ export function open(main, context) {
   let seen = null; // what the stream said when the list was asked for
   let askedAt = 0;
   let asking = 0;
+  let refreshMs = REFRESH_MS;
   const selected = new Set();
 
   const groups = el("div", {});
@@ -54,7 +55,10 @@ export function open(main, context) {
     pages = [null];
     selected.clear();
     seen = letters(context.live());
+    const startedAt = Date.now();
     await Promise.all([load(), loadGroups()]);
+    // Counting a large table costs the daemon something: the more, the more seldom.
+    refreshMs = Math.max(REFRESH_MS, 20 * (Date.now() - startedAt));
   }
 
   async function load() {
@@ -189,7 +193,7 @@ export function open(main, context) {
   return {
     use(live) {
       const now = letters(live);
-      if (seen === null || now === seen || Date.now() - askedAt < REFRESH_MS) {
+      if (seen === null || now === seen || Date.now() - askedAt < refreshMs) {
         seen ??= now;
         return;
       }
