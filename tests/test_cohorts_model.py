@@ -66,7 +66,7 @@ class Model:
             if before is None or before[1] < known.number:
                 if into or before is not None:
                     spoken[user] = (into, known.number)
-            elif before[1] > known.number and into and not before[0]:
+            elif into and not before[0]:
                 # Whoever was out on both sides is forgotten: then an older round that speaks for the first time is believed.
                 self.unsure.add((page.cohort, user))
         known.pages.add(page.page)
