@@ -66,7 +66,7 @@ class Model:
             if before is None or before[1] < known.number:
                 if into or before is not None:
                     spoken[user] = (into, known.number)
-            elif before[1] > known.number and into and not before[0]:
+            elif into and not before[0]:
                 # Whoever was out on both sides is forgotten: then an older round that speaks for the first time is believed.
                 self.unsure.add((page.cohort, user))
         known.pages.add(page.page)
@@ -112,6 +112,11 @@ class Cohorts(RuleBasedStateMachine):
 
     def receive(self, page: Page) -> None:
         head, ids = msgspec.json.encode(merging.head_of(page)).decode(), msgspec.json.encode(page.ids).decode()
+        there = "SELECT 1 FROM cohorts WHERE mixpanel_id = ?1 UNION ALL SELECT 1 FROM inbox WHERE json_extract(head, '$[2]') = ?1"
+        if not self.db.execute(there, (page.cohort,)).fetchone():
+            # Forgotten, and out of Braze: nothing is known of it any more, its sessions neither.
+            self.model.rounds[page.cohort] = []
+            self.model.spoken[page.cohort] = {}
         merging.receive(self.db, [(1.0, len(page.ids), head, ids)])
         self.model.hear(page)
         self.history.append(page)
@@ -205,8 +210,6 @@ class Cohorts(RuleBasedStateMachine):
         if self.db.execute("SELECT count(*) FROM cohorts WHERE mixpanel_id = ?", (cohort,)).fetchone()[0]:
             self.model.forget(cohort)
             self.drain()
-            if not self.db.execute("SELECT count(*) FROM cohorts WHERE mixpanel_id = ?", (cohort,)).fetchone()[0]:
-                self.model.rounds[cohort] = []
 
     @rule(cohort=st.sampled_from(COHORTS), kind=st.sampled_from(["resync", "retry"]))
     def again(self, cohort: str, kind: str) -> None:

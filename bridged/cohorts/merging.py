@@ -123,6 +123,7 @@ def merge(db: sqlite3.Connection, *, by_name: bool) -> tuple[int, int]:
             if completed:
                 _sweep_if_needed(db, of.cohort, of.round)
         db.execute("DELETE FROM inbox WHERE id <= ?", (done,))
+        bury(db)
     return pages, merged
 
 
@@ -328,7 +329,8 @@ def walk(db: sqlite3.Connection, *, by_name: bool) -> bool:
 def bury(db: sqlite3.Connection) -> None:
     """Deletes the cohorts that were to be forgotten and of which nothing is left, in Braze neither."""
     empty = "forgotten = 1 AND in_braze + joining + leaving + rejected + rejected_leaving = 0"
-    walked = "id NOT IN (SELECT cohort FROM walks)"
+    # A page that waits may be a late repeat, which is known by the rounds.
+    walked = "id NOT IN (SELECT cohort FROM walks) AND NOT EXISTS (SELECT 1 FROM inbox)"
     for (cohort,) in db.execute(f"SELECT id FROM cohorts WHERE {empty} AND {walked}").fetchall():
         db.execute("DELETE FROM pages WHERE round IN (SELECT id FROM rounds WHERE cohort = ?)", (cohort,))
         db.execute("DELETE FROM rounds WHERE cohort = ?", (cohort,))
