@@ -1,8 +1,8 @@
 # make demo          a day of events through a daemon and an emulated Mixpanel; KEEP=1 leaves them running
 # make test          lint, types, tests; as root on Debian or Ubuntu it installs the tools that they use, else it names them
 # make lint          lint and types only
-# make screenshots   renews those of the README, in docs/screenshots
 # make bench         how fast it is on this machine: everything, some ten minutes, and a page with plots in docs/bench
+# make screenshots   renews those of the README, in docs/screenshots
 # make clean         removes what the others made
 #
 # Everything but those tools is installed into .venv. PYTHON chooses the interpreter: make demo PYTHON=python3.12
@@ -14,9 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # What the tests use besides Python: the official Node.js client; systemd's own judgement of the units; calls that fail
 # (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup);
-# Prometheus, for the alert rules and the dashboard; a browser, for the page.
-TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount prometheus promtool chromium
-PACKAGES := chromium fonts-dejavu-core nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount prometheus
+# Prometheus, for the alert rules and the dashboard; a browser for the page (chromium).
+TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount prometheus promtool \
+  chromium
+PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount prometheus chromium fonts-dejavu-core
 # Debian starts a server that it installs, for everybody to reach; one that is masked it doesn't.
 MASKED := /etc/systemd/system/prometheus.service
 
@@ -43,11 +44,11 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-screenshots: tools $(VENV)/.tested
-	BRIDGED_RENEW_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/test_page_browser.py
-
 bench: $(VENV)/.benched
 	$(BIN)/python -m bench all
+
+screenshots: tools $(VENV)/.tested
+	BRIDGED_RENEW_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/test_page_browser.py
 
 clean:
 	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist

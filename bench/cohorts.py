@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import random
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -77,7 +78,9 @@ level = "warning"
         while True:
             try:
                 await self.state(session)
-            except aiohttp.ClientError:
+                # The doors open after the admin side.
+                socket.create_connection(("127.0.0.1", self.http_port), 1).close()
+            except (aiohttp.ClientError, OSError):
                 if self.process.poll() is not None or time.monotonic() > until:
                     raise BenchError(f"the daemon isn't ready:\n{self.last_words()}") from None
                 await asyncio.sleep(0.05)
@@ -238,13 +241,13 @@ async def kills(options: argparse.Namespace, where: Path) -> list[dict[str, Any]
                 phase = ("receive", "sweep", "send")[number % 3]
                 before, now = set(now), dice.sample(everybody, options.members)
                 spent = (await summary(braze, session))["points"]
-                daemon = await _killed(options, stack, (where, braze, daemon), session, phase, now, number, dice)
+                daemon, state = await _killed(options, stack, (where, braze, daemon), session, phase, now, number, dice)
                 await wait_for(daemon, session, sent=True)
                 needed = len(before ^ set(now))
                 spent = (await summary(braze, session))["points"] - spent
                 if await held(braze, session) != set(now):
                     raise BenchError(f"after kill {number} ({phase}) Braze hasn't exactly Mixpanel's membership")
-                results.append({"phase": phase, "needed": needed, "needless": spent - needed})
+                results.append({"phase": phase, "state": state, "needed": needed, "needless": spent - needed})
                 print(
                     f"kill {number + 1}: {phase}, {needed:,} users to write, {spent - needed:,} written twice",
                     flush=True,
@@ -269,9 +272,10 @@ async def _killed(
     now: list[str],
     number: int,
     dice: random.Random,
-) -> Importer:
-    """One full sync with a kill in it; gives the daemon that came after."""
+) -> tuple[Importer, str]:
+    """One full sync with a kill in it; gives the daemon that came after, and what the cohort did when it was killed."""
     where, braze, daemon = processes
+    doing = "receiving"
     first = pages(now, options.page, f"session-{number}")
     if phase == "receive":
         posting = asyncio.create_task(post(daemon, first, options.connections))
@@ -283,6 +287,7 @@ async def _killed(
         while True:
             state = await daemon.state(session)
             (row,) = state["cohorts"]
+            doing = "merging" if state["figures"]["waiting"] else row["state"]
             if phase == "sweep" and row["state"] == "sweeping":
                 break
             if (
@@ -307,7 +312,7 @@ async def _killed(
     await daemon.ready(session)
     if posting is not None and interrupted:
         await post(daemon, pages(now, options.page, f"again-{number}"), options.connections)
-    return daemon
+    return daemon, doing
 
 
 def main(argv: Sequence[str]) -> int:

@@ -96,19 +96,7 @@ def ndjson(lines: Sequence[bytes]) -> bytes:
 
 def http_request(lines: Sequence[bytes]) -> bytes:
     """A request for the HTTP door, as Braze's Custom HTTP connector makes it."""
-    return _request(b'{"events":' + _array(lines) + b"}")
-
-
-def array_request(lines: Sequence[bytes]) -> bytes:
-    """The same for who takes no object around the events."""
-    return _request(_array(lines))
-
-
-def _array(lines: Sequence[bytes]) -> bytes:
-    return b"[" + b",".join([line[:-1] for line in lines]) + b"]"
-
-
-def _request(body: bytes) -> bytes:
+    body = b'{"events":[' + b",".join([line[:-1] for line in lines]) + b"]}"
     return (
         b"POST /v1/currents HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
         % (len(body), body)

@@ -66,6 +66,7 @@ GOALS: Final = (
     Goal("stream", 5_000, "ack_p50_ms", 2.0, "ack p50 in ms"),
     Goal("stream", 5_000, "ack_p99_ms", 10.0, "ack p99 in ms"),
     Goal("stream", 5_000, "delivered_p99_ms", FLUSH_S * 1e3 + 50, "delivered p99 in ms"),
+    Goal("http", 30_000, "daemon_cores", 0.12, "cores of the daemon"),
     Goal("stream", 30_000, "daemon_cores", 0.12, "cores of the daemon"),
 )
 

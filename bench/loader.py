@@ -213,7 +213,6 @@ DOORS: dict[str, tuple[type[_Connection], Callable[[Sequence[bytes]], bytes]]] =
     "stream": (StreamConnection, data.ndjson),
     "http": (HttpConnection, data.http_request),
     "lines": (LinesConnection, data.ndjson),  # bench.peers: no acks
-    "array": (HttpConnection, data.array_request),  # bench.peers: no object around the events
 }
 
 

@@ -153,11 +153,11 @@ def main(argv: Sequence[str]) -> int:
             f"{soaked.peak_mb:.1f}; {soaked.slope_mb_per_h:+.2f} MB/h, goal < {GOAL_SLOPE:g}: {verdict}; "
             f"{soaked.daemon_us:.1f} us of CPU an event"
         )
-        others.append(soaked.other_cores)
-    report.caution(others)
+    report.caution([*others, *([soaked.other_cores] if soaked else [])])
     for failure in failures:
         print(f"FAILED {failure}")
-    out: dict[str, Any] = {"machine": about, "resident_mb": figures, "soak": to_builtins(soaked), "failures": failures}
+    out: dict[str, Any] = {"machine": about, "resident_mb": figures, "soak": to_builtins(soaked)}
+    out |= {"failures": failures, "other_cores": others}
     report.write(arguments.json, out)
     return 1 if failures else 0
 

@@ -58,8 +58,26 @@ def page(results: dict[str, Figures], pictures: dict[str, str]) -> list[str]:
         if picture := pictures.get(name):
             lines += [f"![{title}]({picture})", ""]
         lines += [*section(results[name]), ""]
+        noisy = statistics.median(other_cores(results[name]) or [0.0])
+        if noisy > report.QUIET_CORES:
+            lines += [f"**Not a quiet machine: others used {noisy:.2f} cores. Rates are too low.**", ""]
         lines += [f"<sub>{report.heading(about)}; bridged {_version(about)}, {about.get('at', '')}</sub>", ""]
     return lines
+
+
+def other_cores(figures: Any) -> list[float]:
+    """What others used of the machine, in every run, wherever it stands."""
+    if isinstance(figures, list):
+        return [cores for each in figures for cores in other_cores(each)]
+    if not isinstance(figures, dict):
+        return []
+    found = []
+    for key, value in figures.items():
+        if key == "other_cores":
+            found += [float(cores) for cores in (value if isinstance(value, list) else [value])]
+        else:
+            found += other_cores(value)
+    return found
 
 
 def _version(about: Figures) -> str:
@@ -130,11 +148,18 @@ def _peers(figures: Figures) -> list[str]:
     head = ["who", "door", "durable", "events/s", "CPU us/event", "peak MB", "lost after kill -9", "failure"]
     lines = markdown(head, rows)
     for absent in figures.get("absent", []):
-        published = (
-            f"; published: {absent['published']} ({absent.get('source', '')})" if absent.get("published") else ""
-        )
-        lines += ["", f"{absent['name']}: {absent.get('why', 'not installed')}{published}"]
+        lines += ["", f"{absent['name']}: {absent.get('why', 'not installed')}{_published(absent)}"]
     return lines
+
+
+def _published(absent: Row) -> str:
+    """What others say of it, and who."""
+    figures = absent.get("published")
+    if not figures:
+        return ""
+    if isinstance(figures, dict):
+        figures = ", ".join(f"{name} {value}" for name, value in figures.items() if value is not None)
+    return f"; published: {figures} ({absent.get('source', '')})"
 
 
 def _latency(figures: Figures) -> list[str]:

@@ -21,7 +21,8 @@ def draw(results: dict[str, Any], everybody: Sequence[dict[str, Any]], folder: P
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": _INK})
     pictures = {}
     if everybody:
-        pictures["peers" if "peers" in results else "path"] = _throughput(everybody, folder / "throughput.png")
+        whose = "peers" if "peers" in results else "path"
+        pictures[whose] = _throughput(everybody, folder / "throughput.png", results[whose].get("machine", {}))
     drawers: dict[str, Callable[[dict[str, Any], Path], str]] = {
         "latency": _latency,
         "memory": _memory,
@@ -42,7 +43,7 @@ def _save(figure: Any, file: Path, about: dict[str, Any]) -> str:
     return file.name
 
 
-def _throughput(rows: Sequence[dict[str, Any]], file: Path) -> str:
+def _throughput(rows: Sequence[dict[str, Any]], file: Path, about: dict[str, Any]) -> str:
     """Two panels of bars: events/s, and CPU an event; whiskers from the least to the most."""
     from matplotlib.figure import Figure  # noqa: PLC0415  # as above
 
@@ -72,8 +73,8 @@ def _throughput(rows: Sequence[dict[str, Any]], file: Path) -> str:
         axes.set_yticks(range(len(shown)), labels if at == 1 else [""] * len(shown))
         axes.set_title(title, loc="left", fontsize=10)
         axes.margins(x=0.15)
-        axes.xaxis.set_major_formatter("{x:,.0f}k" if unit > 1 else "{x:,.0f}")
-    return _save(figure, file, {})
+        axes.xaxis.set_major_formatter("{x:,g}k" if unit > 1 else "{x:,g}")
+    return _save(figure, file, about)
 
 
 def _latency(figures: dict[str, Any], file: Path) -> str:

@@ -111,8 +111,13 @@ def look(spool: Path, beside: Path) -> Look:
     head = (beside / wal.name).read_bytes()[:32] if wal.exists() else b""
     with contextlib.closing(sqlite3.connect(beside / spool.name)) as db:
         integrity = str(db.execute("PRAGMA integrity_check").fetchone()[0])
-        rows = db.execute(f"SELECT {SEGMENT_COLUMNS} FROM segments").fetchall()
-        letters = [body for (body,) in db.execute("SELECT event FROM dead_letters")]
+        try:
+            rows = db.execute(f"SELECT {SEGMENT_COLUMNS} FROM segments").fetchall()
+            letters = [body for (body,) in db.execute("SELECT event FROM dead_letters")]
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            rows = letters = []  # the cut took the very first commits: everything is lost, which is for others to judge
     numbers = set()
     for *columns, checksum in rows:
         segment = Segment(*columns)

@@ -55,7 +55,7 @@ class Arrival(Struct, array_like=True):
 class Sink:
     """The counts, shared by all connections."""
 
-    def __init__(self, *, check: bool, arrivals: bool = False, keep: Path | None = None) -> None:
+    def __init__(self, *, check: bool = False, arrivals: bool = False, keep: Path | None = None) -> None:
         self._report = Report()
         self._check = check
         self._arrivals = arrivals
@@ -71,7 +71,7 @@ class Sink:
             raw, events = _read(body)
         except (_GzipError, ValueError):
             report.bad += 1
-            return _answer(b"400 Bad Request", b'{"code":400,"error":"not gzip","status":"Bad Request"}')
+            return _answer(b"400 Bad Request", b'{"code":400,"error":"unreadable","status":"Bad Request"}')
         report.events += events
         report.bytes += len(body)
         if self._check:

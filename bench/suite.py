@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench all", description=(__doc__ or "").partition("\n\n")[0])
     names = lambda text: text.split(",")  # noqa: E731  # an option's type, used once
     parser.add_argument("--only", metavar="NAME,...", type=names, default=list(STEPS), help=f"of {', '.join(STEPS)}")
-    parser.add_argument("--full", action="store_true", help="some three hours: the figures of bench/README.md")
+    parser.add_argument("--full", action="store_true", help="some two hours: the figures of bench/README.md")
     parser.add_argument("--results", type=Path, default=page.RESULTS, help="a folder; default %(default)s")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="the page's folder; default %(default)s")
     arguments = parser.parse_args(argv)

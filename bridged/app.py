@@ -135,12 +135,29 @@ class App:
         self.cohorts: CohortSource | None = None
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
-            # As they are now: the page may have changed the token meanwhile.
+            # As it is now: the page may have changed the token meanwhile.
             self.cohorts = CohortSource(cohort_options(self.config), self.membership)
             taking = self.intake if config.mixpanel.export else None
             door = HttpSource(options.http_options(self.config), taking, self.spool, sockets, self.cohorts)
             self.http = await stack.enter_async_context(door)
         self._listeners.demand_none_left()
+
+    async def _open_cohorts(self, stack: contextlib.AsyncExitStack, config: Config) -> None:
+        """Damage there is no reason to stop the export."""
+        importing = CohortImport(config, self.clock, self.hurry)
+        try:
+            await stack.enter_async_context(importing)
+        except MembershipDamaged as error:
+            self._cohorts_failed(error)
+            return
+        self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
+
+    def _cohorts_failed(self, error: BaseException) -> None:
+        """Notes why no cohorts are imported. Raises it when nothing else is done here: the process ends."""
+        self.cohorts_problem = redacted(str(error.args[0]) if error.args else repr(error))
+        if not self.config.mixpanel.export:
+            raise error
+        log.error("cohorts_failed", error=self.cohorts_problem, hint=getattr(error, "hint", ""))
 
     def _begin_activity(self, stack: contextlib.AsyncExitStack) -> None:
         """Once the spool is ours, and until it is closed: its file stands beside the spool's."""
@@ -159,23 +176,6 @@ class App:
             self.activity.close()
 
         stack.push(ended)
-
-    async def _open_cohorts(self, stack: contextlib.AsyncExitStack, config: Config) -> None:
-        """Damage there is no reason to stop the export."""
-        importing = CohortImport(config, self.clock, self.hurry)
-        try:
-            await stack.enter_async_context(importing)
-        except MembershipDamaged as error:
-            self._cohorts_failed(error)
-            return
-        self._importing, self.membership, self.cohort_writer = importing, importing.membership, importing.writer
-
-    def _cohorts_failed(self, error: BaseException) -> None:
-        """Notes why no cohorts are imported. Raises it when nothing else is done here: the process ends."""
-        self.cohorts_problem = redacted(str(error.args[0]) if error.args else repr(error))
-        if not self.config.mixpanel.export:
-            raise error
-        log.error("cohorts_failed", error=self.cohorts_problem, hint=getattr(error, "hint", ""))
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -222,7 +222,9 @@ class App:
             self.activity.tell("reload_failed", f"The configuration can't be used: {self.reload_problem}", "critical")
             return
         self.reload_problem = ""
-        self.admin.reload()
+        for listener in (self.admin, self.stream, self.http):
+            if listener is not None:
+                listener.reload()
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
         self.saved.revise()
         if asked or changed:
@@ -267,6 +269,9 @@ class App:
                     await asyncio.to_thread(self.saved.write, before)
                     raise
             except OSError as error:
+                # It may have its name already, and only that it is for good could not be had.
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(self.saved.write, before)
                 raise SpoolError(
                     f"the settings can't be saved in {self.saved.path}: {error}",
                     "is there room, and is the folder writable?",
@@ -311,12 +316,13 @@ class App:
         self.mapping = mapping
         self.intake.use(mapping)
         self.watch.webhook.use(options.hook(config))
-        if door := getattr(self, "http", None):  # it is opened after the admin listener
-            door.use(config.sources.http.bearer_token)
         if self._importing is not None:
             self._importing.use(config)
-        if door := getattr(self, "cohorts", None):
-            door.use(cohort_options(config))
+        # These are opened after the admin listener, where somebody may have saved something meanwhile.
+        if cohorts := getattr(self, "cohorts", None):
+            cohorts.use(cohort_options(config))
+        if door := getattr(self, "http", None):
+            door.use(config.sources.http.bearer_token)
         self.config = config
         if is_other:
             self.delivery.credentials_changed()
@@ -457,7 +463,7 @@ def _allow_connections(config: Config) -> None:
 
 def warn(config: Config) -> None:
     """Says at start-up what will hurt later."""
-    if not has_credential(config):
+    if config.mixpanel.export and not has_credential(config):
         log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
     kind = options.target(config).credentials.kind
     if kind == "API secret":

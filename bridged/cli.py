@@ -113,11 +113,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from bridged import memory  # noqa: PLC0415
 
     memory.only_grows()
-    # structlog imports it for tracebacks that `logs` doesn't ask for: a seventh of what a start takes.
-    sys.modules["rich"] = None  # type: ignore[assignment]  # how an import is made to fail, as documented
-    import structlog  # noqa: F401, PLC0415
+    if "rich" not in sys.modules:
+        # structlog imports it for tracebacks that `logs` doesn't ask for: a seventh of what a start takes.
+        sys.modules["rich"] = None  # type: ignore[assignment]  # how an import is made to fail, as documented
+        import structlog  # noqa: F401, PLC0415
 
-    del sys.modules["rich"]
+        del sys.modules["rich"]
     import uvloop  # noqa: PLC0415
 
     from bridged import app, config, logs  # noqa: PLC0415

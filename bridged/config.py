@@ -93,7 +93,7 @@ def demand_good(config: Config, where: str = "") -> None:
     """
     hide(_spoken_secrets(config))
     problems = list(_problems(config))
-    if not has_credential(config) and not config.admin.listen:
+    if config.mixpanel.export and not has_credential(config) and not config.admin.listen:
         problems.append(NO_CREDENTIAL)
     if problems:
         raise ConfigError((f"{where}: " if where else "") + "\n  ".join(problems))

@@ -8,7 +8,7 @@ import structlog
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import RequestPayloadError
 
-from bridged.redaction import redacted
+from bridged.redaction import MASK, SECRET_KEYS, redacted
 
 
 def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
@@ -19,6 +19,7 @@ def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
+        _mask_keyed,
     ]
     renderer: list[Any] = (
         # Never with local variables, which hold secrets in pieces that nothing recognises.
@@ -61,6 +62,14 @@ def _quotes_a_request(error: BaseException | None) -> bool:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
+
+
+def _mask_keyed(_logger: Any, _name: str, line: Any) -> Any:
+    """What is called a secret is masked, even one that is too short to be found anywhere else."""
+    for key in line:
+        if key.lower().endswith(SECRET_KEYS) and isinstance(line[key], str) and line[key]:
+            line[key] = MASK
+    return line
 
 
 def _redact(_logger: Any, _name: str, line: Any) -> str:

@@ -89,7 +89,11 @@ def http_options(config: Config) -> HttpOptions:
         max_body=http.max_body,
         tls_cert=http.tls_cert,
         tls_key=http.tls_key,
-        limits=HttpLimits(max_connections=http.max_connections, max_in_flight=http.max_in_flight),
+        limits=HttpLimits(
+            max_connections=http.max_connections,
+            max_connections_per_client=http.max_connections_per_client,
+            max_in_flight=http.max_in_flight,
+        ),
     )
 
 
@@ -100,6 +104,7 @@ def stream_options(config: Config) -> StreamOptions:
         listen=stream.listen,
         max_line=stream.max_line,
         max_connections=stream.max_connections,
+        max_connections_per_client=stream.max_connections_per_client,
         max_unfinished=stream.max_unfinished,
         tls_cert=stream.tls_cert,
         tls_key=stream.tls_key,

@@ -15,6 +15,9 @@ MASK: Final = "********"
 # A shorter one would take half of the words along, and hides nothing: it can be guessed.
 MIN_CHARACTERS: Final = 8
 
+# How names of secrets end. Where a value has such a name, its length doesn't matter.
+SECRET_KEYS: Final = ("token", "secret", "password", "authorization", "webhook_url")
+
 _forms: set[str] = set()
 _pattern: re.Pattern[str] | None = None
 

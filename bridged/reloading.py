@@ -19,11 +19,11 @@ _AT_ONCE: Final = (
     ("events",),
     ("retention",),
     ("alerts",),
-    ("sources", "http", "bearer_token"),
     *[("cohorts", name) for name in ("username", "password", "user_id", "update_existing_only")],
     *[("cohorts", name) for name in ("password_file", "max_data_points_per_day", "max_concurrency")],
     *[("braze", name) for name in ("rest_key", "rest_key_file", "data_import_key", "data_import_key_file")],
     *[("braze", name) for name in ("timeout", "probe_interval")],
+    ("sources", "http", "bearer_token"),
     *[
         ("delivery", name)
         for name in (

@@ -160,6 +160,7 @@ class Saved:
         part = self.path.with_name(f"{self.path.name}.part")
         file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
+            os.fchmod(file, 0o600)  # also if somebody had made it
             with open(file, "wb", closefd=False) as whole:  # a descriptor
                 whole.write(f"{_HEADER}{toml(values)}".encode())
             os.fsync(file)

@@ -81,11 +81,15 @@ class HttpSource(Section, frozen=True, kw_only=True):
     max_connections: Annotated[
         int, Meta(ge=1, description="More are answered 503, unless one that asked for nothing yet can make room.")
     ] = 1000
+    max_connections_per_client: Annotated[
+        int,
+        Meta(ge=0, description="The same of one address (IPv6: of one /64), unless it is this machine's. 0: no limit."),
+    ] = 500
     max_in_flight: Annotated[
         Size, Meta(description="Bytes of all bodies not yet handed on. Beyond it the slowest body is answered 503.")
     ] = Size(24 * 2**20)
     tls_cert: Annotated[
-        str, Meta(description="PEM file: the certificate and its chain. Set, the door speaks HTTPS.")
+        str, Meta(description="PEM file: the certificate and its chain: HTTPS. Read again at SIGHUP.")
     ] = ""
     tls_key: Annotated[str, Meta(description="PEM file: the private key of tls_cert, unencrypted.")] = ""
 
@@ -107,13 +111,19 @@ class StreamSource(Section, frozen=True, kw_only=True):
     max_connections: Annotated[
         int, Meta(ge=1, description="More are closed at once, unless one that never sent a line can make room.")
     ] = 1000
+    max_connections_per_client: Annotated[
+        int,
+        Meta(ge=0, description="The same of one address (IPv6: of one /64), unless it is this machine's. 0: no limit."),
+    ] = 500
     max_unfinished: Annotated[
         Size,
         Meta(
             description="Bytes of all lines without their end, or waiting for room. Beyond it the oldest are cut off."
         ),
     ] = Size(12 * 2**20)
-    tls_cert: Annotated[str, Meta(description="PEM file: the certificate and its chain, for the tcp: addresses.")] = ""
+    tls_cert: Annotated[
+        str, Meta(description="PEM file: the certificate and its chain, for the tcp: addresses. Read again at SIGHUP.")
+    ] = ""
     tls_key: Annotated[str, Meta(description="PEM file: the private key of tls_cert, unencrypted.")] = ""
 
 

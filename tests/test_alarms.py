@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -115,7 +116,8 @@ def test_each_fact_has_its_alarm(alarm, bad, neither):
 
 
 @pytest.mark.parametrize(
-    ("alarm", "counter"), [("dead_letters_dropped", "dead_letters_dropped"), ("damaged", "damaged")]
+    ("alarm", "counter"),
+    [("dead_letters_dropped", "dead_letters_dropped"), ("damaged", "damaged"), ("missing", "missing")],
 )
 def test_what_is_counted_has_an_end(alarm, counter):
     """Damage and drops are events: raised when the count grows, over when it has stopped; what came before the first
@@ -156,13 +158,38 @@ def test_flapping_is_one_long_episode():
     assert clock.told[-1] == ("halted", "cleared")
 
 
+def test_a_restart_tells_nothing_twice():
+    """What the last daemon told isn't told again by the next, its end is, with how long it lasted; flapping stays flapping."""
+    before = Clock()
+    for _ in range(3):
+        before.run(60, halted=True)
+        before.run(CLEAR_AFTER_S * 8)
+    before.run(10, halted=True, configuration_problem="a slip")
+    ahead_s = 1_700_000_000.0 - before.now
+    kept = msgspec.json.decode(msgspec.json.encode(before.alarms.past(ahead_s)), type=dict[str, rules.Past])
+
+    after = Clock()
+    after.now = 7.0  # another boot
+    after.alarms.remember(kept, 1_700_000_100.0 - after.now)
+    assert {each.alarm for each in after.alarms.open} == {"halted", "configuration"}
+    assert after.run(20, halted=True) == []
+    assert after.run(CLEAR_AFTER_S, halted=True) == [("configuration", "cleared")]
+    assert after.run(CLEAR_AFTER_S * 2) == [], "it came back often: its end takes longer"
+    notices = []
+    while not notices:
+        after.now += 1.0
+        notices = after.alarms.look(facts(), after.now)
+    assert [(notice.alarm, notice.state) for notice in notices] == [("halted", "cleared")]
+    assert notices[0].lasted_s > 100 + 20 + 3 * CLEAR_AFTER_S
+
+
 def test_the_words_are_for_people():
     """Every text can be made of any facts, is one line, and names the figures."""
     alarms = Alarms()
     alarms.look(GOOD, 0.0)
     bad = facts(
         halted=True, halt_reason="401: check the credential", waiting=1234, oldest_age_s=47 * HOUR, expired=7,
-        archive_problem="p", stalled="s", dead_lettered=500, accepted=1000, dead_letters_dropped=3, damaged=2,
+        archive_problem="p", stalled="s", dead_lettered=500, accepted=1000, dead_letters_dropped=3, damaged=2, missing=4,
         used_bytes=2**34, refusing=True, skew_s=-1000.0, configuration_problem="c", disk_free_bytes=None,
         cohorts_halted="Halted: 401", cohorts_capped="Stopped at the cap",
     )  # fmt: skip
@@ -197,6 +224,7 @@ some_facts = st.builds(
     expired=st.integers(0, 10**6),
     dead_letters_dropped=st.integers(0, 100),
     damaged=st.integers(0, 100),
+    missing=st.integers(0, 100),
     used_bytes=st.integers(0, 2**34),
     max_bytes=st.sampled_from([0, 2**24, 2**33]),
     disk_free_bytes=st.none() | st.integers(0, 2**40),
@@ -423,6 +451,33 @@ async def test_a_halt_is_told_everywhere(daemon, emulator, client, chat):
     assert (cleared["alarm"], cleared["state"]) == ("halted", "cleared")
     assert cleared["text"].startswith("Resolved: ")
     assert app.watch.alarms.open == []
+
+
+def spoil(path):
+    """The beginning of what was written."""
+    kept = Path(path).read_bytes()
+    assert b'"halted"' in kept
+    Path(path).write_bytes(kept[:12])
+
+
+async def test_a_halt_outlives_a_restart(config, emulator, client, chat, monkeypatch):
+    """Raised by one daemon, not told again by the next, and cleared by it; a file that nobody can read changes nothing."""
+    monkeypatch.setattr(rules, "CLEAR_AFTER_S", 3.0)
+    monkeypatch.setattr("bridged.alarms.watch._LOOK_S", 0.05)
+    emulator.credentials(token="another")
+    settings = config(alerts__webhook_url=chat.url)
+    async with App(settings) as app:
+        await post(client, app, 7)
+        await until(lambda: chat.got, "the notice")
+    async with App(settings) as app:
+        assert [alarm.alarm for alarm in app.watch.alarms.open] == ["halted"]
+        await until(lambda: app.delivery.halted, "the halt")
+        emulator.credentials(token="example-token")
+        await until(lambda: len(chat.got) == 2, "the end", 30)
+    assert [(notice["alarm"], notice["state"]) for notice in chat.got] == [("halted", "raised"), ("halted", "cleared")]
+    spoil(f"{settings.spool.path}.alarms")
+    async with App(settings) as app:
+        assert app.watch.alarms.open == []
 
 
 @pytest.mark.usefixtures("_soon")

@@ -34,7 +34,7 @@ def finished(*arguments, cwd):
     """Its exit code and what it printed."""
     with bench(*arguments, cwd=cwd) as process:
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             process.terminate()
             raise

@@ -1,10 +1,12 @@
 """The benchmarks that take minutes, in seconds: real processes, tiny loads. Counts and shapes are checked, never a time."""
 
 import json
-import threading
+import signal
+import time
+from pathlib import Path
 
 import pytest
-from test_bench import finished
+from test_bench import bench, finished
 
 from bench import data, latency, memory, openloop, page, scale
 from bench.openloop import percentile
@@ -134,26 +136,51 @@ def test_an_open_loop_charges_a_standstill_to_every_request_that_was_due(tmp_pat
         with Daemon(tmp_path, sink.port) as daemon:
             daemon.ready()
             options = ["--door", "http", "--port", str(daemon.http_port), "--data", str(tmp_path / "events")]
-            options += ["--connections", "1", "--rate", "1000", "--seconds", "1.5"]
+            options += ["--connections", "1", "--rate", "1000", "--seconds", "3"]
             with OpenLoader(tmp_path, options) as loader:
                 loader.ready()
-                timers = [
-                    threading.Timer(0.4, daemon.process.send_signal, [19]),
-                    threading.Timer(0.9, daemon.process.send_signal, [18]),
-                ]
-                for timer in timers:
-                    timer.start()
-                loaded = loader.load(60)
-                for timer in timers:
-                    timer.join()
+                loader.say()
+                while not json.loads(get(daemon.admin_port, "/api/status"))["events"]["accepted"]:
+                    time.sleep(0.01)
+                daemon.process.send_signal(signal.SIGSTOP)
+                try:
+                    time.sleep(0.5)
+                finally:
+                    daemon.process.send_signal(signal.SIGCONT)
+                loaded = loader.loaded(120)
             status = json.loads(get(daemon.admin_port, "/api/status"))["events"]
             daemon.stop()
-    assert (loaded.requests, loaded.acked, loaded.events) == (150, 150, 1500)
-    assert status["accepted"] == 1500
-    # A third of the requests was due during it, on average a quarter of a second before its end; one connection alone
-    # would have noticed it once.
-    assert loaded.p99_ms > 350
-    assert loaded.max_ms >= 400
+    assert (loaded.requests, loaded.acked, loaded.events) == (300, 300, 3000)
+    assert status["accepted"] == 3000
+    # A sixth of the requests was due during it. One connection that waits for each answer would have noticed it once.
+    assert loaded.max_ms >= 450
+    assert loaded.p99_ms >= 400
+
+
+def test_all_ends_what_it_started_at_sigterm(tmp_path):
+    """A suite that is told to stop leaves no benchmark, no daemon and no folder."""
+    options = ("all", "--only", "path", "--results", "results", "--page", "page")
+    with bench(*options, cwd=tmp_path, start_new_session=True) as process:
+        below = []
+        deadline = time.monotonic() + 60
+        while len(below) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            below = children(process.pid)
+            below += [pid for child in below for pid in children(child)]
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(below) >= 4, "the benchmark, its loader, daemon and sink"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results"]
+
+
+def children(pid):
+    """The processes that one has started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def test_delivered_latency_is_each_events_own(tmp_path):
@@ -205,6 +232,24 @@ def test_every_section_of_the_page_is_made_from_what_its_benchmark_writes(ran, t
     pictures = {file.name for file in tmp_path.glob("*.png")}
     assert pictures == {"throughput.png", "latency.png", "memory.png", "scale.png"}
     assert all(f"]({name})" in text for name in pictures)
+
+
+def test_the_page_says_when_the_machine_was_not_quiet():
+    """Figures from a busy machine look like any others: what others used stands beside them."""
+    run = {
+        "events": 1,
+        "ready_s": 1,
+        "drained_per_s": 1,
+        "drain_us": 1,
+        "drain_peak_mb": 1,
+        "shrunk_s": 1,
+        "failure": "",
+    }
+    run |= {"final_bytes": 1, "empty_bytes": 1}
+    about = dict.fromkeys(("cpu", "cores", "kernel", "filesystem", "load_average", "python", "sqlite"), 0)
+    for cores, said in ((0.05, False), (1.2, True)):
+        results = {"backlog": {"machine": about, "runs": [run | {"other_cores": cores}]}}
+        assert ("Not a quiet machine: others used 1.20 cores" in "\n".join(page.page(results, {}))) is said
 
 
 def test_the_page_says_that_there_are_no_results(tmp_path, capsys):

@@ -189,8 +189,9 @@ async def test_status_and_metrics_tell_of_cohorts(synced, braze, client, command
     assert samples["bridged_cohorts",] == 2
     assert samples["bridged_cohort_memberships", "in_braze"] == 40
     assert samples["bridged_cohort_memberships_imbalance",] == 0
-    assert samples["bridged_cohort_members_received_total", "applied"] == 40
+    assert samples["bridged_cohort_members_received", "applied"] == 40
     assert samples["bridged_cohort_points_today",] == braze.summary().points == 30
+    assert samples["bridged_cohort_points_spent_total",] == 30
     assert samples["bridged_cohort_users_sent_total",] == 30
     assert samples["bridged_cohort_requests_total",] == braze.summary().requests
     assert samples["bridged_cohorts_halted",] == 0

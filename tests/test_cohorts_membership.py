@@ -214,6 +214,30 @@ async def test_a_late_diff_of_an_older_session_undoes_nothing(membership: Member
     await counted(membership)
 
 
+async def test_an_older_session_can_t_take_back_what_a_newer_one_said(membership: Membership) -> None:
+    """Even with a page that was never seen before: the newer one knew better."""
+    await hear(membership, page("members", "ab"))
+    await deliver(membership)
+    await hear(membership, page("remove_members", "c", "s2", 1, 2), page("add_members", "ac", "s3"))
+    await hear(membership, page("remove_members", "ab", "s2", 2, 2))
+    assert await wanted(membership) == "ac"
+    await deliver(membership)
+    await hear(membership, page("add_members", "d", "s4", 1, 2), page("remove_members", "a", "s5"))
+    await hear(membership, page("add_members", "ae", "s4", 2, 2))
+    assert await wanted(membership) == "cde"
+    await counted(membership)
+
+
+async def test_a_round_that_newer_diffs_ran_into_still_sweeps(membership: Membership) -> None:
+    """That as many are in as it named is then no proof that they are the same."""
+    await hear(membership, page("members", "abc"))
+    await deliver(membership)
+    await hear(membership, page("members", "ab", "s2", 1, 2), page("remove_members", "b", "s3"))
+    await hear(membership, page("members", "", "s2", 2, 2))
+    assert await wanted(membership) == "a"
+    await counted(membership)
+
+
 async def test_pages_without_a_session_each_stand_for_themselves(membership: Membership) -> None:
     """Consumers have seen bodies without session and page_info."""
     await hear(membership, page("members", "ab", ""), page("members", "bc", ""), page("add_members", "d", ""))
@@ -290,6 +314,18 @@ async def test_a_refused_user_waits_for_a_person(membership: Membership) -> None
     await hear(membership, page("remove_members", "a", "s2"))
     assert membership.figures.due == 0
     assert await membership.refusals() == []
+    await counted(membership)
+
+
+async def test_a_refusal_of_what_is_no_longer_wanted_is_none(membership: Membership) -> None:
+    """What Mixpanel wants now hasn't been tried yet."""
+    await hear(membership, page("members", "a"))
+    block = await membership.take(-1, 10, [])
+    await hear(membership, page("add_members", "", "s2", name="Another name"))
+    (user,) = block.users
+    refused = [(user.key, row.cohort, row.sent, row.wanted) for row in user.rows]
+    await membership.settle(Settled(refused=refused, reasons=[(user.key, "no")], day=block.day))
+    assert (membership.rows[0].joining, membership.rows[0].rejected) == (1, 0)
     await counted(membership)
 
 

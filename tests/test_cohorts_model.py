@@ -99,6 +99,7 @@ class Cohorts(RuleBasedStateMachine):
         self.billed = 0
         self.flights: list[Block] = []
         self.sessions = 0
+        self.history: list[Page] = []
         self.open()
 
     def open(self) -> None:
@@ -113,6 +114,36 @@ class Cohorts(RuleBasedStateMachine):
         head, ids = msgspec.json.encode(merging.head_of(page)).decode(), msgspec.json.encode(page.ids).decode()
         merging.receive(self.db, [(1.0, len(page.ids), head, ids)])
         self.model.hear(page)
+        self.history.append(page)
+
+    @rule(data=st.data())
+    def late_repeat(self, data: st.DataObject) -> None:
+        """A page that has come before, word for word."""
+        if self.history:
+            self.receive(data.draw(st.sampled_from(self.history)))
+
+    @rule(cohort=st.sampled_from(COHORTS), ids=st.lists(st.sampled_from(USERS), min_size=2, max_size=6, unique=True))
+    def diffs(self, cohort: str, ids: list[str]) -> None:
+        """An add and a remove session of two pages each, at the same time."""
+        self.sessions += 1
+        name = self.model.names.get(cohort, "One")
+        half = len(ids) // 2
+        sent = [
+            Page(
+                action=action,
+                cohort=cohort,
+                session=f"{action[0]}{self.sessions}",
+                page=at + 1,
+                total=2,
+                ids=of[at::2],
+                name=name,
+            )  # type: ignore[arg-type]
+            for action, of in (("add_members", ids[:half]), ("remove_members", ids[half:]))
+            for at in range(2)
+        ]
+        self.dice.shuffle(sent)
+        for each in sent:
+            self.receive(each)
 
     @rule(
         cohort=st.sampled_from(COHORTS),
@@ -299,4 +330,4 @@ class Cohorts(RuleBasedStateMachine):
 
 
 TestCohorts = Cohorts.TestCase
-TestCohorts.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCohorts.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

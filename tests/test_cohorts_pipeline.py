@@ -286,6 +286,7 @@ async def test_every_trouble_of_braze_ends_in_step(daemon, importing, braze, cli
     assert in_braze(braze) == many[500:]
     assert braze.summary().faults == len(troubles)
     assert braze.summary().overlaps == 0
+    assert app.membership.figures.points_today >= braze.summary().points, "the count is never below the bill"
 
 
 async def test_a_user_that_braze_refuses_is_kept_with_its_words(daemon, importing, client):
@@ -589,6 +590,9 @@ async def _killed(daemon: Process, braze: BrazeEmulator, client: aiohttp.ClientS
     await daemon.wait(client, synced, "Braze in step again")
     assert in_braze(braze) == second
 
+    said = await daemon.overview(client)
+    assert said is not None
+    assert said["figures"]["points_today"] >= braze.summary().points, "the count is never below the bill"
     window = 4 * 75
     needed = len(first) + len(set(first) ^ set(second))
     assert needed <= braze.summary().writes <= needed + 4 * window

@@ -123,6 +123,17 @@ def test_true_errors_of_the_client_say_what_is_wrong(sent: bytes, why: str) -> N
         READER.read(sent)
 
 
+def test_half_a_character_costs_only_its_member() -> None:
+    """A name that was cut off within an emoji is JSON that strict readers refuse; an id with one names nobody."""
+    members = (
+        rb'[{"first_name":"Ada \ud83d","mixpanel_distinct_id":"a"},{"mixpanel_distinct_id":"b\ude00"},'
+        rb'{"mixpanel_distinct_id":"c\ud83d\ude00"}]'
+    )
+    sent = b'{"action":"members","parameters":{"mixpanel_cohort_id":"1","mixpanel_cohort_name":"\\ud83d","members":%s}}'
+    page = READER.read(sent % members)
+    assert (page.ids, page.no_id, page.name) == (["a", "c\N{GRINNING FACE}"], 1, "")
+
+
 def test_nobody_to_add_is_nothing_to_do() -> None:
     """Quiet intervals still call with empty lists, and perhaps with none."""
     for action in ("add_members", "remove_members"):

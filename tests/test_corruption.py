@@ -1,6 +1,7 @@
 """Damage: whatever happens to the spool's files, it starts, delivers what is intact, counts the rest, and deletes nothing."""
 
 import asyncio
+import os
 import random
 import shutil
 import sqlite3
@@ -203,6 +204,36 @@ async def test_commits_that_were_cut_off_are_noticed(tmp_path):
         assert ("wal_damaged" in {entry["event"] for entry in logs}) is loses
 
 
+@pytest.mark.parametrize("harm", ["the WAL is cut off", "the WAL is gone", "an old copy", "the file is gone", "none"])
+async def test_what_nothing_in_the_file_shows_is_noticed(tmp_path, harm):
+    """The newest commits are gone without a trace: the lock file knows how many events there were. Told once, and counted."""
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        for n in range(4):
+            await spool.append(Intaken([batch(f"e{n}", size=50_000)], [letter(f"l{n}")]))
+            if n == 1:
+                await spool.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+                shutil.copytree(tmp_path / "a", tmp_path / "old")
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    b, wal = tmp_path / "b", tmp_path / "b" / "spool.db-wal"
+    if harm != "none":
+        (b / "spool.db-shm").unlink()
+        wal.unlink() if harm != "the WAL is cut off" else os.truncate(wal, wal.stat().st_size // 2 + 9_000)
+    if harm == "an old copy":
+        shutil.copy(tmp_path / "old" / "spool.db", b / "spool.db")
+    if harm == "the file is gone":
+        (b / "spool.db").unlink()
+    missing = {"the WAL is cut off": 2, "the file is gone": 8, "none": 0}.get(harm, 4)
+    with capture_logs() as logs:
+        async with Spool(options(b), NAMES) as spool:
+            assert spool.missing == missing
+            assert spool.accounts.total("accepted") == 8 - missing
+            await spool.append(Intaken([batch("new")]))
+    assert ("events_missing" in {entry["event"] for entry in logs}) is bool(missing)
+    async with Spool(options(b), NAMES) as spool:
+        assert spool.missing == 0, "told twice"
+
+
 async def test_corruption_that_shows_later(tmp_path):
     """A read that SQLite calls malformed ends the process; the next start looks at everything and salvages: no crash loop."""
     path = await filled(tmp_path, count=60, size=60_000)
@@ -224,7 +255,7 @@ async def test_corruption_that_shows_later(tmp_path):
         assert 0 < len(await stored(again)) < 59
         assert balances_by_type(again)
         assert len(again.set_aside) == 1
-    assert (tmp_path / "spool.db.lock").read_text() == salvage.KNOWN
+    assert (tmp_path / "spool.db.lock").read_text().startswith(f"{salvage.KNOWN}\n")
 
 
 @pytest.mark.parametrize("step", range(6))

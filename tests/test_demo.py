@@ -218,7 +218,7 @@ def test_demo_is_exact(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_demo_can_be_stopped(tmp_path, number):
     """Ctrl-C in the middle, even twice, ends the children as well."""
-    process = start(tmp_path, "--events", "100000")
+    process = start(tmp_path, "--events", "20000")
     lines = iter(process.stdout.readline, "")
     next(line for line in lines if "are running" in line)
     process.send_signal(number)

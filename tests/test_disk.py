@@ -17,6 +17,7 @@ from conftest import NAMES, SLOW, balanced, currents, until
 from test_lifecycle import ROOT, Process
 from test_spool import OPEN, batch, collect, letter, options, stored
 
+from bench import disk
 from bridged.app import App
 from bridged.backlog import spool as spool_module
 from bridged.backlog.reserve import Reserve
@@ -290,6 +291,23 @@ async def test_a_write_that_the_file_system_refuses(tmp_path, emulator, client):
     await again.up()
     await until(lambda: "a" in delivered(emulator))
     assert await again.end() == 0
+
+
+@needs_root
+@needs_fiu
+def test_a_disk_that_is_full_and_one_that_fails_at_its_kth_call(tmp_path):
+    """The loop of `python -m bench disk`, short: full rounds drain with nothing freed; EIO at the k-th write or fsync, in the
+    midst of the load or of the start, is the end (exit 74) and loses nothing.
+    """
+    summary = asyncio.run(disk.torment(tmp_path, rounds=2, calls={"write": 4, "fsync": 3}, seed=3))
+    assert summary.problems == []
+    assert (summary.rounds, summary.refused) == (2, 2)
+    assert summary.struck == summary.lives == 7
+    # SQLite takes no notice of a failing sync of the folder (the start has synced it itself by then), and the note that the
+    # file was opened is no part of the spool.
+    assert len(summary.survived) <= 3, summary.survived
+    assert summary.totals.lost == 0
+    assert summary.totals.acked > 0
 
 
 def delivered(emulator):

@@ -16,6 +16,7 @@ import pytest
 import structlog
 import trustme
 from conftest import NAMES, currents, ndjson, until
+from structlog.testing import capture_logs
 
 from bridged import logs
 from bridged.backlog.spool import Spool, SpoolOptions
@@ -23,6 +24,7 @@ from bridged.currents.table import EVENT_TYPES
 from bridged.errors import BadRequest, ConfigError, TooLarge
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
+from bridged.sources import clients
 from bridged.sources.expansion import WINDOW_BITS, expanded
 from bridged.sources.http import HttpOptions, HttpSource
 from bridged.sources.http_connections import HttpConnection, HttpLimits
@@ -830,6 +832,56 @@ async def test_paused_clients_hold_a_bounded_sum(tmp_path):
         assert doors.stream.unfinished == 0
 
 
+# -- who ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("peername", "client"),
+    [
+        (("192.0.2.7", 4711), "192.0.2.7"),
+        (("::ffff:192.0.2.7", 4711, 0, 0), "192.0.2.7"),
+        (("2001:db8:1:2:3::4", 4711, 0, 0), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 4711, 0, 2), "fe80::/64"),
+        (("127.0.0.1", 4711), ""),
+        (("::1", 4711, 0, 0), ""),
+        (("::ffff:127.0.0.1", 4711, 0, 0), ""),
+        ("", ""),
+        (None, ""),
+        (("what is this", 1), ""),
+    ],
+)
+def test_whom_a_connection_comes_from(peername, client):
+    """An address, or the network that one household has; nobody who is on this machine."""
+    assert clients.client_of(peername) == client
+
+
+@pytest.mark.parametrize("door", ["http", "stream"])
+async def test_one_client_does_not_take_every_place(tmp_path, monkeypatch, door):
+    """Beyond its share a client is refused, whatever it does; others are served, and who leaves may come again."""
+    limits = msgspec.structs.replace(QUICK, max_connections_per_client=3, head_s=30.0, idle_s=30.0)
+    async with opened(tmp_path, limits=limits, stream={"max_connections_per_client": 3}) as doors:
+        who = ["192.0.2.1"]
+        monkeypatch.setattr(clients, "client_of", lambda _peername: who[0])
+        source = doors.http.connections if door == "http" else doors.stream
+        alive = [await doors.connect(door) for _ in range(3)]
+        await until(lambda: source.clients.connections["192.0.2.1"] == 3)
+        for _ in range(3):
+            reader, writer = await doors.connect(door)
+            answer = await asyncio.wait_for(read_all(reader), 20)
+            assert statuses(answer) == ([503] if door == "http" else [])
+            writer.close()
+        assert source.refused == 3
+        who[0] = "192.0.2.2"
+        reader, writer = await doors.connect(door)
+        writer.write(request(body()) if door == "http" else ACKS + ndjson([currents()]))
+        assert b"200 OK" in await reader.readline() if door == "http" else await reader.readline() == b'{"acked":1}\n'
+        writer.close()
+        for _, writer in alive:
+            writer.transport.abort()
+        await until(lambda: not source.clients.connections)
+        assert await doors.events() == 1
+
+
 # -- TLS ---------------------------------------------------------------------------------------------------------------
 
 
@@ -863,6 +915,39 @@ async def test_both_doors_speak_tls(tmp_path, certificate):
         writer.close()
         assert 200 not in statuses(await doors.raw(request(body())))
         assert await doors.events() == 61
+
+
+async def test_the_doors_take_a_renewed_certificate_over(tmp_path):
+    """After a reload new connections get the new certificate, old ones live on; files that can't be used change nothing."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+
+    def renew():
+        authority = trustme.CA()
+        issued = authority.issue_cert("127.0.0.1")
+        issued.cert_chain_pems[0].write_to_path(str(cert))
+        issued.private_key_pem.write_to_path(str(key))
+        trust = ssl.create_default_context()
+        authority.configure_trust(trust)
+        return trust
+
+    old = renew()
+    keys = {"tls_cert": str(cert), "tls_key": str(key)}
+    async with opened(tmp_path, limits=HttpLimits(), http=keys, stream=keys) as doors:
+        for source, port in ((doors.http, doors.http.port), (doors.stream, doors.stream.ports[0])):
+            _, early = await asyncio.open_connection("127.0.0.1", port, ssl=old)
+            new = renew()
+            source.reload()
+            _, late = await asyncio.open_connection("127.0.0.1", port, ssl=new)
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await asyncio.open_connection("127.0.0.1", port, ssl=old)
+            cert.write_text("nonsense")
+            with capture_logs() as said:
+                source.reload()
+            assert [entry["event"] for entry in said] == ["reload_failed"]
+            _, again = await asyncio.open_connection("127.0.0.1", port, ssl=new)
+            assert not early.is_closing()
+            for writer in (early, late, again):
+                writer.transport.abort()
 
 
 async def test_old_tls_and_no_handshake(tmp_path, certificate):

@@ -59,9 +59,10 @@ class Door:
 
 
 @contextlib.asynccontextmanager
-async def opened(path, limits=None, **spool_options):
+async def opened(path, limits=None):
     """A door, and one connection."""
-    spool = Spool(SpoolOptions(path=str(path / "spool.db"), **spool_options), NAMES)
+    # A small one: its reserve is made anew for each example of the property below.
+    spool = Spool(SpoolOptions(path=str(path / "spool.db"), max_bytes=40 * 2**20), NAMES)
     options = HttpOptions(port=0, bearer_token=TOKEN, max_body=MAX_BODY, limits=limits or HttpLimits())
     async with spool:
         intake = Intake(EventMapping(EVENT_TYPES, MappingSettings(token="t")), spool)
@@ -145,6 +146,28 @@ async def test_a_head_that_only_begins_alike(door):
     assert await door.ask(request(gzip.compress(body(2)), GOOD, "Content-Encoding: gzip")) == 200
 
     assert await door.events() == ids(0, 0, 0, 0, 1, 2)
+
+
+async def test_another_token(door):
+    """A head that was good for the old token is looked at again, and so is one that came while the token was changed."""
+    assert await door.ask(request(body(0))) == 200
+    door.source.use(TOKEN)
+    assert await door.ask(request(body(1))) == 200
+    assert door.by_parser == 1
+    door.source.use("another")
+    assert await door.ask(request(body(2))) == 401
+
+    door.source.use(TOKEN)
+    data = request(body(3))
+    await door.send(data[:-5])
+    while door.by_parser < 3:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    door.source.use("another")
+    assert await door.ask(data[-5:]) == 200
+    assert await door.ask(request(body(4))) == 401
+
+    assert await door.events() == ids(0, 1, 3)
 
 
 async def test_the_rest_of_a_head_is_no_head(door):

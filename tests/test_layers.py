@@ -37,10 +37,10 @@ LADDER: dict[str, set[str]] = {
     "cohorts": {"errors", "braze", "mixpanel"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "redaction", "backlog", "intake", "cohorts"},
-    # The cohorts' parts, made from a configuration.
-    "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The configuration in each part's own terms.
     "options": {"alarms", "backlog", "config", "delivery", "mixpanel", "settings", "sources"},
+    # The cohorts' parts, made from a configuration.
+    "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {
         "activity",
@@ -139,12 +139,12 @@ MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
     "sources/stream.py": (
-        500,
+        510,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "backlog/spool.py": (
-        600,
+        610,
         "one owner: opening, the writer, its transaction and the rows that it reads belong together",
     ),
 }

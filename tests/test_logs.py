@@ -103,6 +103,20 @@ def test_secrets_are_masked_in_every_line(capsys, format_):
     assert "test_logs.py" in output
 
 
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_a_short_secret_is_masked_under_its_name(capsys, format_):
+    """Too short to be looked for everywhere, it isn't said where the key says what it is; what isn't a secret is."""
+    logs.setup("info", format_)
+    structlog.get_logger().info(
+        "said", api_secret="abc123", Authorization="Bearer abc123", token="", token_kind="abcxyz"
+    )
+
+    output = capsys.readouterr().err
+    assert "abc123" not in output
+    assert output.count(redaction.MASK) == 2
+    assert "abcxyz" in output
+
+
 def test_errors_that_come_of_a_malformed_request(capsys):
     """One that was raised while another was handled: its traceback would quote both."""
     logs.setup("debug", "json")

@@ -20,8 +20,6 @@ from bridged.admin.openapi import document
 EXAMPLES = int(os.environ.get("BRIDGED_SCHEMATHESIS_EXAMPLES", "10"))
 SCHEMA = schemathesis.openapi.from_dict(document())
 DOOR = "/v1/currents"
-# Its answer has no end; tests/test_page_live.py listens to it.
-ENDLESS = {("GET", "/api/live")}
 COHORTS = "/v1/cohorts/mixpanel"
 IMPORTING = """
 [cohorts]
@@ -31,6 +29,8 @@ path = "cohorts.db"
 url = "http://127.0.0.1:9"
 rest_key = "example-rest-key"
 """
+# Its answer has no end; tests/test_page_live.py listens to it.
+ENDLESS = {("GET", "/api/live")}
 METHODS = ("get", "post", "put", "delete", "patch")
 
 

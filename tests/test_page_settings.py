@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import os
+import stat
 import string
 import tomllib
 from pathlib import Path
@@ -306,6 +308,23 @@ async def test_a_disk_that_takes_no_file(daemon, client, monkeypatch):
     assert app.saved.values == {}
     with pytest.raises(SpoolError):
         await app.save({"mixpanel.naming": "current"}, [])
+
+
+async def test_a_folder_that_cannot_be_synced(daemon, client, monkeypatch):
+    """The file had its name already when the disk failed: what was answered, "not saved", holds after the next start, too."""
+    app = await daemon()
+    assert (await put(client, app, set={"mixpanel.partner_id": "before"}))[0] == 200
+    real, fails = os.fsync, [True]
+
+    def fsync(file):
+        if fails and stat.S_ISDIR(os.fstat(file).st_mode):
+            fails.pop()
+            raise OSError(5, "Input/output error")
+        real(file)
+
+    monkeypatch.setattr(saved.os, "fsync", fsync)
+    assert (await put(client, app, set={"mixpanel.partner_id": "after"}))[0] == 503
+    assert (fails, app.config.mixpanel.partner_id, App(app.base).config.mixpanel.partner_id) == ([], "before", "before")
 
 
 async def test_a_reload_keeps_what_was_saved(daemon, client):

@@ -59,7 +59,7 @@ def test_any_grouping_is_one_gzip_of_the_very_bytes(
 @given(batches, st.integers(1, 10), st.integers(1, 500))
 def test_cuts_keep_order_and_limits(appended: list[Batch], max_events: int, max_bytes: int) -> None:
     """Batches stay whole and in order; a cut exceeds a limit only when it is a single batch, and none is needlessly small."""
-    cuts = cut(appended, max_events, max_bytes)
+    cuts = list(cut(appended, max_events, max_bytes))
     assert b"".join(ndjson for ndjson, _ in cuts) == b"".join(batch.ndjson for batch in appended)
     assert b"".join(codes for _, codes in cuts) == b"".join(batch.codes for batch in appended)
     alone = {(batch.ndjson, batch.codes) for batch in appended}
@@ -78,7 +78,7 @@ def test_cuts_keep_order_and_limits(appended: list[Batch], max_events: int, max_
 
 def test_nothing_to_cut() -> None:
     """No batches, no segments."""
-    assert cut([], 10, 10) == []
+    assert list(cut([], 10, 10)) == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -1,13 +1,16 @@
 """Formats: every released one opens, a step to a newer one is all or nothing, a newer file is refused as it lies there."""
 
 import asyncio
+import contextlib
 import gzip
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -101,9 +104,11 @@ def reverse_reasons(db):
 STEPS = (tables.Migration(add_column, rewrites=False), tables.Migration(reverse_reasons, rewrites=True))
 
 
-async def filled(tmp_path):
+async def filled(tmp_path, letters=0):
     """A closed spool of format 1."""
     async with Spool(options(tmp_path), NAMES) as spool:
+        if letters:
+            await spool.append(Intaken([], [letter(f"more {n}") for n in range(letters)]))
         for n in range(5):
             await spool.append(Intaken([batch(f"e{n}")], [letter(f"l{n}")]))
     return tmp_path / "spool.db"
@@ -161,7 +166,8 @@ async def test_killed_in_the_midst_of_a_step(tmp_path):
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "BRIDGED_TEST_STEP": "1"},
             stdout=subprocess.PIPE,
         )
-        assert await asyncio.wait_for(child.stdout.readline(), 30) == b"in the midst\n"
+        assert await asyncio.wait_for(child.stdout.readline(), 60) == b"begins\n"
+        assert await asyncio.wait_for(child.stdout.readline(), 60) == b"in the midst\n"
         child.kill()
         await child.wait()
         with file_of(tmp_path) as db:
@@ -170,6 +176,48 @@ async def test_killed_in_the_midst_of_a_step(tmp_path):
     assert migrated(path) == (3, 3, ["esuaceb"])
     with file_of(tmp_path) as db:
         assert db.execute("SELECT count(*) FROM segments").fetchone() == (5,)
+
+
+async def test_killed_at_any_moment_of_a_migration(tmp_path):
+    """SIGKILL before, in and after the copy, the steps and their commits: one format or the next, whole, and the next try succeeds.
+
+    `BRIDGED_MIGRATION_KILLS=200` is the long run.
+    """
+    path = await filled(tmp_path, letters=3000)
+    pristine = path.read_bytes()
+    kills, formats = int(os.environ.get("BRIDGED_MIGRATION_KILLS", "6")), set()
+    most_s = 0.0
+    for n in range(-1, kills):
+        for file in tmp_path.glob("spool.db*"):
+            file.unlink()
+        path.write_bytes(pristine)
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(Path(__file__)), "--migrate", str(path)),
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
+            stdout=subprocess.PIPE,
+        )
+        assert await asyncio.wait_for(child.stdout.readline(), 60) == b"begins\n"
+        if n < 0:  # one that ends by itself says how long it takes
+            started = time.monotonic()
+            await child.wait()
+            most_s = time.monotonic() - started
+        else:
+            await asyncio.sleep(most_s * random.random())
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+        with file_of(tmp_path) as db:
+            [(version,)] = db.execute("PRAGMA user_version")
+            reasons = [reason for (reason,) in db.execute("SELECT DISTINCT reason FROM dead_letters")]
+            assert reasons == (["esuaceb"] if version == 3 else ["because"])
+            assert db.execute("SELECT count(*) FROM dead_letters").fetchone() == (3005,)
+            assert db.execute("PRAGMA quick_check").fetchone() == ("ok",)
+        formats.add(version)
+        assert migrated(path) == (3, 3, ["esuaceb"])
+        with file_of(tmp_path) as db:
+            assert db.execute("SELECT count(*) FROM segments").fetchone() == (5,)
+    assert formats <= {1, 2, 3}
+    assert kills < 100 or formats == {1, 2, 3}, "it was never killed in the midst: this shows nothing"
 
 
 @pytest.mark.parametrize("number", [2, 99])
@@ -220,6 +268,7 @@ async def test_a_spool_without_migrations_to_do_is_copied_nowhere(tmp_path):
 
 if __name__ == "__main__":
     if sys.argv[1] == "--migrate":
+        print("begins", flush=True)
         migrated(Path(sys.argv[2]))
     else:
         with tempfile.TemporaryDirectory() as folder:

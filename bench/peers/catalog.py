@@ -25,9 +25,9 @@ PYTHON_PACKAGES: Final = ("mixpanel", "bytewax", "msgspec")
 NODE_PACKAGES: Final = ("mixpanel", "mixpanel-import")
 TOKEN: Final = "0123456789abcdef0123456789abcdef"
 
-# What a peer is given events by. "lines": NDJSON over TCP, nobody acks. "array": a request with a JSON array.
-# "http" and "stream" are bridged's own doors, "file" is a file of lines.
-Door = Literal["stream", "http", "lines", "array", "file"]
+# What a peer is given events by. "lines": NDJSON over TCP, nobody acks. "http": requests as
+# Braze makes them. "stream": bridged's own, with acks. "file": a file of lines.
+Door = Literal["stream", "http", "lines", "file"]
 
 
 class Command(Struct, frozen=True):
@@ -166,13 +166,21 @@ def _fluent_bit_program() -> str:
     return _program("FLUENT_BIT", "fluent-bit", "see https://docs.fluentbit.io")
 
 
-def _fluent_bit(plugin: str, options: str) -> Callable[[Path, int, int], Command]:
+def _fluent_bit(plugin: str, call: str, options: str, *, threaded: bool) -> Callable[[Path, int, int], Command]:
     def command(folder: Path, port: int, sink: int) -> Command:
         program = _fluent_bit_program()
         table = ",".join(f"[{json.dumps(kind)}]={json.dumps(name)}" for kind, name in _names().items())
         (folder / "names.lua").write_text(f"NAMES={{{table}}}\n", encoding="utf-8")
         config = folder / "fluent-bit.yaml"
-        values = {"INPUT": plugin, "PORT": port, "SINK": sink, "OPTIONS": options, "HERE": HERE}
+        values: dict[str, object] = {
+            "THREADED": str(threaded).lower(),
+            "INPUT": plugin,
+            "CALL": call,
+            "PORT": port,
+            "SINK": sink,
+            "OPTIONS": options,
+            "HERE": HERE,
+        }
         config.write_text(_filled("fluent-bit.yaml", **values), encoding="utf-8")
         return Command(program, ["-c", str(config)])
 
@@ -246,7 +254,7 @@ PEERS: Final = (
         disk=True,
         durable=_NO_SYNC,
         acks="never",
-        tuned="the same with disk-buffer(reliable(yes)), 128 MB of it in memory",
+        tuned="as syslog-ng-lines, with disk-buffer(reliable(yes)), 128 MB of it in memory",
         command=_syslog_ng(maps=False, disk=True),
         version=lambda: _first_line(_syslog_ng_program(), "--version"),
     ),
@@ -268,7 +276,7 @@ PEERS: Final = (
         disk=True,
         durable=_NO_SYNC,
         acks="never",
-        tuned="the same with disk-buffer(reliable(yes)), 128 MB of it in memory",
+        tuned="as syslog-ng-map, with disk-buffer(reliable(yes)), 128 MB of it in memory",
         command=_syslog_ng(maps=True, disk=True),
         version=lambda: _first_line(_syslog_ng_program(), "--version"),
     ),
@@ -279,20 +287,25 @@ PEERS: Final = (
         disk=True,
         durable=_NO_SYNC,
         acks="never",
-        tuned="in_tcp in a thread, Lua as its processor, filesystem storage, gzip, 2 workers, flush 0.2 s",
-        command=_fluent_bit("tcp", "format: json\n      chunk_size: 1024\n      buffer_size: 4096"),
+        tuned="in_tcp in a thread, Lua as its processor, filesystem storage, uncompressed, 2 workers, flush 0.2 s",
+        command=_fluent_bit(
+            "tcp", "mixpanel_event", "format: json\n      chunk_size: 1024\n      buffer_size: 4096", threaded=True
+        ),
         version=lambda: _first_line(_fluent_bit_program(), "--version"),
     ),
     Peer(
         name="fluent-bit-http",
-        door="array",
+        door="http",
         maps=True,
         disk=True,
         durable=_NO_SYNC,
         acks="before a sync",
-        tuned="in_http in a thread, arrays of 100 events, 16 connections; the rest as fluent-bit",
+        tuned="as fluent-bit, in the engine's thread (in its own it acks before the file); 100 events a request, 16 at once",
         command=_fluent_bit(
-            "http", "successful_response_code: 200\n      buffer_max_size: 64M\n      buffer_chunk_size: 512K"
+            "http",
+            "mixpanel_events",
+            "successful_response_code: 200\n      buffer_max_size: 64M\n      buffer_chunk_size: 512K",
+            threaded=False,
         ),
         version=lambda: _first_line(_fluent_bit_program(), "--version"),
         connections=16,

@@ -47,8 +47,8 @@ class Difference(Struct, kw_only=True):
 
 def kept(path: Path) -> Iterator[dict[str, Any]]:
     """All events of a file that `bench.sink --keep` wrote, in Mixpanel's form or Braze's."""
-    for line in path.read_bytes().splitlines():
-        if line:
+    with path.open("rb") as file:
+        for line in file:
             decoded = msgspec.json.decode(line)
             yield from decoded if isinstance(decoded, list) else [decoded]
 

@@ -4,7 +4,7 @@ dofile("names.lua")
 local PREFIXES = { custom_properties = "[Custom event property] ", purchase_properties = "[Purchase property] " }
 local RENAMED = { content_card_id = "card_id", product_id = "productId" }
 
-function mixpanel_event(tag, timestamp, event)
+local function mapped(event)
     local user, kind, properties = event.user, event.event_type, event.properties
     local name = NAMES[kind] or kind
     for member, prefix in pairs(PREFIXES) do
@@ -32,5 +32,19 @@ function mixpanel_event(tag, timestamp, event)
     properties["$partner_id"] = "braze"
     properties.ip = 0
     properties.device_id = user.device_id
-    return 2, timestamp, { event = name, properties = properties }
+    return { event = name, properties = properties }
+end
+
+-- A line is an event.
+function mixpanel_event(tag, timestamp, event)
+    return 2, timestamp, mapped(event)
+end
+
+-- A request of Braze's is one record, and becomes many: an array of events would be taken in one by one, at twice the cost.
+function mixpanel_events(tag, timestamp, request)
+    local events = request.events
+    for at, event in ipairs(events) do
+        events[at] = mapped(event)
+    end
+    return 2, timestamp, events
 end

@@ -8,21 +8,20 @@ last batch). Each peer is verified once before: the same events must come out as
 import argparse
 import asyncio
 import contextlib
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from msgspec import Struct
 
 from bench import data, report
 from bench.peers import catalog, compare
-from bench.peers.catalog import PEERS, PUBLISHED, Door, Missing, Peer
+from bench.peers.catalog import Missing
 from bench.peers.killing import ACKED, Ledger, load_until_killed
+from bench.peers.results import BRIDGED, ROWS, Killed, Results, Row, Run, absent, rows, show
 from bench.peers.subject import Bridged, Disk, Program, Subject, cpu_s, kill, peak_mb, written_bytes
 from bench.processes import BenchError, Loader, Sink, ended_by_signals, folder, machine_cpu_s
 from bench.sink import Report as Arrived
@@ -37,85 +36,21 @@ _SETTLE_S = 0.3
 _QUIET_S = 4.0
 _DOUBLES_S = 1.0
 _FIRST_S = 20.0
-_QUIET_CORES = 0.15
 
 
-class Row(Struct, frozen=True, kw_only=True):
-    """Who is measured, and how it is spoken to."""
-
-    name: str
-    door: Door
-    connections: int = 1
-    per_request: int = 1
-    maps: bool = True
-    disk: bool = True
-    durable: str = "yes: synced"
-    acks: str = "after the sync"
-    tuned: str = "as installed, without rate ceilings, flush interval 200 ms"
-    file_events: int = 0
-    peer: Peer | None = None  # None: bridged
-
-    def start(self, where: Path, sink: Sink) -> Subject:
-        """In a folder that may hold what an earlier life left. Raises Missing, BenchError."""
-        if self.peer is None:
-            return Bridged(where, sink.port, self.door)
-        return Program(self.peer, where, sink.port)
-
-
-BRIDGED: Final = (
-    Row(name="bridged", door="stream"),
-    Row(name="bridged-http", door="http", connections=16, per_request=100),
-)
-_SHARED = ("name", "door", "connections", "per_request", "maps", "disk", "durable", "acks", "tuned", "file_events")
-ROWS: Final = {
-    row.name: row
-    for row in (*BRIDGED, *(Row(**{key: getattr(peer, key) for key in _SHARED}, peer=peer) for peer in PEERS))
-}
-
-
-class Run(Struct, kw_only=True):
-    """The figures of one run."""
-
-    events: int = 0
-    events_per_s: float = 0
-    cpu_us: float = 0
-    peak_mb: float = 0
-    disk_bytes: int = 0
-    written_bytes: int = 0
-    other_cores: float = 0
-    failure: str = ""
-
-
-class Killed(Struct, kw_only=True):
-    """What came of kill -9 under load and a restart."""
-
-    of: str  # "acked", or "sent" where nothing is ever acked
-    events: int
-    lost: int
-    doubled: int
-
-
-class Results(Struct, kw_only=True):
-    """Everything that was found."""
-
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    runs: dict[str, list[Run]] = {}
-    differences: dict[str, str] = {}
-    killed: dict[str, Killed] = {}
-    missing: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    versions: dict[str, str] = {}
+def _start(row: Row, where: Path, sink: Sink) -> Subject:
+    """In a folder that may hold what an earlier life left. Raises Missing, BenchError."""
+    return Bridged(where, sink.port, row.door) if row.peer is None else Program(row.peer, where, sink.port)
 
 
 def measure(row: Row, lines: Path, arguments: argparse.Namespace) -> Run:
     """One run: starts sink, subject and loader; waits until everything that was sent has arrived."""
     with folder() as temporary, contextlib.ExitStack() as stack:
-        sink = stack.enter_context(Sink(temporary, check=False))
+        sink = stack.enter_context(Sink(temporary))
         sink.ready()
         where = temporary / "subject"
         where.mkdir()
-        subject = row.start(where, sink)
+        subject = _start(row, where, sink)
         stack.enter_context(subject)
         subject.ready()
         disk = stack.enter_context(Disk(where))
@@ -209,15 +144,17 @@ def keep(row: Row, lines: Path, count: int, path: Path, arguments: argparse.Name
     """One life with a sink that keeps everything: so many events go in."""
     options = argparse.Namespace(**{**vars(arguments), "events": count})
     with folder() as temporary, contextlib.ExitStack() as stack:
-        sink = stack.enter_context(Sink(temporary, check=False, keep=path))
+        sink = stack.enter_context(Sink(temporary, keep=path))
         sink.ready()
         where = temporary / "subject"
         where.mkdir()
-        subject = row.start(where, sink)
+        subject = _start(row, where, sink)
         stack.enter_context(subject)
         subject.ready()
         events, _, _ = _loader(row, subject, lines, temporary, options, stack)()
         _arrived(sink, subject, events)
+        # For what comes twice.
+        time.sleep(_SETTLE_S)
         kill(subject)
 
 
@@ -227,11 +164,11 @@ def crash(row: Row, lines: Path, count: int) -> Killed:
     ids = [msgspec.json.decode(line)["id"] for line in events]
     with folder() as temporary, contextlib.ExitStack() as stack:
         path = temporary / "kept"
-        sink = stack.enter_context(Sink(temporary, check=False, keep=path))
+        sink = stack.enter_context(Sink(temporary, keep=path))
         sink.ready()
         where = temporary / "subject"
         where.mkdir()
-        subject = row.start(where, sink)
+        subject = _start(row, where, sink)
         stack.enter_context(subject)
         subject.ready()
         if row.door == "file":
@@ -248,7 +185,7 @@ def crash(row: Row, lines: Path, count: int) -> Killed:
                     seconds=_KILL_AFTER_S,
                 )
             )
-        again = row.start(where, sink)
+        again = _start(row, where, sink)
         stack.enter_context(again)
         again.ready()
         acks = row.door in ACKED
@@ -296,7 +233,7 @@ def run_all(arguments: argparse.Namespace) -> Results:
         for row in rows:
             with _failing(row, results):
                 _say(f"verifying {row.name}")
-                kept = temporary / "kept"
+                kept = temporary / f"{row.name}.kept"
                 keep(row, lines, count, kept, arguments)
                 results.differences[row.name] = compare.difference(ours, kept, maps=row.maps).text()
         for row in rows if arguments.kill else ():
@@ -340,115 +277,6 @@ def _say(progress: str) -> None:
         print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
 
 
-# -- the tables -------------------------------------------------------------------------------------------------------
-
-
-def show(results: Results) -> bool:
-    """Prints the tables. False when something broke, or bridged lost an event."""
-    print(report.heading(results.machine))
-    print(f"median (min-max) of {results.settings['runs']} runs; loader and sink on the same cores\n")
-    good = {name: [run for run in runs if not run.failure] for name, runs in results.runs.items()}
-    head = ["peer", "events/s", "CPU us", "peak MB", "disk MB", "written B", "durable", "acks", "lost after kill -9"]
-    table = [
-        [
-            name,
-            report.spread([run.events_per_s for run in runs]),
-            report.spread([run.cpu_us for run in runs], 2),
-            report.spread([run.peak_mb for run in runs]),
-            f"{statistics.median(run.disk_bytes for run in runs) / 1e6:,.1f}" if runs else "-",
-            f"{statistics.median(run.written_bytes / run.events for run in runs):,.0f}" if runs else "-",
-            ROWS[name].durable,
-            ROWS[name].acks,
-            _lost(results.killed.get(name)),
-        ]
-        for name, runs in good.items()
-    ]
-    print(report.table(head, table))
-    print(
-        "CPU: of all its processes and threads, an event. disk: the most its files took. written: to disk, an event.\n"
-        "lost: of what was acked, or of what was sent where nothing is acked; `again` is what was delivered twice."
-    )
-    _show_ratios(good)
-    print("\nsettings")
-    for name in good:
-        version = results.versions.get(name, "")
-        print(f"  {name}: {ROWS[name].tuned}{f' ({version})' if version else ''}")
-    print("\nwhat differs from bridged's events")
-    for name, text in results.differences.items():
-        print(f"  {name}: {text if ROWS[name].maps else f'{text} (not mapped)'}")
-    _show_absent(results)
-    others = [run.other_cores for runs in good.values() for run in runs]
-    if others and statistics.median(others) > _QUIET_CORES:
-        print(f"CAUTION: not a quiet machine, others used {report.spread(others, 2)} cores: rates are too low")
-    failures = [f"{name}: {run.failure}" for name, runs in results.runs.items() for run in runs if run.failure]
-    failures += [f"{name}: {problem}" for name, problem in results.failed.items()]
-    for failure in failures:
-        print(f"FAILED {failure}")
-    lost = [row.name for row in BRIDGED if row.name in results.killed and results.killed[row.name].lost]
-    return not failures and not lost
-
-
-def _lost(killed: Killed | None) -> str:
-    if killed is None:
-        return "-"
-    again = f", {killed.doubled:,} again" if killed.doubled else ""
-    return f"{killed.lost:,} of {killed.events:,} {killed.of}{again}"
-
-
-def _show_ratios(good: dict[str, list[Run]]) -> None:
-    """Our daemon against the fastest of this run that does the same: maps, and writes to disk."""
-    rivals = [name for name, runs in good.items() if runs and ROWS[name].peer and ROWS[name].maps and ROWS[name].disk]
-    if not rivals or not good.get("bridged"):
-        return
-
-    def middle(name: str, figure: str) -> float:
-        return float(statistics.median(getattr(run, figure) for run in good[name]))
-
-    fastest = max(rivals, key=lambda name: middle(name, "events_per_s"))
-    rate = middle("bridged", "events_per_s") / middle(fastest, "events_per_s")
-    cost = middle("bridged", "cpu_us") / middle(fastest, "cpu_us")
-    print(f"\nbridged beside {fastest}, the fastest that maps and is on disk: {rate:.2f} x events/s, {cost:.2f} x CPU")
-
-
-def _show_absent(results: Results) -> None:
-    here = results.runs.keys()
-    print("\nmeasured elsewhere (a quiet 2-core machine, 704-byte events; compare with nothing above)")
-    for each in PUBLISHED:
-        if each.name not in here:
-            why = results.missing.get(each.name) or each.wanted or "not asked for"
-            print(f"  {each.name}: {each.events_per_s:,} events/s, {each.cpu_us:g} us; here: {why}")
-    for name in results.missing.keys() - {each.name for each in PUBLISHED}:
-        print(f"  {name}: not installed here, no figure: {results.missing[name]}")
-
-
-def rows(results: Results) -> list[dict[str, Any]]:
-    """What `--json` has for `bench report`: a row for everyone who was measured."""
-    found = []
-    for name, runs in results.runs.items():
-        good = [run for run in runs if not run.failure]
-        row, killed = ROWS[name], results.killed.get(name)
-        if good:
-            rates = [run.events_per_s for run in good]
-            found.append(
-                {
-                    "name": name,
-                    "door": row.door,
-                    "maps": row.maps,
-                    "durable": row.durable,
-                    "acks": row.acks,
-                    "events_per_s": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
-                    "cpu_us_per_event": statistics.median(run.cpu_us for run in good),
-                    "peak_rss_mb": statistics.median(run.peak_mb for run in good),
-                    "disk_bytes": statistics.median(run.disk_bytes for run in good),
-                    "written_bytes_per_event": statistics.median(run.written_bytes / run.events for run in good),
-                    "lost_after_kill": killed and {"lost": killed.lost, "events": killed.events, "of": killed.of},
-                    "version": results.versions.get(name, ""),
-                    "note": row.tuned,
-                }
-            )
-    return found
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark. 1 when one broke, or bridged lost an event; who isn't installed is listed."""
     parser = report.options("peers", __doc__, runs=3)
@@ -466,10 +294,14 @@ def main(argv: Sequence[str]) -> int:
             print(f"peers: {error}", file=sys.stderr)
             return 1
         return 0
-    with ended_by_signals():
-        results = run_all(arguments)
+    try:
+        with ended_by_signals():
+            results = run_all(arguments)
+    except BenchError as error:
+        print(f"peers: bridged itself: {error}", file=sys.stderr)
+        return 1
     whole = show(results)
-    report.write(arguments.json, {**msgspec.to_builtins(results), "peers": rows(results)})
+    report.write(arguments.json, {**msgspec.to_builtins(results), "rows": rows(results), "absent": absent(results)})
     return 0 if whole else 1
 
 

@@ -68,7 +68,8 @@ def cpu_s(subject: Subject) -> float:
     for pid in subject.processes():
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-            total += (int(fields[11]) + int(fields[12])) / _TICKS
+            # User and system, its own and that of those who have ended.
+            total += sum(map(int, fields[11:15])) / _TICKS
     return total
 
 
@@ -126,7 +127,9 @@ class Disk:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
-            self.most = max(self.most, sum(self._sizes()))
+            # A folder may go while it is looked through.
+            with contextlib.suppress(OSError):
+                self.most = max(self.most, sum(self._sizes()))
 
     def _sizes(self) -> Iterator[int]:
         for path in self._folder.rglob("*"):

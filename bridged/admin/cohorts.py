@@ -75,6 +75,7 @@ class WriterStatus(Struct, kw_only=True):
     requests: int = 0
     in_flight: int = 0
     users_sent: int = 0
+    points_spent: int = 0  # on those
     unknown_users: int = 0  # that Braze didn't count: probably it doesn't know them
     verdicts: dict[str, int] = {}  # on Braze's answers
 
@@ -117,6 +118,7 @@ def cohorts_status(app: "App") -> CohortsStatus | None:
             requests=writer.requests,
             in_flight=writer.in_flight,
             users_sent=writer.users_sent,
+            points_spent=writer.points_spent,
             unknown_users=writer.unknown_users,
             verdicts=dict(writer.verdicts),
         ),

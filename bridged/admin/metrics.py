@@ -120,6 +120,7 @@ class _BridgedCollector(Collector):
         yield _gauge("ring_bytes", "Bytes of those.", ring.bytes)
         yield _gauge("leased_segments", "Segments that are in a request or about to be.", ring.leased)
         yield _counter("segments_damaged", "Segments that the disk gave back changed.", spool.damaged)
+        yield _gauge("events_missing", "Accepted events that the spool knew nothing of at the start.", spool.missing)
         yield _gauge("spool_files_set_aside", "Damaged files that are kept beside the spool.", len(spool.set_aside))
         yield _gauge("spool_disk_free_bytes", "Free on the spool's disk, besides its reserve there.", spool.free_bytes)
         yield _counter("commits", "Commits to the spool.", spool.commits)
@@ -234,20 +235,18 @@ class _BridgedCollector(Collector):
             "Mixpanel's members - in_braze - joining - rejected: anything but 0 is a bug.",
             figures.members - figures.in_braze - figures.joining - figures.rejected,
         )
-        received = {
-            "applied": figures.applied,
-            "no_id": figures.no_id,
-            "too_long": figures.too_long,
-            "stale": figures.stale,
-        }
-        yield _counters(
-            "cohort_members_received", "Members in Mixpanel's pages, by what became of them.", "end", received
-        )
-        yield _counter("cohort_pages", "Pages of Mixpanel's that were committed.", figures.pages)
+        # Of the cohorts that there are: they become fewer when one is forgotten.
+        text = "Members in the pages of these cohorts so far, by what became of them."
+        received = GaugeMetricFamily("bridged_cohort_members_received", text, labels=["end"])
+        for end in ("applied", "no_id", "too_long", "stale"):
+            received.add_metric([end], getattr(figures, end))
+        yield received
+        yield _gauge("cohort_pages", "Pages of Mixpanel's of these cohorts that were committed.", figures.pages)
         yield _gauge("cohort_members_waiting", "Members in pages that are on disk and not merged yet.", figures.waiting)
         yield _gauge("cohort_points_today", "Data points that Braze bills for this day (UTC).", figures.points_today)
         if figures.points_left_today is not None:
             yield _gauge("cohort_points_left_today", "Until the day's cap.", figures.points_left_today)
+        yield _counter("cohort_points_spent", "Data points since this start, of what Braze took.", writer.points_spent)
         yield _counter("cohort_users_sent", "Updates of users that Braze took.", writer.users_sent)
         yield _counter("cohort_users_unknown", "Updates that Braze took and didn't count.", writer.unknown_users)
         yield _counter("cohort_requests", "Requests to Braze.", writer.requests)

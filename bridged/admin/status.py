@@ -38,6 +38,7 @@ class SpoolStatus(Struct, kw_only=True):
     disk_free_bytes: int  # besides what the spool keeps in reserve there
     segments: int
     segments_damaged: int
+    events_missing: int  # accepted in an earlier life, and unknown to the file when this one began
     set_aside: list[str]  # damaged files, kept beside it
     commits: int
     commit_seconds: float
@@ -209,6 +210,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
         expired=total("expired"),
         dead_letters_dropped=spool.dropped_dead_letters,
         damaged=spool.damaged,
+        missing=spool.missing,
         used_bytes=spool.used_bytes,
         max_bytes=int(config.spool.max_bytes),
         spool_share=config.alerts.spool_share,
@@ -312,6 +314,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
             disk_free_bytes=spool.free_bytes,
             segments=spool.segments,
             segments_damaged=spool.damaged,
+            events_missing=spool.missing,
             set_aside=spool.set_aside,
             commits=spool.commits,
             commit_seconds=round(spool.commit_seconds, 6),
@@ -411,6 +414,10 @@ def _warnings(app: "App") -> list[str]:
         found.append(f"the books don't balance: {'; '.join(problems[:3])}. This is a bug: please report it")
     if spool.damaged:
         found.append(f"{spool.damaged} segments were damaged on disk: check the disk; they are kept as dead letters")
+    if spool.missing:
+        found.append(
+            f"{spool.missing} events that were accepted before are unknown to the spool: what wasn't delivered is lost"
+        )
     if spool.set_aside:
         found.append(
             f"the spool was damaged and salvaged: check the disk; the damaged file is kept as {', '.join(spool.set_aside[-3:])}"

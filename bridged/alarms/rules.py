@@ -7,7 +7,7 @@ end: whatever flaps becomes one long episode, not a storm.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Literal, TypeAlias
 
 from msgspec import Struct
@@ -52,6 +52,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     expired: int = 0
     dead_letters_dropped: int = 0
     damaged: int = 0  # segments, or whole files
+    missing: int = 0  # events that were acknowledged, and gone from the spool at the start
     used_bytes: int = 0  # of the spool
     max_bytes: int = 0
     spool_share: float = 0.8
@@ -82,6 +83,15 @@ class Open(Struct, kw_only=True):
     text: str
 
 
+class Past(Struct, kw_only=True):
+    """What a daemon leaves its successor of an alarm. Times are of the wall clock."""
+
+    since: float | None = None  # it is raised
+    ended_at: float | None = None
+    came_back: int = 0
+    text: str = ""
+
+
 class _Memory:
     """What the rules remember of earlier facts: how the counts grew."""
 
@@ -101,7 +111,7 @@ class _Memory:
                 expired=facts.expired,
             )
         self._last = facts
-        counts = ("accepted", "delivered", "dead_lettered", "expired", "dead_letters_dropped", "damaged")
+        counts = ("accepted", "delivered", "dead_lettered", "expired", "dead_letters_dropped", "damaged", "missing")
         # A replay takes dead letters out of the books: what they grow by next is what is new.
         self.grew = {name: max(0, getattr(facts, name) - getattr(last, name)) for name in counts}
         letters = self.grew["dead_lettered"]
@@ -308,6 +318,17 @@ RULES: Final = (
         calm_s=3600.0,
     ),
     _Rule(
+        name="missing",
+        severity="critical",
+        says=_grew("missing"),
+        text=lambda facts, _: (
+            f"At the start the spool knew nothing of {facts.missing:,} events that it had accepted before: what of them wasn't "
+            "delivered is lost. Was its WAL cut off, or an old copy put in its place? Check the disk"
+        ),
+        end="No more events are missing",
+        calm_s=3600.0,
+    ),
+    _Rule(
         name="clock",
         severity="warning",
         says=_skewed,
@@ -374,6 +395,30 @@ class Alarms:
     def open(self) -> list[Open]:
         """Those that are raised, in the order of the rules."""
         return [episode.open for episode in self._episodes.values() if episode.open is not None]
+
+    def past(self, ahead_s: float) -> dict[str, Past]:
+        """What is worth remembering after a restart. `ahead_s`: the wall clock less the clock that `now` is of."""
+        return {
+            name: Past(
+                since=None if (is_open := episode.open) is None else is_open.since + ahead_s,
+                ended_at=None if episode.ended_at is None else episode.ended_at + ahead_s,
+                came_back=episode.came_back,
+                text="" if is_open is None else is_open.text,
+            )
+            for name, episode in self._episodes.items()
+            if episode.open is not None or episode.ended_at is not None
+        }
+
+    def remember(self, past: Mapping[str, Past], ahead_s: float) -> None:
+        """Goes on where the last daemon ended: what it told isn't told again, and the end of it is."""
+        for rule in RULES:
+            if (of := past.get(rule.name)) is not None:
+                episode = self._episodes[rule.name]
+                episode.came_back = of.came_back
+                episode.ended_at = None if of.ended_at is None else of.ended_at - ahead_s
+                if of.since is not None:
+                    since = of.since - ahead_s
+                    episode.open = Open(alarm=rule.name, severity=rule.severity, since=since, text=of.text)
 
     def look(self, facts: Facts, now: float) -> list[Notice]:
         """What has begun and ended since the last look. `now` is monotonic seconds."""

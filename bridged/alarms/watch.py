@@ -1,8 +1,13 @@
-"""The look at the facts, once a second, and the four places where a notice goes: the log, the webhook, metrics, the status."""
+"""The look at the facts, once a second, and the four places where a notice goes: the log, the webhook, metrics, the status.
+
+What was told is kept in `<spool>.alarms`, so that a restart tells nothing twice, and the end of what began before it.
+"""
 
 import asyncio
+import contextlib
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +16,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from bridged.alarms.rules import Alarms, Facts, Notice
+from bridged.alarms.rules import Alarms, Facts, Notice, Past
 from bridged.alarms.webhook import Webhook
 
 log = structlog.get_logger()
@@ -32,6 +37,8 @@ class Watch:
         self._host = socket.gethostname()
         self._failed = False
         self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
+        self._kept = Path(f"{spool_path}.alarms")
+        self._remember()
 
     async def run(self) -> None:
         """Looks until it is cancelled. Whatever goes wrong here is told, and is nobody else's trouble."""
@@ -52,8 +59,25 @@ class Watch:
     def step(self, now: float) -> None:
         """One look; `now` is the loop's time."""
         facts = msgspec.structs.replace(self._look(), disk_free_bytes=self.disk_free_bytes)
-        for notice in self.alarms.look(facts, now):
+        notices = self.alarms.look(facts, now)
+        for notice in notices:
             self._tell(notice, facts)
+        if notices:
+            self._keep(now)
+
+    def _remember(self) -> None:
+        """What can't be read is forgotten: then something is told twice."""
+        with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            past = msgspec.json.decode(self._kept.read_bytes(), type=dict[str, Past])
+            self.alarms.remember(past, time.time() - time.monotonic())
+
+    def _keep(self, now: float) -> None:
+        partial = self._kept.with_name(f"{self._kept.name}.partial")
+        # Alarms come when a disk is full, too. No sync: what a power cut undoes is told twice.
+        with contextlib.suppress(OSError):
+            partial.write_bytes(msgspec.json.encode(self.alarms.past(time.time() - now)))
+            partial.chmod(0o600)
+            partial.replace(self._kept)
 
     def _tell(self, notice: Notice, facts: Facts) -> None:
         if notice.state == "cleared":

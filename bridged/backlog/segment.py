@@ -8,7 +8,7 @@ all that the path costs; this costs nothing that can be measured.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from isal import isal_zlib
@@ -76,21 +76,19 @@ def lines(segments: Sequence[Segment]) -> list[bytes]:
     return raw.split(b"\n")[:-1]
 
 
-def cut(batches: Sequence[Batch], max_events: int, max_bytes: int) -> list[tuple[bytes, bytes]]:
+def cut(batches: Sequence[Batch], max_events: int, max_bytes: int) -> Iterator[tuple[bytes, bytes]]:
     """Joins batches, in order, into as few (ndjson, codes) as the limits allow. No batch may exceed them alone."""
-    cuts: list[tuple[bytes, bytes]] = []
     open_: list[Batch] = []
     events = size = 0
     for batch in batches:
         if open_ and (events + len(batch.codes) > max_events or size + len(batch.ndjson) > max_bytes):
-            cuts.append(_joined(open_))
+            yield _joined(open_)
             open_, events, size = [], 0, 0
         open_.append(batch)
         events += len(batch.codes)
         size += len(batch.ndjson)
     if open_:
-        cuts.append(_joined(open_))
-    return cuts
+        yield _joined(open_)
 
 
 def _joined(batches: Sequence[Batch]) -> tuple[bytes, bytes]:

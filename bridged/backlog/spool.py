@@ -32,6 +32,7 @@ from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settleme
 from bridged.backlog.reserve import Reserve, reserve_of
 from bridged.backlog.segment import Batch, Segment, cut, pack
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
+from bridged.backlog.witness import Witness
 from bridged.errors import SpoolError, SpoolFull
 
 __all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "SpoolOptions", "Stage"]
@@ -91,6 +92,7 @@ class Spool:
         self.commits = 0
         self.commit_seconds = 0.0
         self.damaged = 0  # segments that were set aside because their checksum was wrong
+        self.missing = 0  # events that an earlier life had accepted, and that the file knew nothing of at the start
         self.set_aside: list[str] = []  # damaged files that salvages have left beside it
         self.dropped_dead_letters = 0
         self.last_id = 0  # of the newest segment
@@ -134,10 +136,10 @@ class Spool:
                 f"the spool {path} is in use by another bridged", "one daemon a spool: set spool.path"
             ) from None
         try:
-            known = os.pread(self._lock, 1000, 0).decode(errors="replace")
-            self._found = await asyncio.to_thread(salvage.recover, path, self._names, known)
+            self._witness = Witness(self._lock)
+            self._found = await asyncio.to_thread(salvage.recover, path, self._names, self._witness.known)
             await self._open(path)
-            self._know(salvage.KNOWN)
+            self._ask_witness()
         except BaseException:
             os.close(self._lock)
             raise
@@ -148,11 +150,15 @@ class Spool:
         self._writer = asyncio.create_task(self._write(), name="spool writer")
         return self
 
-    def _know(self, what: str) -> None:
-        """Notes for the next start what is known of the file."""
-        with contextlib.suppress(OSError):
-            os.pwrite(self._lock, what.encode(), 0)
-            os.ftruncate(self._lock, len(what.encode()))
+    def _ask_witness(self) -> None:
+        """Whether everything is there that was accepted; from now on what there is counts."""
+        accepted = self.accounts.total("accepted")
+        self.missing = max(0, self._witness.accepted - accepted)
+        if self.missing:
+            hint = "commits are gone, and what of them wasn't delivered: was the WAL cut off, or an old copy put in its place?"
+            log.error("events_missing", events=self.missing, spool=self._options.path, hint=hint)
+        self._witness.accepted = accepted
+        self._witness.say(salvage.KNOWN)
 
     async def _open(self, path: Path) -> None:
         try:
@@ -185,7 +191,7 @@ class Spool:
     def _distrust(self, error: sqlite3.Error) -> None:
         """The file isn't what was written: the process ends, and its start, which is recovery, salvages what is intact."""
         log.error("spool_corrupt", error=str(error), spool=self._options.path, hint="it is salvaged by the next start")
-        self._know(f"{salvage.DISTRUSTED}: {error}")
+        self._witness.say(f"{salvage.DISTRUSTED}: {error}")
         self._corruption = SpoolError(
             f"the spool {self._options.path} is damaged: {error}", "start again: the start salvages what is intact"
         )
@@ -201,11 +207,14 @@ class Spool:
         tables.adopt_types(db, self._names)
         codes = {name: code for code, name in self._names.items()}
         self.accounts.load(db.execute("SELECT body FROM books").fetchone()[0], codes)
-        self.segments, self.last_id = db.execute("SELECT count(*), coalesce(max(id), 0) FROM segments").fetchone()
-        for (row_codes,) in db.execute("SELECT codes FROM segments"):
-            self.accounts.add("waiting", row_codes)
+        rows = db.execute("SELECT id, codes FROM segments ORDER BY id")
+        # Many at a time: counting costs something for each type that occurs, however few its events are.
+        while some := rows.fetchmany(100):
+            self.segments, self.last_id = self.segments + len(some), some[-1][0]
+            self.accounts.add("waiting", b"".join([codes_ for _, codes_ in some]))
         self._letters = tables.letters_that(db)
         self.used_bytes = tables.measured(db)
+        tables.settle_folder(path)  # the WAL is there by now
         if problems := self.accounts.problems(self._names):
             log.error("books_unbalanced", problems=problems[:10], spool=options.path)
         self._look_for_room()
@@ -404,13 +413,14 @@ class Spool:
         """One transaction, in the connection's thread. Changes nothing but the file, `change` and, at its end, `_letters`."""
         started = time.perf_counter()
         now = self._clock()
+        # One after the other: uncompressed, all of them at once would be the most that the daemon ever holds.
         cuts = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
+        segments = [pack(id_, now, ndjson, codes) for id_, (ndjson, codes) in enumerate(cuts, self.last_id + 1)]
         # Parts aren't joined again, or a segment that was too large would come back as it was.
         parts = [(part, settled.segments[0]) for settled in work.settlements for part in settled.parts]
-        first, behind = self.last_id + 1, self.last_id + 1 + len(cuts)
-        segments = [pack(first + n, now, ndjson, codes) for n, (ndjson, codes) in enumerate(cuts)]
+        behind = self.last_id + 1 + len(segments)
         # A part is as old as what it is part of: splitting must not put off its expiry.
-        segments += [pack(behind + n, of.created_at, part.ndjson, part.codes) for n, (part, of) in enumerate(parts)]
+        segments += [pack(id_, of.created_at, part.ndjson, part.codes) for id_, (part, of) in enumerate(parts, behind)]
         letters = [letter for intaken in work.intaken for letter in intaken.dead_letters]
         letters += [letter for settlement in work.settlements for letter in settlement.dead_letters]
         gone = [segment for settlement in work.settlements for segment in settlement.segments]
@@ -444,6 +454,8 @@ class Spool:
             moved_bytes = came_bytes + went_bytes
             used_bytes = tables.measured(db) if self._moved_bytes + moved_bytes > _MEASURE_BYTES else None
         self._letters = kept.less(dropped)
+        if work.intaken:
+            self._witness.note(self.accounts.total("accepted") + change.total("accepted"))
         self._reserve.measure()
         seconds = time.perf_counter() - started
         return _Committed(

@@ -8,6 +8,7 @@ that is newer than this version knows is not touched.
 """
 
 import contextlib
+import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,14 +180,29 @@ def _copy(db: sqlite3.Connection, target: Path) -> None:
 
 def settle_file(partial: Path, target: Path) -> None:
     """Gives a complete file its name, for good. Raises OSError."""
-    for path in (partial, partial.parent):
-        if path == partial.parent:
-            partial.replace(target)
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+    _sync(partial)
+    partial.replace(target)
+    _sync(target.parent)
+
+
+def settle_folder(path: Path) -> None:
+    """What was made in a spool's folder is there for good. SQLite does it for its WAL, and takes no notice when it fails.
+
+    Raises SpoolError.
+    """
+    try:
+        _sync(path.parent)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that know no such thing
+            raise SpoolError(f"can't write the folder {path.parent} of the spool: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def types_checksum(names: Mapping[int, str]) -> int:

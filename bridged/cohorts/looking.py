@@ -9,6 +9,7 @@ from bridged.cohorts.merging import begin_walk
 from bridged.cohorts.records import CohortRow, Figures, Refusal, RoundRow
 from bridged.cohorts.tables import transaction
 from bridged.cohorts.taking import Budget
+from bridged.errors import UnknownCohort
 
 _DOING = {
     "forget": "forgetting",
@@ -102,6 +103,17 @@ def _row(c: _Counted, last: int) -> CohortRow:
         last_page_at=c.last_page_at,
         synced_at=c.synced_at,
     )
+
+
+def row_of(rows: list[CohortRow], key: str) -> CohortRow:
+    """The row of `project:cohort`, or of a plain cohort id that only one project has. Raises UnknownCohort."""
+    found = [row for row in rows if key in (row.key, row.cohort)]
+    if not found:
+        known = ", ".join(row.key for row in rows[:20])
+        raise UnknownCohort(f"no cohort {key!r}", f"known are: {known}" if known else "none has come yet")
+    if len(found) > 1:
+        raise UnknownCohort(f"several projects have a cohort {key!r}", f"say {' or '.join(r.key for r in found)}")
+    return found[0]
 
 
 def figures(

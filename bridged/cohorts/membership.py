@@ -27,15 +27,17 @@ from bridged.cohorts import looking, merging, tables, taking
 from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refusal
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
-from bridged.errors import MembershipDamaged, MembershipError, UnknownCohort
+from bridged.errors import MembershipDamaged, MembershipError
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
-# Merging many pages at once costs a fraction of merging each: so long they are let come, if there are fewer members.
+# Merging many pages at once costs a fraction of merging each, and pages that come shall not wait for it. So it waits until
+# so long none has come, but not for longer than that since the first, and not beyond so many members.
 _LINGER_S: Final = 0.5
-_MANY: Final = 20_000
+_LONGEST_S: Final = 10.0
+_MANY: Final = 500_000
 # Pages that wait for a commit, beyond which Mixpanel is asked to come again.
 _MAX_PENDING_BYTES: Final = 32 * 2**20
 # New pages are refused beyond this share of the cap, so that what is here can be merged and settled.
@@ -82,6 +84,7 @@ class Membership:
         self._commit_seconds = 0.0
         self._waiting = 0  # members in pages that wait to be merged; the connection's thread's
         self._inbox_since: float | None = None  # loop time since which such pages wait
+        self._page_at = 0.0  # loop time of the last page
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -312,13 +315,7 @@ class Membership:
         self.changed()
 
     def _row(self, key: str) -> CohortRow:
-        found = [row for row in self.rows if key in (row.key, row.cohort)]
-        if not found:
-            known = ", ".join(row.key for row in self.rows[:20])
-            raise UnknownCohort(f"no cohort {key!r}", f"known are: {known}" if known else "none has come yet")
-        if len(found) > 1:
-            raise UnknownCohort(f"several projects have a cohort {key!r}", f"say {' or '.join(r.key for r in found)}")
-        return found[0]
+        return looking.row_of(self.rows, key)
 
     # -- the writer ---------------------------------------------------------------------------------------------------
 
@@ -380,7 +377,11 @@ class Membership:
             return _FULL_RETRY_S
         if self._inbox_since is None:
             return None
-        return max(0.0, self._inbox_since + _LINGER_S - asyncio.get_running_loop().time())
+        return max(0.0, self._merge_at(self._inbox_since) - asyncio.get_running_loop().time())
+
+    def _merge_at(self, since: float) -> float:
+        """Loop time from which on pages are merged that have waited since then."""
+        return min(self._page_at + _LINGER_S, since + _LONGEST_S)
 
     async def _commit(self, work: _Work) -> None:
         """Pages first: they are waited for. On a full disk they are refused; results are kept until there is room."""
@@ -389,6 +390,7 @@ class Membership:
         try:
             if work.pages:
                 await self.run(self._receive, work.pages)
+                self._page_at = asyncio.get_running_loop().time()
                 _done(work.futures)
         except sqlite3.Error as error:
             self._is_full(error)
@@ -431,7 +433,7 @@ class Membership:
     def _may_merge(self) -> bool:
         since = self._inbox_since
         return since is not None and (
-            self.figures.waiting >= _MANY or asyncio.get_running_loop().time() >= since + _LINGER_S
+            self._waiting >= _MANY or asyncio.get_running_loop().time() >= self._merge_at(since)
         )
 
     def _step_once(self, db: sqlite3.Connection, may_merge: bool) -> tuple[bool, bool]:

@@ -8,6 +8,8 @@ Seen live, besides what is documented: no page_info, numbers as strings, keys of
 Mixpanel pauses a sync that is answered 400, so only what leaves no doubt that it can't be meant is refused.
 """
 
+import json
+import re
 from typing import Any, Final, Literal
 
 import msgspec
@@ -91,13 +93,21 @@ class Reader:
     def read(self, body: bytes) -> Page:
         """The page in a body. Raises BadRequest, which says what is wrong, in Mixpanel's own names."""
         try:
+            return self._read(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            mended = _mended(body)
+            if mended is None:
+                raise BadRequest(f"the body is not JSON: {error}") from None
+        try:
+            return self._read(mended)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
+
+    def _read(self, body: bytes) -> Page:
+        try:
             said = self._body.decode(body)
         except msgspec.ValidationError:
             raise BadRequest("the body is not the cohort webhook's: expected action and parameters") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"the body is not JSON: {error}") from None
-        except RecursionError:
-            raise BadRequest("the body is nested too deeply") from None
         if said.action not in ACTIONS:
             raise BadRequest(f"action: expected one of {', '.join(ACTIONS)}, got {_quoted(said.action)}")
         parameters = said.parameters
@@ -138,7 +148,7 @@ class Reader:
             # Something among them is no object. It costs itself.
             try:
                 loose = msgspec.json.decode(members, type=list[Any])
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            except msgspec.ValidationError:
                 raise BadRequest("parameters.members: expected an array of objects") from None
             found = [
                 next((each[key] for key in self._keys if each.get(key) is not None), None)
@@ -146,8 +156,6 @@ class Reader:
                 else None
                 for each in loose
             ]
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadRequest(f"parameters.members is not JSON: {error}") from None
         ids, too_long = [], 0
         for value in found:
             text = value if type(value) is str else _text(value)
@@ -158,6 +166,19 @@ class Reader:
                 continue
             ids.append(text)
         return ids, len(found) - len(ids) - too_long, too_long
+
+
+def _mended(body: bytes) -> bytes | None:
+    """A body with half a character in it: a property that was cut off within an emoji is no reason to pause a sync.
+
+    NUL takes its place, so that an id with it is no id. None: that isn't what is wrong with it.
+    """
+    try:
+        text = json.dumps(json.loads(body), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return None
+    halves = re.compile("[\ud800-\udfff]")
+    return halves.sub(r"\\u0000", text).encode() if halves.search(text) else None
 
 
 def action_of(body: bytes) -> str:

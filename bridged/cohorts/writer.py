@@ -40,6 +40,9 @@ _EARLY_PROBE_S: Final = 2.0
 _LOOK_S: Final = 10.0
 # So many users refused without one success in between: it isn't they who are wrong.
 _REFUSALS_TO_HALT: Final = 150
+_PUT_BACK_S: Final = 1.0
+# A success so recent shows that it is the user, and not the road, that is refused.
+_UNDERSTOOD_S: Final = 5.0
 
 
 class WriterOptions(Struct, frozen=True, kw_only=True):
@@ -97,6 +100,8 @@ class CohortWriter:
         self._probe_at = 0.0  # loop time
         self._sent_at = 0.0  # loop time of the last request
         self._refused = 0  # users, since the last success
+        self._took_at = float("-inf")  # loop time of the last success
+        self._doubted: set[int] = set()  # users who were refused alone while nobody was taken
         self._capped = False
         self._stopping = False
         membership.changed = self._news.set
@@ -175,8 +180,10 @@ class CohortWriter:
         until = loop.time() + grace_s
         while loop.time() < until and self._in_flight:
             await asyncio.sleep(0.01)
-        await self._put_back(self._ready, sure=True)
-        self._ready = []
+        # Charged and noted as perhaps known to Braze: harmless if the disk doesn't take it, and nobody waits for it then.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PUT_BACK_S):
+                await self._put_back_ready()
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
@@ -271,16 +278,17 @@ class CohortWriter:
                 self.unknown_users += short
             case Reject(failures) if len(failures) < len(parcel.users):
                 self._took(parcel, {at: failure.message for at, failure in failures.items()}, result)
+            case Reject(failures) if len(parcel.users) == 1:
+                self._give_up(parcel, failures[0].message, result)
             case Reject(failures):
                 self._refused += len(failures)
-                if self.halted is None and self._refused < _REFUSALS_TO_HALT:
+                if self._refused < _REFUSALS_TO_HALT:
                     self._refuse(parcel, {at: failure.message for at, failure in failures.items()}, result)
-                    return
-                said = failures[0].message
-                self._halt(Halt(0, f"Braze refuses every user, whoever it is: {said}"))
-                self._back(parcel, result)
+                else:
+                    self._halt(Halt(0, f"Braze refuses every user, whoever it is: {failures[0].message}"))
+                    self._back(parcel, result)
             case Split(reason) if len(parcel.users) == 1:
-                await self._give_up(parcel, reason, result)
+                self._give_up(parcel, reason, result)
             case Split():
                 for half in parcel.halves():
                     if self.halted is None and not self.pace.failures:
@@ -296,13 +304,22 @@ class CohortWriter:
                     self._halt(verdict)
                 self._back(parcel, result)
 
-    async def _give_up(self, parcel: _Parcel, reason: str, result: Settled) -> None:
+    def _give_up(self, parcel: _Parcel, reason: str, result: Settled) -> None:
+        """A user alone was refused. Whether for itself is known only when Braze takes others, or says so twice."""
+        (user,) = parcel.users
         self._refused += 1
-        if self.halted is None and self._refused < _REFUSALS_TO_HALT:
-            self._refuse(parcel, {0: reason}, result)
-        else:
+        if self._refused >= _REFUSALS_TO_HALT or self.halted is not None:
             self._halt(Halt(0, f"Braze refuses every request, whoever is in it: {reason}"))
             self._back(parcel, result)
+        elif self._takes_others() or user.key in self._doubted:
+            self._doubted.discard(user.key)
+            self._refuse(parcel, {0: reason}, result)
+        else:
+            self._doubted.add(user.key)
+            self._back(parcel, result)
+
+    def _takes_others(self) -> bool:
+        return asyncio.get_running_loop().time() - self._took_at < _UNDERSTOOD_S
 
     async def _ask(self, request: Request) -> Verdict:
         """Sends a request; the pace and the books know of it."""
@@ -357,6 +374,8 @@ class CohortWriter:
         """Braze has all but the failures."""
         self._resume()
         self._refused = 0
+        self._doubted.clear()
+        self._took_at = asyncio.get_running_loop().time()
         self.delivered_at = self._clock()
         self.users_sent += len(parcel.users) - len(failures)
         self.points_spent += len(parcel.users) - len(failures)
@@ -389,15 +408,13 @@ class CohortWriter:
     async def _put_back_ready(self) -> None:
         """What was taken and hasn't left goes back: when it is tried again, Mixpanel may want something else."""
         ready, self._ready = self._ready, []
-        await self._put_back(ready, sure=True)
-
-    async def _put_back(self, parcels: list[_Parcel], *, sure: bool) -> None:
-        for parcel in parcels:
+        for parcel in ready:
             result = Settled(day=parcel.block.day)
-            if sure:
-                self._back(parcel, result)
-            await self._membership.settle(result)
-            self._release(parcel.users)
+            self._back(parcel, result)
+            try:
+                await self._membership.settle(result)
+            finally:
+                self._release(parcel.users)
 
     def _halt(self, why: Halt) -> None:
         self.problem = why.reason

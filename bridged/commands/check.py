@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
     where = str(path) if path else "the environment"
     if problems := list(_problems(settings)):
         raise ConfigError(f"{where}: " + "\n  ".join(problems), "`bridged send-test-events --list` names the types")
-    if not config.has_credential(settings):
+    if settings.mixpanel.export and not config.has_credential(settings):
         raise ConfigError(f"{where}: {config.NO_CREDENTIAL}", "or give it on the page: `bridged run` starts without")
     print(f"{path or 'no file, only the environment and the defaults'}: good")
     print(table(_summary(settings)))

@@ -89,6 +89,8 @@ def _spool(status: Status) -> Iterator[str]:
     ]
     if spool.segments_damaged:
         rows.append(["damaged", f"{spool.segments_damaged:,} segments"])
+    if spool.events_missing:
+        rows.append(["missing", f"{spool.events_missing:,} events"])
     yield table(rows)
 
 

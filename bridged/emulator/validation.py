@@ -27,7 +27,8 @@ EARLIEST_S: Final = 31_536_000  # 1971-01-01
 EARLIEST_MS: Final = EARLIEST_S * 1000  # any number this large means milliseconds: as seconds it is the year 2969
 MAX_AHEAD_S: Final = 3600
 MAX_KEYS: Final = 254
-MAX_DEPTH: Final = 3
+# Documented as 3. One of Mixpanel's own says that it isn't enforced, and that 10 is the limit that is.
+MAX_DEPTH: Final = 10
 MAX_NESTED_BYTES: Final = 8192
 MAX_INSERT_ID_BYTES: Final = 36
 # 255 different keys need more bytes than this, so a shorter line can't have them.

@@ -37,7 +37,7 @@ from bridged.sources import cohorts
 from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
 from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
-from bridged.sources.tls import HANDSHAKE_S, server_context
+from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
 
 log = structlog.get_logger()
 
@@ -146,11 +146,14 @@ class HttpSource:
 
     def use(self, bearer_token: str) -> None:
         """Another token from the next request on."""
-        self._credential = bearer_token.encode() or None
+        if bearer_token != self._options.bearer_token:
+            self._options = msgspec.structs.replace(self._options, bearer_token=bearer_token)
+            self._credential = bearer_token.encode() or None
+            self.connections.forget_heads()
 
     async def __aenter__(self) -> Self:
         options = self._options
-        tls = server_context("sources.http", options.tls_cert, options.tls_key)
+        self._tls = tls = server_context("sources.http", options.tls_cert, options.tls_key)
         # As it came and expanded, and some for the head and the sizes of chunks.
         limits = msgspec.structs.replace(options.limits, max_request=2 * options.max_body + 2**21)
         self.connections = HttpConnections(self._handle, self, limits, self.answers)
@@ -185,11 +188,16 @@ class HttpSource:
             await asyncio.sleep(0.005)
         await self.connections.close(_LINGER_S)
 
+    def reload(self) -> None:
+        """Reads the certificate again, for connections to come."""
+        load_again(self._tls, "sources.http", self._options.tls_cert, self._options.tls_key)
+
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         connection.answered = False
+        credential = self._credential
         response: web.StreamResponse | None = None
         try:
             response = await self._answer(request, connection)
@@ -198,7 +206,9 @@ class HttpSource:
             connection.answered = True
             came = request.content.total_bytes
             connection.release(came)
-            usual = came > 0 and not any(name in request.headers for name in _UNUSUAL)
+            usual = (
+                came > 0 and not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
+            )
             connection.handled(came, plain=usual and response is self._ok)
         if response is not self._ok and self._last(request, connection):
             response.force_close()

@@ -9,6 +9,7 @@ request: one look at every connection a second, at a clock that is as coarse.
     the sum    of all bytes that came and aren't handed on, compressed and expanded, is at most max_in_flight. Beyond it
                the body that has been coming for longest is refused: who is slow pays, not who comes last
     the count  is at most max_connections. Beyond it a connection that has asked for nothing yet makes room
+    a client's count is at most max_connections_per_client
 
 A client's requests differ by their bodies: the same head again, but for its Content-Length, means what it meant the last
 time, and isn't parsed, authenticated and answered by a task of its own again. Measured in this process, without the commit:
@@ -25,6 +26,8 @@ from aiohttp import web
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler
 from msgspec import Struct, json
+
+from bridged.sources.clients import Clients
 
 RETRY_AFTER_S: Final = 30
 # Who came just now isn't slow.
@@ -60,6 +63,7 @@ class HttpLimits(Struct, frozen=True, kw_only=True):
     """What a connection and all of them may take: seconds and bytes."""
 
     max_connections: int = 1000
+    max_connections_per_client: int = 0  # 0: no limit
     max_in_flight: int = 24 * 2**20
     max_request: int = 34 * 2**20  # of one request: its bytes as they came, and expanded
     head_s: float = 10.0
@@ -86,6 +90,7 @@ class HttpConnections(web.Server):
         super().__init__(handler)
         self.repeats = repeats
         self.limits = limits
+        self.clients = Clients(limits.max_connections_per_client)
         self.answers = answers  # by status
         self.alive: dict[HttpConnection, None] = {}  # oldest first
         self.holding: dict[HttpConnection, None] = {}  # those of which something came that isn't handed on
@@ -131,6 +136,11 @@ class HttpConnections(web.Server):
             chosen.refuse(503)
         return asking.transport is not None
 
+    def forget_heads(self) -> None:
+        """What a head meant may have changed: the next one is looked at again."""
+        for connection in self.alive:
+            connection.forget_head()
+
     def _look_at_all(self) -> None:
         try:
             self.now = self._loop.time()
@@ -153,7 +163,7 @@ class HttpConnection(RequestHandler):
 
     __slots__ = (
         *("_aligned", "_behind", "_coming", "_committing", "_half_closed", "_head", "_known", "_missing", "_received"),
-        *("_room", "_unwanted", "answered", "held", "since"),
+        *("_client", "_room", "_unwanted", "answered", "held", "since"),
     )
 
     def __init__(self, room: HttpConnections, loop: asyncio.AbstractEventLoop) -> None:
@@ -170,6 +180,7 @@ class HttpConnection(RequestHandler):
         self.held = 0  # bytes that came, or were expanded, and aren't handed on
         self.since = room.now  # connected, or the first byte of a head, or its last
         self._room = room
+        self._client: str | None = None  # whose it is
         self.answered = False  # its last request, whose body may still be coming
         self._half_closed = False
         self._unwanted = 0  # bytes of a refused body
@@ -211,6 +222,14 @@ class HttpConnection(RequestHandler):
         if payload is None and self._current_request is not None:
             payload = self._current_request.content
         return payload is not None and not payload.is_eof()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """One that is one too many of its client's is refused."""
+        super().connection_made(transport)
+        self._client = self._room.clients.enter(transport)
+        if self._client is None:
+            self._room.refused += 1
+            self.refuse(503)
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
@@ -290,6 +309,10 @@ class HttpConnection(RequestHandler):
             length = head[at:to]
             self._known = head[: to - len(length.lstrip())], head[to:]
 
+    def forget_head(self) -> None:
+        """The next request is the parser's. One that is coming was let in already."""
+        self._known = None
+
     def _repeated(self, data: bytes) -> bool:
         """Takes what begins with a known head. False: nothing was done, the parser shall have it."""
         assert self._known is not None
@@ -328,7 +351,6 @@ class HttpConnection(RequestHandler):
         self._coming.append(data)
         self._missing -= len(data)
         if self._missing <= 0:
-            assert self._known is not None
             whole, pieces = b"".join(self._coming), self._coming
             self._coming = []
             self.release(len(whole))
@@ -397,6 +419,7 @@ class HttpConnection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """What it held is gone with it."""
         self._forget()
+        self._room.clients.leave(self._client)
         super().connection_lost(exc)
 
     def _forget(self) -> None:

@@ -31,7 +31,8 @@ from msgspec import Struct
 from bridged.backlog.spool import Spool
 from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
-from bridged.sources.tls import HANDSHAKE_S, server_context
+from bridged.sources.clients import Clients
+from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
 
 log = structlog.get_logger()
 
@@ -53,6 +54,7 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     listen: tuple[str, ...] = ()
     max_line: int = 2**20
     max_connections: int = 1000
+    max_connections_per_client: int = 0  # 0: no limit
     max_unfinished: int = 12 * 2**20
     tls_cert: str = ""
     tls_key: str = ""
@@ -83,6 +85,7 @@ class StreamSource:
         self.intake = intake
         self.spool = spool
         self.tasks: set[asyncio.Task[None]] = set()
+        self.clients = Clients(options.max_connections_per_client)
         self._options = options
         self._handed_over = handed_over
         self._servers: list[asyncio.Server] = []
@@ -162,6 +165,10 @@ class StreamSource:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
+    def reload(self) -> None:
+        """Reads the certificate again, for connections to come."""
+        load_again(self._tls, "sources.stream", self._options.tls_cert, self._options.tls_key)
+
     # -- what all connections share -----------------------------------------------------------------------------------
 
     def admit(self, connection: "_Connection") -> bool:
@@ -220,6 +227,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, source: StreamSource) -> None:
         self._source = source
         self._transport: asyncio.Transport
+        self._client: str | None = None  # whose it is
         self.since = source.now  # connected, or the oldest of its unfinished bytes came
         self.unfinished = 0  # bytes
         self._tail: bytes | bytearray = b""  # the beginning of a line whose end hasn't come
@@ -241,7 +249,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream server makes nothing else
-        if not self._source.admit(self):
+        self._client = self._source.clients.enter(transport)
+        if self._client is None or not self._source.admit(self):
+            self._source.refused += self._client is None
             self._cut_off()
             return
         # Acks that aren't read stay few: the next one says more.
@@ -254,6 +264,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._source.connections.pop(self, None)
+        self._source.clients.leave(self._client)
         self._forget()
         if self._resuming is not None:
             self._resuming.cancel()

@@ -2,7 +2,11 @@
 
 import ssl
 
+import structlog
+
 from bridged.errors import ConfigError
+
+log = structlog.get_logger()
 
 # A handshake takes two round trips; who needs longer is not a client.
 HANDSHAKE_S = 10.0
@@ -18,6 +22,22 @@ def server_context(section: str, cert: str, key: str) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load(context, section, cert, key)
+    return context
+
+
+def load_again(context: ssl.SSLContext | None, section: str, cert: str, key: str) -> None:
+    """Reads the files again, for connections to come. Those that can't be used are logged; the old pair stays."""
+    if context is not None:
+        try:
+            # Into an empty one first: a half-loaded pair would be of no use to anybody.
+            _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), section, cert, key)
+            _load(context, section, cert, key)
+        except ConfigError as error:
+            log.error("reload_failed", error=str(error), hint="the certificate in force is the old one")
+
+
+def _load(context: ssl.SSLContext, section: str, cert: str, key: str) -> None:
     try:
         # An encrypted key would be asked for at the terminal.
         context.load_cert_chain(cert, key, password=b"")
@@ -26,4 +46,3 @@ def server_context(section: str, cert: str, key: str) -> ssl.SSLContext | None:
             f"[{section}] tls_cert = {cert!r} and tls_key = {key!r} can't be used: {error}",
             "PEM files that the daemon may read: the certificate with its chain, and its private key, unencrypted",
         ) from error
-    return context

@@ -1,0 +1,55 @@
+"""How many connections each client has: one alone must not take every place at a door.
+
+A client is an IPv4 address or an IPv6 network of 64 bits. Whoever is on this machine (loopback, a Unix socket) isn't
+counted: a proxy in front of the door brings everybody from there.
+"""
+
+import asyncio
+import ipaddress
+from collections import Counter
+from typing import Final
+
+_NETWORK_BITS: Final = 64
+LOCAL: Final = ""
+
+
+def client_of(peername: object) -> str:
+    """Whom a connection comes from, given its transport's `peername`."""
+    if not isinstance(peername, tuple) or not peername:
+        return LOCAL
+    try:
+        address = ipaddress.ip_address(str(peername[0]).partition("%")[0])
+    except ValueError:
+        return LOCAL
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if address.is_loopback:
+        return LOCAL
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((int(address), _NETWORK_BITS), strict=False))
+    return str(address)
+
+
+class Clients:
+    """Counts the connections of a door."""
+
+    def __init__(self, most: int) -> None:
+        """At most `most` of one client; 0: any number."""
+        self.connections: Counter[str] = Counter()
+        self._most = most
+
+    def enter(self, transport: asyncio.BaseTransport) -> str | None:
+        """Whose connection it is, to be given to `leave` at its end; None: there are too many of his."""
+        client = client_of(transport.get_extra_info("peername")) if self._most else LOCAL
+        if client != LOCAL:
+            if self.connections[client] >= self._most:
+                return None
+            self.connections[client] += 1
+        return client
+
+    def leave(self, client: str | None) -> None:
+        """One less."""
+        if client:
+            self.connections[client] -= 1
+            if not self.connections[client]:
+                del self.connections[client]
