@@ -230,6 +230,7 @@ def test_a_stranger_connects_braze_and_mixpanel_with_the_page_alone(eyes: Eyes, 
     assert re.fullmatch("[0-9a-f]{48}", bearer)
     press(with_token, "I have it")
     told(page, "Copied bearer token")
+    expect(page.locator("#state")).to_have_text("Idle")
     page.evaluate("scrollTo(0, 0)")
     eyes.shot(page, "connection")
     eyes.shot(page, "connection-whole", whole=True)
@@ -537,7 +538,7 @@ def test_an_ordinary_day_is_drawn(eyes: Eyes, flowing: Bridge) -> None:
     page = eyes.open(flowing)
     rate = page.get_by_role("img", name="Events per second")
     # For the pictures of the README there is more to see.
-    for second in range(130 if RENEW else 2):
+    for second in range(100 if RENEW else 2):
         now = time.monotonic()
         many = 200 + 150 * (second % 40 > 15) + 7 * (second * second % 31)
         event, moment = currents((OPEN, CLICK, PURCHASE)[second % 3]), time.time_ns()
