@@ -6,6 +6,7 @@ import { attempt, button, confirmed, count, el, fill, moment, number, problemTex
 export const title = "Cohorts";
 
 const REFRESH_MS = 5000;
+const BUSY_REFRESH_MS = 1000;
 const BUSY = ["receiving", "sweeping", "sending", "renaming", "forgetting"];
 const SENDER = { halted: "bad", capped: "warn", "backing off": "warn" };
 
@@ -13,6 +14,7 @@ const SENDER = { halted: "bad", capped: "warn", "backing off": "warn" };
 export function open(main) {
   const body = el("div", {});
   let askedAt = 0;
+  let refreshMs = REFRESH_MS;
   let shown = "";
   let view = null; // what is there: {use(answer)}
   let ended = false;
@@ -39,13 +41,14 @@ export function open(main) {
         fill(body, view.element);
       }
     }
+    refreshMs = answer.figures && answer.figures.joining + answer.figures.leaving > 0 ? BUSY_REFRESH_MS : REFRESH_MS;
     view?.use(answer);
   }
 
   reload();
   return {
     use() {
-      if (Date.now() - askedAt > REFRESH_MS) reload();
+      if (Date.now() - askedAt >= refreshMs) reload();
     },
     changed(what) {
       if (what === "cohorts_revision") reload();

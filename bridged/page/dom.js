@@ -48,6 +48,8 @@ export function share(part, whole) {
   const percent = (100 * part) / whole;
   if (part > 0 && percent < 0.1) return "< 0.1 %";
   if (part < whole && percent > 99.9) return "> 99.9 %";
+  // Nearly all is not all.
+  if (part < whole && percent > 99) return `${(Math.floor(percent * 10) / 10).toFixed(1)} %`;
   return `${percent < 10 ? percent.toFixed(1).replace(/\.0$/, "") : Math.round(percent)} %`;
 }
 
