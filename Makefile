@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/bridged demo $(if $(KEEP),--keep) $(if $(EVENTS),--events $(EVENTS))
 
 test: tools lint
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 tools:
 	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
@@ -51,7 +51,7 @@ screenshots: tools $(VENV)/.tested
 	BRIDGED_RENEW_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/test_page_browser.py
 
 clean:
-	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
+	rm -rf $(VENV) .bench-peers .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
 	find bridged bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: what is newer than they are is installed again, and nothing else.

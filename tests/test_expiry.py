@@ -213,10 +213,12 @@ async def test_rows_go_after_the_fsync(tmp_path, emulator, clock, monkeypatch):
     async with Road(tmp_path, emulator.url, clock, max_age_s=1.0) as path:
         await path.put(1)
         await until(lambda: path.delivery.halted is not None, "the halt")
+        steps.clear()  # the start's own
         clock.now += 2.0
         await until(lambda: path.expired == 1, "the expiry")
 
-    assert steps == ["folder", "file", "folder", "rows"]
+    assert steps[-3:] == ["file", "folder", "rows"]
+    assert set(steps[:-3]) <= {"folder"}, "the folder may have been made"
     assert (tmp_path / "archive").stat().st_mode & 0o777 == 0o700
     assert [file.stat().st_mode & 0o777 for file in (tmp_path / "archive").iterdir()] == [0o600]
 
