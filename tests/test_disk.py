@@ -107,6 +107,50 @@ async def test_a_disk_filled_to_the_last_byte_drains_by_itself(small, monkeypatc
         await spool.append(Intaken([batch("again")]))
 
 
+def leave(folder, size):
+    """Takes what is free, but for so many bytes."""
+    disk = os.statvfs(folder)
+    with (folder / "filler").open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - size)
+
+
+@needs_root
+@pytest.mark.parametrize("free", [3.0, 5.0, 7.0])
+async def test_a_disk_that_is_full_between_a_commit_and_its_checkpoint(small, monkeypatch, free):
+    """A burst that the WAL had room for, and the file doesn't: the ballast is enough for it, so what waits is settled."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(50):
+            await spool.append(Intaken([batch(f"a{n}", size=100_000)]))
+        leave(small, int(free * MIB))
+        burst = [spool.append(Intaken([batch(f"b{n}", size=100_000)])) for n in range(95)]
+        done = await asyncio.wait_for(asyncio.gather(*burst, return_exceptions=True), 30 * SLOW)
+        assert {type(each) for each in done} <= {type(None), SpoolFull}
+        fill(small)
+        assert spool.accounts.total("waiting") == 50 + done.count(None)
+        for segment in committed:
+            spool.settle(Settlement([segment], delivered=segment.codes))
+        await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert spool.accounts.imbalance() == 0
+
+
+@needs_root
+async def test_refused_events_on_a_disk_that_is_nearly_full(small, monkeypatch):
+    """Dead letters are larger than what they come from: as many at a time as the reserve can bring into the file."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(60):
+            await spool.append(Intaken([batch(f"a{n}", size=100_000)]))
+        leave(small, int(8.5 * MIB))
+        for at, segment in enumerate(committed):
+            spool.settle(Settlement([segment], dead_letters=[letter(f"{at}", size=130_000)]))
+        await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert spool.dead_letters == 60
+        assert spool.accounts.imbalance() == 0
+
+
 @needs_root
 async def test_a_start_on_a_full_disk(small):
     """It starts where not a byte is free, gives everything back, and settles it."""

@@ -50,6 +50,8 @@ class Reserve:
         # A disk that is smaller than the cap must not be all reserve.
         self.bytes = min(reserve_of(max_bytes), max(2 * _MIB, disk.f_blocks * disk.f_frsize // 8))
         self.wal_bytes = min(4 * _MIB, self.bytes // _WAL_SHARE)  # at which it is brought into the file
+        # What one commit may bring: beside it there is room for what the WAL held before, and for what it takes to settle.
+        self.commit_bytes = self.bytes // 2
         self.free_bytes = 0  # for us, besides the ballast, as measured last
         self._possible = True
         self._try_again_at = 0.0  # monotonic: an attempt that failed is not repeated with every commit
