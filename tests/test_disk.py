@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import NAMES, SLOW, balanced, currents, until
@@ -104,6 +105,51 @@ async def test_a_disk_filled_to_the_last_byte_drains_by_itself(small, monkeypatc
         (small / "filler").unlink()
         await until(lambda: not spool.near_cap, "room for new events")
         assert (small / "spool.db.reserve").stat().st_size == 4 * MIB
+        await spool.append(Intaken([batch("again")]))
+
+
+@contextlib.contextmanager
+def eating(folder):
+    """Somebody who takes what is free, all the time: what is let go is gone in the same moment."""
+    end = threading.Event()
+
+    def eat():
+        with (folder / "eaten").open("ab") as file:
+            while not end.is_set():
+                try:
+                    os.write(file.fileno(), bytes(2**16))
+                except OSError:
+                    end.wait(0.0005)
+
+    eater = threading.Thread(target=eat)
+    eater.start()
+    try:
+        yield
+    finally:
+        end.set()
+        eater.join()
+
+
+@needs_root
+@pytest.mark.parametrize("refused", [False, True], ids=["delivered", "dead-lettered"])
+async def test_a_disk_that_somebody_keeps_full(small, monkeypatch, refused):
+    """A file that grows for ever takes what is let go: the ballast is ours all the same, and what waits is settled."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = await fill_spool(spool)
+        with eating(small):
+            await until(lambda: os.statvfs(small).f_bavail == 0, "the disk to be full")
+            for at, segment in enumerate(committed):
+                if refused and at % 2:
+                    spool.settle(Settlement([segment], dead_letters=[letter(f"{at}", size=30_000)]))
+                else:
+                    spool.settle(Settlement([segment], delivered=segment.codes))
+                await asyncio.sleep(0.002)
+            await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert not (small / "spool.db.reserve").exists(), "it was never needed: this shows nothing"
+        assert spool.accounts.imbalance() == 0
+        (small / "eaten").unlink()
+        await until(lambda: not spool.near_cap, "room for new events")
         await spool.append(Intaken([batch("again")]))
 
 
@@ -236,7 +282,7 @@ def test_the_reserve_knows_a_quota(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", refuses)
     assert reserve.no_room_for(MIB)
-    reserve.release()
+    reserve.release(0)
     reserve.measure()
     assert not reserve.held
     assert reserve.short(0)

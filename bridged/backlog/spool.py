@@ -207,6 +207,8 @@ class Spool:
         self._letters = tables.letters_that(db)
         self.used_bytes = tables.measured(db)
         tables.settle_folder(path)  # the WAL is there by now
+        if not self._reserve.held:
+            self._reserve.give(0)
         if problems := self.accounts.problems(self._names):
             log.error("books_unbalanced", problems=problems[:10], spool=options.path)
         self._look_for_room()
@@ -498,11 +500,14 @@ class Spool:
         return writing and self._reserve.no_room_for(2 * size)
 
     def _make_room(self, db: sqlite3.Connection, size: int) -> None:
-        """What can be done about a full disk: a checkpoint, which makes the WAL short, and if need be without the ballast."""
+        """What can be done about a full disk: a checkpoint, which empties the WAL, and if need be without the ballast."""
+        path = Path(self._options.path)
         if self._reserve.no_room_for(2 * size):
-            self._reserve.release()
+            pages = db.execute("PRAGMA page_count").fetchone()[0]
+            self._reserve.release(max(0, pages * tables.PAGE_BYTES - path.stat().st_size))
         try:
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            # Not cut: its blocks are what the next settlements are written to.
+            db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
         except sqlite3.Error as error:
             if not (tables.is_full(error) or self._is_out_of_room(error, size)):
                 raise
@@ -523,7 +528,7 @@ class Spool:
                 # As a script: `execute` takes one step of a statement without columns, which is one page.
                 db.executescript(f"PRAGMA incremental_vacuum({step})")
                 # The file itself is cut by a checkpoint only.
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                db.execute(f"PRAGMA wal_checkpoint({'RESTART' if short else 'TRUNCATE'})").fetchall()
 
         try:
             await self.run(shrink)
