@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from bench import faulty
 from bench.ledger import Faults, Load, Subject, Tee, Totals, verdict
-from bench.processes import BenchError, ended_by_signals, folder
+from bench.processes import BenchError, ended_by_signals, folder, get
 
 _EXIT_IO: Final = 74
 _PER_VERDICT = 20
@@ -120,8 +120,7 @@ async def _full(
             subject.script(Faults.outage())
             load.first_ack.clear()
             load.open.set()
-            async with asyncio.timeout(60):
-                await load.first_ack.wait()
+            await _taken(subject, load)
             await asyncio.sleep(dice.uniform(0, 0.5))
             fill(disk)
             before = tee.ledger.acked
@@ -149,6 +148,18 @@ async def _full(
         subject.start(tee.ledger)
         summary.problems += await verdict(subject, tee, summary.totals)
         print(f"full {summary.rounds} times", file=sys.stderr, flush=True)
+
+
+async def _taken(subject: Subject, load: Load) -> None:
+    """Returns when events are taken. Raises BenchError, with what the daemon says, if it dies or none are."""
+    until = time.monotonic() + _LIFE_S * 3
+    while not load.first_ack.is_set():
+        subject.must_live()
+        if time.monotonic() > until:
+            assert subject.daemon is not None
+            status = await asyncio.to_thread(get, subject.admin_port, "/api/status")
+            raise BenchError(f"no event is taken: {status!r}\n{subject.daemon.last_words()}")
+        await asyncio.sleep(0.01)
 
 
 async def _failing(

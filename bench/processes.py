@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import random
 import select
 import shutil
 import signal
@@ -314,11 +315,24 @@ def machine_cpu_s() -> float:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens on at this moment."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Ports of the loopback that nobody listens on at this moment.
+
+    None of those that the system gives to connections: while a daemon is dead, somebody's connection would take its port, or
+    one to the port would meet itself, and the next life couldn't listen.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    sockets: list[socket.socket] = []
+    ports_below = range(10_000, lowest) if lowest > 11_000 else range(1025, 65_536)
+    for port in random.SystemRandom().sample(ports_below, 1000):  # not as a test has seeded it
+        with contextlib.suppress(OSError):
+            sockets.append(socket.create_server(("127.0.0.1", port)))
+        if len(sockets) == count:
+            break
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
         each.close()
+    if len(ports) < count:
+        raise BenchError("too few ports are free on the loopback")
     return ports
 
 

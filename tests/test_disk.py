@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import NAMES, SLOW, balanced, currents, until
@@ -107,6 +108,95 @@ async def test_a_disk_filled_to_the_last_byte_drains_by_itself(small, monkeypatc
         await spool.append(Intaken([batch("again")]))
 
 
+@contextlib.contextmanager
+def eating(folder):
+    """Somebody who takes what is free, all the time: what is let go is gone in the same moment."""
+    end = threading.Event()
+
+    def eat():
+        with (folder / "eaten").open("ab") as file:
+            while not end.is_set():
+                try:
+                    os.write(file.fileno(), bytes(2**16))
+                except OSError:
+                    end.wait(0.0005)
+
+    eater = threading.Thread(target=eat)
+    eater.start()
+    try:
+        yield
+    finally:
+        end.set()
+        eater.join()
+
+
+@needs_root
+@pytest.mark.parametrize("refused", [False, True], ids=["delivered", "dead-lettered"])
+async def test_a_disk_that_somebody_keeps_full(small, monkeypatch, refused):
+    """A file that grows for ever takes what is let go: the ballast is ours all the same, and what waits is settled."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = await fill_spool(spool)
+        with eating(small):
+            await until(lambda: os.statvfs(small).f_bavail == 0, "the disk to be full")
+            for at, segment in enumerate(committed):
+                if refused and at % 2:
+                    spool.settle(Settlement([segment], dead_letters=[letter(f"{at}", size=30_000)]))
+                else:
+                    spool.settle(Settlement([segment], delivered=segment.codes))
+                await asyncio.sleep(0.002)
+            await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert not (small / "spool.db.reserve").exists(), "it was never needed: this shows nothing"
+        assert spool.accounts.imbalance() == 0
+        (small / "eaten").unlink()
+        await until(lambda: not spool.near_cap, "room for new events")
+        await spool.append(Intaken([batch("again")]))
+
+
+def leave(folder, size):
+    """Takes what is free, but for so many bytes."""
+    disk = os.statvfs(folder)
+    with (folder / "filler").open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - size)
+
+
+@needs_root
+@pytest.mark.parametrize("free", [3.0, 5.0, 7.0])
+async def test_a_disk_that_is_full_between_a_commit_and_its_checkpoint(small, monkeypatch, free):
+    """A burst that the WAL had room for, and the file doesn't: the ballast is enough for it, so what waits is settled."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(50):
+            await spool.append(Intaken([batch(f"a{n}", size=100_000)]))
+        leave(small, int(free * MIB))
+        burst = [spool.append(Intaken([batch(f"b{n}", size=100_000)])) for n in range(95)]
+        done = await asyncio.wait_for(asyncio.gather(*burst, return_exceptions=True), 30 * SLOW)
+        assert {type(each) for each in done} <= {type(None), SpoolFull}
+        fill(small)
+        assert spool.accounts.total("waiting") == 50 + done.count(None)
+        for segment in committed:
+            spool.settle(Settlement([segment], delivered=segment.codes))
+        await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert spool.accounts.imbalance() == 0
+
+
+@needs_root
+async def test_refused_events_on_a_disk_that_is_nearly_full(small, monkeypatch):
+    """Dead letters are larger than what they come from: as many at a time as the reserve can bring into the file."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(small, max_bytes=2**30), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(60):
+            await spool.append(Intaken([batch(f"a{n}", size=100_000)]))
+        leave(small, int(8.5 * MIB))
+        for at, segment in enumerate(committed):
+            spool.settle(Settlement([segment], dead_letters=[letter(f"{at}", size=130_000)]))
+        await until(lambda: not spool.segments, "everything to be settled", 30)
+        assert spool.dead_letters == 60
+        assert spool.accounts.imbalance() == 0
+
+
 @needs_root
 async def test_a_start_on_a_full_disk(small):
     """It starts where not a byte is free, gives everything back, and settles it."""
@@ -192,7 +282,7 @@ def test_the_reserve_knows_a_quota(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", refuses)
     assert reserve.no_room_for(MIB)
-    reserve.release()
+    reserve.release(0)
     reserve.measure()
     assert not reserve.held
     assert reserve.short(0)

@@ -1,11 +1,14 @@
 """What comes to the spool and what leaves it: events taken in, segments settled, dead letters. Pure."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
 from bridged.backlog.segment import Batch, Segment
+
+if TYPE_CHECKING:
+    import asyncio
 
 DEAD_LETTER_BYTES = 256  # of a dead letter besides its event
 
@@ -66,8 +69,40 @@ class Settlement(Struct, gc=False):
     parts: Sequence[Batch] = ()  # of a segment that was too large
 
     size: int = 0  # what it keeps in memory until it is committed, in bytes
+    came_bytes: int = 0  # of that, what takes the segments' place on disk, at most
 
     def __post_init__(self) -> None:
         self.size = sum([segment.size for segment in self.segments])
         if self.dead_letters or self.parts:
-            self.size += sum(letter.size for letter in self.dead_letters) + sum(len(part.ndjson) for part in self.parts)
+            self.came_bytes = sum(letter.size for letter in self.dead_letters) + sum(len(p.ndjson) for p in self.parts)
+            self.size += self.came_bytes
+
+
+class Work(Struct):
+    """The list that the writer takes as a whole. Each of `intaken` has its future."""
+
+    intaken: list[Intaken] = []
+    futures: list["asyncio.Future[None]"] = []
+    settlements: list[Settlement] = []
+
+    def divided(self, max_bytes: int) -> tuple["Work", "Work"]:
+        """What brings at most so many bytes, or is one thing, and the rest. Settlements come first: they make room."""
+        came = [settlement.came_bytes for settlement in self.settlements]
+        settled, taken = _as_many(came, max_bytes), 0
+        left = max_bytes - sum(came)
+        if settled == len(came) and (left > 0 or not came):
+            taken = _as_many([intaken.size for intaken in self.intaken], left)
+        return (
+            Work(self.intaken[:taken], self.futures[:taken], self.settlements[:settled]),
+            Work(self.intaken[taken:], self.futures[taken:], self.settlements[settled:]),
+        )
+
+
+def _as_many(sizes: Sequence[int], most: int) -> int:
+    """How many of them, from the first on, are together at most so large; one in any case, if there is one."""
+    total = 0
+    for count, size in enumerate(sizes):
+        total += size
+        if total > most:
+            return max(count, 1)
+    return len(sizes)

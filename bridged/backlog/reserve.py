@@ -4,12 +4,14 @@ On a full disk SQLite can't even delete: a deletion is written to the WAL first,
 longer. So the spool takes new events only while so much is free that settling can go on, and should something else fill
 the disk to the last byte all the same, the ballast is let go. It is larger than the WAL becomes, and a checkpoint that
 succeeds frees the WAL: what waits can then be settled, piece by piece, without anybody's help. It is made again when
-there is room.
+there is room. Whoever has filled the disk may be writing still, and would take what is let go: the blocks are given to the
+file and the WAL in the same moment, and the WAL isn't cut while the disk is short.
 
 Measured by the spool with its commits, and once a second when it is idle; never for an event.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import time
@@ -24,6 +26,8 @@ _MIB: Final = 2**20
 # The ballast is twice what the WAL may grow to before a checkpoint, and leaves as much for a commit.
 _WAL_SHARE: Final = 4
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_KEEP_SIZE: Final = 1  # of Linux's fallocate: blocks behind the end of a file
+_STEP_BYTES: Final = 2**18
 _NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -44,12 +48,15 @@ class Reserve:
 
     def __init__(self, spool: Path, max_bytes: int) -> None:
         """Raises OSError when the folder can't be looked at."""
+        self._spool = spool
         self._path = Path(f"{spool}.reserve")
         self._folder = spool.parent
         disk = os.statvfs(self._folder)
         # A disk that is smaller than the cap must not be all reserve.
         self.bytes = min(reserve_of(max_bytes), max(2 * _MIB, disk.f_blocks * disk.f_frsize // 8))
         self.wal_bytes = min(4 * _MIB, self.bytes // _WAL_SHARE)  # at which it is brought into the file
+        # What one commit may bring: beside it there is room for what the WAL held before, and for what it takes to settle.
+        self.commit_bytes = self.bytes // 2
         self.free_bytes = 0  # for us, besides the ballast, as measured last
         self._possible = True
         self._try_again_at = 0.0  # monotonic: an attempt that failed is not repeated with every commit
@@ -76,14 +83,22 @@ class Reserve:
             self._hold()
             self.free_bytes = self._free()
 
-    def release(self) -> None:
-        """Gives the ballast up: the disk is full."""
+    def release(self, growth: int) -> None:
+        """Gives the ballast up, the disk is full: `growth` bytes of it to the file, for a checkpoint, and the rest to the WAL."""
+        if not self._held:
+            return
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
-        if self._held:
-            log.error("disk_reserve_released", bytes=self.bytes, file=str(self._path), hint="free space on this disk")
+        self.give(growth)
+        log.error("disk_reserve_released", bytes=self.bytes, file=str(self._path), hint="free space on this disk")
         self._held = False
         self.free_bytes = self._free()
+
+    def give(self, growth: int) -> None:
+        """Makes what is free, up to the size of the ballast, blocks of the file and the WAL, so that nobody else takes it."""
+        wal = Path(f"{self._spool}-wal")
+        given = _extend(self._spool, growth)
+        _extend(wal, self.bytes - min(given, self.bytes))
 
     def no_room_for(self, size: int) -> bool:
         """Whether the file system, or a quota on it, has no room for so many bytes more: asked of it, not of its figures."""
@@ -139,3 +154,26 @@ class Reserve:
             os.posix_fallocate(file, 0, size)
         finally:
             os.close(file)
+
+
+def _extend(path: Path, size: int) -> int:
+    """Gives a file that this process has open so many bytes of blocks behind its end, or as many as there are.
+
+    By the file descriptor that SQLite has: opening and closing another would drop its locks.
+    """
+    given = 0
+    with contextlib.suppress(OSError, AttributeError):  # another libc, or a file system that knows no such thing
+        file = path.stat()
+        fallocate = ctypes.CDLL(None).fallocate
+        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        with os.scandir("/proc/self/fd") as opened:
+            numbers = [int(entry.name) for entry in opened]
+        for number in numbers:
+            with contextlib.suppress(OSError):  # the one that listed them
+                if os.path.samestat(os.fstat(number), file):
+                    while given < size and not fallocate(
+                        number, _KEEP_SIZE, file.st_size + given, min(_STEP_BYTES, size - given)
+                    ):
+                        given += min(_STEP_BYTES, size - given)
+                    break
+    return given

@@ -28,7 +28,7 @@ from msgspec import Struct
 
 from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts
-from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage
+from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
 from bridged.backlog.reserve import Reserve, reserve_of
 from bridged.backlog.segment import Batch, Segment, cut, pack
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
@@ -53,14 +53,6 @@ _MEASURE_BYTES = 2**20
 _LETTERS_SHARE = 4
 
 T = TypeVar("T")
-
-
-class _Work(Struct):
-    """The list that the writer takes as a whole."""
-
-    intaken: list[Intaken] = []
-    futures: list["asyncio.Future[None]"] = []
-    settlements: list[Settlement] = []
 
 
 class SpoolOptions(Struct, frozen=True, kw_only=True):
@@ -106,7 +98,7 @@ class Spool:
         self._names = names
         self._clock = clock
         self._max_segment_bytes = options.max_segment_bytes
-        self._work = _Work()
+        self._work = Work()
         self._wake = asyncio.Event()
         self._closing = False
         self._failure: BaseException | None = None
@@ -215,6 +207,8 @@ class Spool:
         self._letters = tables.letters_that(db)
         self.used_bytes = tables.measured(db)
         tables.settle_folder(path)  # the WAL is there by now
+        if not self._reserve.held:
+            self._reserve.give(0)
         if problems := self.accounts.problems(self._names):
             log.error("books_unbalanced", problems=problems[:10], spool=options.path)
         self._look_for_room()
@@ -269,10 +263,10 @@ class Spool:
         """What is free on its disk, besides the reserve, as of the last commit or, when idle, second."""
         return self._reserve.free_bytes
 
-    def refusal(self) -> SpoolFull:
-        """Why new events are refused, while they are: which of the two limits it is, with its figures."""
+    def refusal(self, size: int = 0) -> SpoolFull:
+        """Why new events, of so many bytes, are refused, while they are: which of the two limits it is, with its figures."""
         options, reserve = self._options, self._reserve
-        if reserve.short(self.pending_bytes):
+        if reserve.short(self.pending_bytes + size):
             needed = (1 if reserve.held else 2) * reserve.bytes
             return SpoolFull(
                 f"the disk of the spool {options.path} is full: {reserve.free_bytes:,} bytes are free,"
@@ -321,14 +315,14 @@ class Spool:
     # -- the writer ---------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        work = _Work()
+        work = Work()
         try:
             while not (self._closing and not self._work.intaken and not self._work.settlements):
                 self._wake.clear()
                 if self._corruption is not None:
                     raise self._corruption  # noqa: TRY301  # what the handler below is for
                 if self._work.intaken or self._work.settlements:
-                    work, self._work = self._work, _Work()
+                    work = self._next()
                     self._idle_s = 0.0
                     await self._commit(work)
                 elif not await self._woken_within(_IDLE_S):
@@ -341,16 +335,34 @@ class Spool:
             _fail([*work.futures, *self._work.futures], SpoolError(f"the spool's writer has failed: {error}"))
             raise
 
+    def _next(self) -> Work:
+        """What one commit takes: all there is, or as much as the reserve has room for.
+
+        A disk can become full between a commit and the checkpoint that brings it into the file. The ballast must be enough
+        for that, or the WAL could never be made short again, and nothing be settled.
+        """
+        work, self._work = self._work, Work()
+        if self.pending_bytes + self.unsettled_bytes > self._reserve.commit_bytes:
+            work, self._work = work.divided(self._reserve.commit_bytes)
+        return work
+
     async def _woken_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
         return self._wake.is_set()
 
-    async def _commit(self, work: _Work) -> None:
+    async def _commit(self, work: Work) -> None:
         change = Accounts()
         batches = [batch for intaken in work.intaken for batch in intaken.batches]
         size = sum(intaken.size for intaken in work.intaken)
+        if work.intaken and self._must_refuse(work, size):
+            self.pending_bytes -= size
+            _fail(work.futures, self.refusal(size))
+            self._look_for_room()
+            if work.settlements:
+                await self._commit(Work([], [], work.settlements))
+            return
         try:
             committed = await self.run(self._transact, work, batches, change)
         except sqlite3.Error as error:
@@ -364,12 +376,12 @@ class Spool:
             self._look_for_room()
             if work.intaken and work.settlements:
                 # What was delivered must be recorded before anything else: alone it needs hardly any room.
-                await self._commit(_Work([], [], work.settlements))
+                await self._commit(Work([], [], work.settlements))
             elif len(work.settlements) > 1:
                 # Half of it needs half of the room; a checkpoint in between gives it back.
                 half = len(work.settlements) // 2
                 self._work.settlements[:0] = work.settlements[half:]
-                await self._commit(_Work([], [], work.settlements[:half]))
+                await self._commit(Work([], [], work.settlements[:half]))
             elif not self._closing:  # at the end nobody makes room any more: they are sent again by the next start
                 self._work.settlements += work.settlements
                 await asyncio.sleep(_IDLE_S)
@@ -402,6 +414,18 @@ class Spool:
         for future in work.futures:
             if not future.done():
                 future.set_result(None)
+        if self._reserve.short(0):
+            # Something else takes the room: now, while there is some, the WAL is brought into the file.
+            try:
+                await self.run(self._make_room, 0)
+            except sqlite3.Error as error:
+                raise SpoolError(f"can't write the spool {self._options.path}: {error}") from error
+            self._look_for_room()
+
+    def _must_refuse(self, work: Work, size: int) -> bool:
+        """Whether the room that new events were let in for is gone: what is left is for settling what waits."""
+        needed = size if size > self._reserve.commit_bytes else 0  # one body that is larger than a commit should be
+        return self._reserve.short(needed) and not all(intaken.replayed for intaken in work.intaken)
 
     def _look_for_room(self) -> None:
         if not self.near_cap and self.pending_bytes <= _MAX_PENDING_BYTES // 2:
@@ -409,7 +433,7 @@ class Spool:
         elif self.near_cap:
             self.room.clear()
 
-    def _transact(self, db: sqlite3.Connection, work: _Work, batches: list[Batch], change: Accounts) -> "_Committed":
+    def _transact(self, db: sqlite3.Connection, work: Work, batches: list[Batch], change: Accounts) -> "_Committed":
         """One transaction, in the connection's thread. Changes nothing but the file, `change` and, at its end, `_letters`."""
         started = time.perf_counter()
         now = self._clock()
@@ -476,11 +500,14 @@ class Spool:
         return writing and self._reserve.no_room_for(2 * size)
 
     def _make_room(self, db: sqlite3.Connection, size: int) -> None:
-        """What can be done about a full disk: a checkpoint, which makes the WAL short, and if need be without the ballast."""
+        """What can be done about a full disk: a checkpoint, which empties the WAL, and if need be without the ballast."""
+        path = Path(self._options.path)
         if self._reserve.no_room_for(2 * size):
-            self._reserve.release()
+            pages = db.execute("PRAGMA page_count").fetchone()[0]
+            self._reserve.release(max(0, pages * tables.PAGE_BYTES - path.stat().st_size))
         try:
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            # Not cut: its blocks are what the next settlements are written to.
+            db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
         except sqlite3.Error as error:
             if not (tables.is_full(error) or self._is_out_of_room(error, size)):
                 raise
@@ -490,7 +517,10 @@ class Spool:
         """Looks for room on the disk, and gives it a little of the free space back; for when there is nothing else to do."""
         short = self._reserve.short(0)  # then it needs it now, and has little for the WAL that moves the pages
         kept = 0 if short or self._idle_s >= _QUIET_S else _KEPT_FREE_PAGES
-        step = self._reserve.wal_bytes // tables.PAGE_BYTES if short else _SHRINK_PAGES
+        # Pages are moved through the WAL: there must be room for them.
+        step = min(
+            _SHRINK_PAGES, (self._reserve.wal_bytes if short else self._reserve.free_bytes // 2) // tables.PAGE_BYTES
+        )
 
         def shrink(db: sqlite3.Connection) -> None:
             self._reserve.measure()
@@ -498,7 +528,7 @@ class Spool:
                 # As a script: `execute` takes one step of a statement without columns, which is one page.
                 db.executescript(f"PRAGMA incremental_vacuum({step})")
                 # The file itself is cut by a checkpoint only.
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                db.execute(f"PRAGMA wal_checkpoint({'RESTART' if short else 'TRUNCATE'})").fetchall()
 
         try:
             await self.run(shrink)
@@ -590,7 +620,7 @@ def _fail(futures: Sequence["asyncio.Future[None]"], failure: SpoolError) -> Non
             future.exception()  # a door that is gone must not make the loop complain
 
 
-def _account(change: Accounts, work: _Work) -> None:
+def _account(change: Accounts, work: Work) -> None:
     """What a commit changes in the books, but for what is replayed."""
     taken = b"".join([batch.codes for intaken in work.intaken for batch in intaken.batches])
     refused = bytes([letter.code for intaken in work.intaken for letter in intaken.dead_letters])
