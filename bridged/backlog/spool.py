@@ -30,7 +30,7 @@ from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts, changes
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage
 from bridged.backlog.reserve import Reserve, reserve_of
-from bridged.backlog.segment import Batch, Segment, cut, pack
+from bridged.backlog.segment import Batch, Segment, cut, pack, pack_all
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
 from bridged.errors import SpoolError, SpoolFull
@@ -412,9 +412,8 @@ class Spool:
         """One transaction, in the connection's thread. Changes nothing but the file and, at its end, `_letters`."""
         started = time.perf_counter()
         now = self._clock()
-        # One after the other: uncompressed, all of them at once would be the most that the daemon ever holds.
-        cuts = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
-        segments = [pack(id_, now, ndjson, codes) for id_, (ndjson, codes) in enumerate(cuts, self.last_id + 1)]
+        groups = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
+        segments = pack_all(self.last_id + 1, now, groups)
         # Parts aren't joined again, or a segment that was too large would come back as it was.
         parts = [(part, settled.segments[0]) for settled in work.settlements for part in settled.parts]
         behind = self.last_id + 1 + len(segments)
