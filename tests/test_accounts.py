@@ -49,14 +49,15 @@ def test_dump_and_load(entered: list[tuple[str, bytes]]) -> None:
 @given(entries, entries)
 def test_a_change_is_applied_as_a_whole(before: list[tuple[str, bytes]], change: list[tuple[str, bytes]]) -> None:
     """Books and a commit's change together are the books of both, removals included."""
-    accounts = booked(before)
-    accounts.apply(booked(change))
+    as_they_were = booked(before)
+    accounts = as_they_were.after(booked(change))
     assert {k: +c for k, c in accounts.counts.items()} == {k: +c for k, c in booked(before + change).counts.items()}
     taken = Accounts()
     for kind, of in change:
         taken.remove(kind, of)
-    accounts.apply(taken)
+    accounts = accounts.after(taken)
     assert {k: +c for k, c in accounts.counts.items()} == {k: +c for k, c in booked(before).counts.items()}
+    assert as_they_were.counts == booked(before).counts  # a commit that fails changes nothing
 
 
 @given(st.lists(st.tuples(st.sampled_from([*ENDS, "waiting"]), codes), max_size=10))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isal import igzip, isal_zlib
 
-from bridged.backlog.segment import Batch, Segment, cut, lines, pack, request_body
+from bridged.backlog.segment import Batch, Segment, cut, lines, pack, pack_all, request_body
 
 event_lines = st.binary(max_size=60).map(lambda line: line.replace(b"\n", b" ") + b"\n")
 batches = st.lists(
@@ -41,7 +41,8 @@ def test_any_grouping_is_one_gzip_of_the_very_bytes(
     appended: list[Batch], max_events: int, max_bytes: int, data: st.DataObject
 ) -> None:
     """Cut at any limits, joined in any groups, read by three independent readers: the concatenation, byte for byte."""
-    segments = [pack(n, 0.0, *each) for n, each in enumerate(cut(appended, max_events, max_bytes), 1)]
+    segments = pack_all(1, 0.0, cut(appended, max_events, max_bytes))
+    assert [segment.id for segment in segments] == list(range(1, len(segments) + 1))
     raw = b"".join(batch.ndjson for batch in appended)
     out = []
     while segments:
@@ -59,9 +60,9 @@ def test_any_grouping_is_one_gzip_of_the_very_bytes(
 @given(batches, st.integers(1, 10), st.integers(1, 500))
 def test_cuts_keep_order_and_limits(appended: list[Batch], max_events: int, max_bytes: int) -> None:
     """Batches stay whole and in order; a cut exceeds a limit only when it is a single batch, and none is needlessly small."""
-    cuts = list(cut(appended, max_events, max_bytes))
-    assert b"".join(ndjson for ndjson, _ in cuts) == b"".join(batch.ndjson for batch in appended)
-    assert b"".join(codes for _, codes in cuts) == b"".join(batch.codes for batch in appended)
+    groups = list(cut(appended, max_events, max_bytes))
+    assert [batch for group in groups for batch in group] == appended
+    cuts = [(b"".join(b.ndjson for b in group), b"".join(b.codes for b in group)) for group in groups]
     alone = {(batch.ndjson, batch.codes) for batch in appended}
     for ndjson, codes in cuts:
         assert ndjson.count(b"\n") == len(codes)

@@ -7,8 +7,9 @@ again: what was committed is what is sent. Measured: joining by gunzip and gzip 
 all that the path costs; this costs nothing that can be measured.
 """
 
+import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from isal import isal_zlib
@@ -53,11 +54,28 @@ class Segment(Struct, gc=False):
         return isal_zlib.crc32(self.block, isal_zlib.crc32(self.codes, isal_zlib.crc32(head)))
 
 
-def pack(id_: int, created_at: float, ndjson: bytes, codes: bytes) -> Segment:
+def pack(id_: int, created_at: float, ndjson: bytes | memoryview, codes: bytes) -> Segment:
     """Compresses events into a segment."""
     deflate = isal_zlib.compressobj(1, isal_zlib.DEFLATED, -15)
     block = deflate.compress(ndjson) + deflate.flush(isal_zlib.Z_FULL_FLUSH)
     return Segment(id_, created_at, len(ndjson), isal_zlib.crc32(ndjson), codes, block)
+
+
+def pack_all(first_id: int, created_at: float, groups: Iterable[Sequence[Batch]]) -> list[Segment]:
+    """Compresses each group of batches into a segment.
+
+    One after the other is joined in the same memory: getting 1.4 MB anew for each, from the system, costs as much as a tenth
+    of compressing it.
+    """
+    segments = []
+    with io.BytesIO() as joined:
+        for id_, group in enumerate(groups, first_id):
+            joined.seek(0)
+            joined.writelines([batch.ndjson for batch in group])
+            codes = b"".join([batch.codes for batch in group])
+            with joined.getbuffer() as memory, memory[: joined.tell()] as ndjson:
+                segments.append(pack(id_, created_at, ndjson, codes))
+    return segments
 
 
 def request_body(segments: Sequence[Segment]) -> bytes:
@@ -76,20 +94,16 @@ def lines(segments: Sequence[Segment]) -> list[bytes]:
     return raw.split(b"\n")[:-1]
 
 
-def cut(batches: Sequence[Batch], max_events: int, max_bytes: int) -> Iterator[tuple[bytes, bytes]]:
-    """Joins batches, in order, into as few (ndjson, codes) as the limits allow. No batch may exceed them alone."""
-    open_: list[Batch] = []
+def cut(batches: Iterable[Batch], max_events: int, max_bytes: int) -> Iterator[list[Batch]]:
+    """Batches, in order, in as few groups as the limits of a segment allow. No batch may exceed them alone."""
+    group: list[Batch] = []
     events = size = 0
     for batch in batches:
-        if open_ and (events + len(batch.codes) > max_events or size + len(batch.ndjson) > max_bytes):
-            yield _joined(open_)
-            open_, events, size = [], 0, 0
-        open_.append(batch)
+        if group and (events + len(batch.codes) > max_events or size + len(batch.ndjson) > max_bytes):
+            yield group
+            group, events, size = [], 0, 0
+        group.append(batch)
         events += len(batch.codes)
         size += len(batch.ndjson)
-    if open_:
-        yield _joined(open_)
-
-
-def _joined(batches: Sequence[Batch]) -> tuple[bytes, bytes]:
-    return b"".join([b.ndjson for b in batches]), b"".join([b.codes for b in batches])
+    if group:
+        yield group

@@ -27,10 +27,10 @@ import structlog
 from msgspec import Struct
 
 from bridged.backlog import salvage, tables
-from bridged.backlog.accounts import Accounts
+from bridged.backlog.accounts import Accounts, changes
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
 from bridged.backlog.reserve import Reserve, reserve_of
-from bridged.backlog.segment import Batch, Segment, cut, pack
+from bridged.backlog.segment import Batch, Segment, cut, pack, pack_all
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
 from bridged.errors import SpoolError, SpoolFull
@@ -353,7 +353,6 @@ class Spool:
         return self._wake.is_set()
 
     async def _commit(self, work: Work) -> None:
-        change = Accounts()
         batches = [batch for intaken in work.intaken for batch in intaken.batches]
         size = sum(intaken.size for intaken in work.intaken)
         if work.intaken and self._must_refuse(work, size):
@@ -364,7 +363,7 @@ class Spool:
                 await self._commit(Work([], [], work.settlements))
             return
         try:
-            committed = await self.run(self._transact, work, batches, change)
+            committed = await self.run(self._transact, work, batches)
         except sqlite3.Error as error:
             self.pending_bytes -= size
             full = tables.is_full(error) or await asyncio.to_thread(self._is_out_of_room, error, size)
@@ -387,7 +386,7 @@ class Spool:
                 await asyncio.sleep(_IDLE_S)
             return
         segments = committed.segments
-        self.accounts.apply(change)
+        self.accounts = committed.accounts
         self.pending_bytes -= size
         self.last_id += len(segments)
         self.segments += len(segments) - committed.settled
@@ -433,13 +432,12 @@ class Spool:
         elif self.near_cap:
             self.room.clear()
 
-    def _transact(self, db: sqlite3.Connection, work: Work, batches: list[Batch], change: Accounts) -> "_Committed":
-        """One transaction, in the connection's thread. Changes nothing but the file, `change` and, at its end, `_letters`."""
+    def _transact(self, db: sqlite3.Connection, work: Work, batches: list[Batch]) -> "_Committed":
+        """One transaction, in the connection's thread. Changes nothing but the file and, at its end, `_letters`."""
         started = time.perf_counter()
         now = self._clock()
-        # One after the other: uncompressed, all of them at once would be the most that the daemon ever holds.
-        cuts = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
-        segments = [pack(id_, now, ndjson, codes) for id_, (ndjson, codes) in enumerate(cuts, self.last_id + 1)]
+        groups = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
+        segments = pack_all(self.last_id + 1, now, groups)
         # Parts aren't joined again, or a segment that was too large would come back as it was.
         parts = [(part, settled.segments[0]) for settled in work.settlements for part in settled.parts]
         behind = self.last_id + 1 + len(segments)
@@ -449,7 +447,7 @@ class Spool:
         letters += [letter for settlement in work.settlements for letter in settlement.dead_letters]
         gone = [segment for settlement in work.settlements for segment in settlement.segments]
         replayed = {row.id: row for intaken in work.intaken for row in intaken.replayed}
-        _account(change, work)
+        change = changes(work.intaken, work.settlements)
         letter_bytes = sum(letter.size for letter in letters)
         came_bytes = sum(segment.size for segment in segments) + letter_bytes
         went = dropped = NONE
@@ -473,17 +471,19 @@ class Spool:
             kept = Letters(self._letters.rows + len(letters), self._letters.bytes + letter_bytes).less(went)
             if kept.exceed(self._letters_cap):
                 dropped = tables.delete_oldest(db, kept.less(self._letters_cap))
-            tables.write_books(db, self.accounts.dump(self._names, change), self._types_checksum)
+            accounts = self.accounts.after(change)
+            tables.write_books(db, accounts.dump(self._names), self._types_checksum)
             went_bytes = sum(segment.size for segment in gone) + went.bytes + dropped.bytes
             moved_bytes = came_bytes + went_bytes
             used_bytes = tables.measured(db) if self._moved_bytes + moved_bytes > _MEASURE_BYTES else None
         self._letters = kept.less(dropped)
         if work.intaken:
-            self._witness.note(self.accounts.total("accepted") + change.total("accepted"))
+            self._witness.note(accounts.total("accepted"))
         self._reserve.measure()
         seconds = time.perf_counter() - started
         return _Committed(
             segments,
+            accounts,
             settled,
             len(gone) - settled,
             came_bytes - went_bytes,
@@ -604,6 +604,7 @@ class Spool:
 
 class _Committed(NamedTuple):
     segments: list[Segment]
+    accounts: Accounts
     settled: int  # rows
     settled_twice: int  # segments that had no row any more
     grown_bytes: int
@@ -618,22 +619,3 @@ def _fail(futures: Sequence["asyncio.Future[None]"], failure: SpoolError) -> Non
         if not future.done():
             future.set_exception(failure)
             future.exception()  # a door that is gone must not make the loop complain
-
-
-def _account(change: Accounts, work: Work) -> None:
-    """What a commit changes in the books, but for what is replayed."""
-    taken = b"".join([batch.codes for intaken in work.intaken for batch in intaken.batches])
-    refused = bytes([letter.code for intaken in work.intaken for letter in intaken.dead_letters])
-    skipped = b"".join([intaken.skipped for intaken in work.intaken])
-    change.add("accepted", taken + refused + skipped)
-    change.add("waiting", taken)
-    change.add("dead_lettered", refused)
-    change.add("skipped", skipped)
-    for settlement in work.settlements:
-        for segment in settlement.segments:
-            change.remove("waiting", segment.codes)
-        for part in settlement.parts:
-            change.add("waiting", part.codes)
-        change.add("delivered", settlement.delivered)
-        change.add("expired", settlement.expired)
-        change.add("dead_lettered", bytes(letter.code for letter in settlement.dead_letters))
