@@ -136,7 +136,7 @@ class App:
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
             # As it is now: the page may have changed the token meanwhile.
-            self.cohorts = CohortSource(cohort_options(self.config), self.membership)
+            self.cohorts = CohortSource(cohort_options(self.config), self.membership, self.cohorts_problem)
             taking = self.intake if config.mixpanel.export else None
             door = HttpSource(options.http_options(self.config), taking, self.spool, sockets, self.cohorts)
             self.http = await stack.enter_async_context(door)
@@ -154,10 +154,11 @@ class App:
 
     def _cohorts_failed(self, error: BaseException) -> None:
         """Notes why no cohorts are imported. Raises it when nothing else is done here: the process ends."""
-        self.cohorts_problem = redacted(str(error.args[0]) if error.args else repr(error))
+        said, hint = str(error.args[0]) if error.args else repr(error), getattr(error, "hint", "")
+        self.cohorts_problem = redacted(f"{said}; {hint}" if hint else said)
         if not self.config.mixpanel.export:
             raise error
-        log.error("cohorts_failed", error=self.cohorts_problem, hint=getattr(error, "hint", ""))
+        log.error("cohorts_failed", error=self.cohorts_problem)
 
     def _begin_activity(self, stack: contextlib.AsyncExitStack) -> None:
         """Once the spool is ours, and until it is closed: its file stands beside the spool's."""

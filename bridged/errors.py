@@ -57,7 +57,7 @@ class MembershipError(SpoolError):
 
 
 class MembershipDamaged(MembershipError):
-    """It isn't what was written. Events don't depend on it."""
+    """It isn't what was written, or its disk has no room for it. Events don't depend on it."""
 
 
 class UnknownCohort(BridgedError):

@@ -86,7 +86,7 @@ def http_options(config: Config) -> HttpOptions:
         host=host,
         port=port,
         bearer_token=http.bearer_token,
-        max_body=http.max_body,
+        max_body=int(http.max_body),  # as a number of bytes in what is said of it
         tls_cert=http.tls_cert,
         tls_key=http.tls_key,
         limits=HttpLimits(

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from aiohttp import web
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridged.braze import requests
@@ -161,6 +161,11 @@ def verdict(
             SUCCESS | {"errors": [BAD_ID, BAD_ID | {"type": "again"}, {"type": "no array named", "index": 0}]},
             Reject({0: Failure("", "no array named"), 1: Failure("", f"{BAD_ID['type']}; again")}),
         ),
+        # However the position is spelled.
+        (201, SUCCESS | {"errors": [BAD_ID | {"index": "1"}]}, Reject({1: Failure("", BAD_ID["type"])})),
+        (201, SUCCESS | {"errors": [BAD_ID | {"index": 1.0}]}, Reject({1: Failure("", BAD_ID["type"])})),
+        (201, {"message": "success", "errors": [BAD_ID | {"index": "-1"}]}, Split),
+        (201, {"message": "success", "errors": [BAD_ID | {"index": 1.5}]}, Split),
         # Errors that name nobody: all are counted, or it must be found out whom they mean.
         (201, SUCCESS | {"errors": ["something minor"]}, Delivered()),
         (201, SUCCESS | {"attributes_processed": 2, "errors": ["something minor"]}, Split),
@@ -316,6 +321,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     status=st.integers(100, 599),
     answer=st.dictionaries(st.sampled_from(["message", "errors", "attributes_processed"]), json_values)

@@ -1,8 +1,11 @@
 """`bridged cohorts`, its API, its metrics and its lines in the status, against a daemon that imports cohorts."""
 
 import asyncio
+import contextlib
 import io
 import json
+import os
+import subprocess
 
 import pytest
 from cohort_sender import Sender, session
@@ -166,6 +169,23 @@ async def test_forget_takes_a_cohort_out_of_braze(synced, braze, command, monkey
     assert in_braze(braze, "Trial \x1b[31m") == USERS[10:]
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("show", ""), 2, "bridged cohorts list"),
+        (("show", "plan"), 2, "no cohort 'plan'"),
+        (("allow", "x"), 2, "expected a number, got 'x'"),
+        (("allow", "0"), 2, "at least 1"),
+        (("allow", "9" * 14), 2, "at most 1,000,000,000,000"),
+    ],
+)
+async def test_slips_of_a_person_are_told_in_words(synced, command, words, code, said):
+    """Not in those of the API, or of the code."""
+    found, output, error = await command(synced, "cohorts", *words)
+    assert (found, output) == (code, "")
+    assert said in error
+
+
 async def test_without_cohorts_the_command_says_so(daemon, command):
     """Not a traceback, but what to set."""
     app = await daemon()
@@ -220,6 +240,39 @@ async def test_orders_that_make_no_sense_change_nothing(synced, client, braze):
         assert answer.status == 404
     await in_step(synced)
     assert braze.summary().points == before
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A tmpfs of 2 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and not os.environ.get("CI"), reason="mounting takes root")
+async def test_a_full_disk_at_the_start_is_told_as_what_it_is(small, daemon, importing, client, command):
+    """Nobody is told to move a good file away: with some space it goes on where it was."""
+    config = importing | {"cohorts__path": str(small / "cohorts.db")}
+    app = await daemon(**config)
+    await Sender(client, f"http://{app.config.sources.http.listen}").take(session("members", USERS))
+    await in_step(app)
+    await app.__aexit__(None, None, None)
+    with contextlib.suppress(OSError), (small / "filling").open("wb", buffering=0) as filling:
+        while True:
+            filling.write(bytes(4096))
+    app = await daemon(**config)
+    assert app.membership is None
+    _, output, _ = await command(app, "status")
+    assert "its disk is full: free some space" in output
+    assert "move it away" not in output
+    await app.__aexit__(None, None, None)
+    (small / "filling").unlink()
+    app = await daemon(**config)
+    assert app.membership.figures.in_braze == len(USERS)
+    await app.__aexit__(None, None, None)
 
 
 async def test_a_damaged_file_is_told_everywhere(daemon, importing, client, command):

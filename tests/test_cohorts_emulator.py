@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridged.braze.requests import Target, announce, change_members, track
@@ -422,6 +422,7 @@ async def test_everything_can_be_read_and_changed_over_http(client):
 values = st.none() | st.lists(st.sampled_from("abcd"), max_size=5) | st.sampled_from("abcd").map(lambda x: {"add": [x]})
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["u1", "u2", "gone"]), values), max_size=20))
 def test_the_workspace_holds_what_was_written(writes):
     """Against a dict that does the same: any history of arrays ends with the same sets, and the bill is the sum."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -187,10 +188,10 @@ async def test_a_bad_key_halts_and_a_good_one_resumes(
     ids = [f"user-{number}" for number in range(300)]
     await post(app, client, body("members", ids))
     writer = app.cohort_writer
-    await until(lambda: writer.state == "halted")
+    await until(lambda: writer.state == "halted", "the halt", 30)
     assert "rest_key" in writer.problem
     seen = braze.summary().requests
-    await until(lambda: braze.summary().requests > seen + 2)
+    await until(lambda: braze.summary().requests > seen + 2, "three probes", 30)
     assert app.membership.figures.joining == 300
     assert app.membership.figures.points_today <= 1
     braze.credentials(rest_key=KEY)
@@ -296,6 +297,18 @@ async def test_what_mixpanel_is_told(importer: Importer, client: aiohttp.ClientS
     assert (status, answer["status"]) == (401, "failure")
     for header in ("", "Basic", "Basic ###", "Bearer webhook-password"):
         assert (await post(app, client, body("members", ["a"]), Authorization=header))[0] == 401
+    url = f"http://127.0.0.1:{app.http.port}{PATH}"
+    async with client.get(url, headers={"Authorization": BASIC}) as answer:
+        said = await answer.json()
+        assert (answer.status, said["status"], said["error"]["code"]) == (405, "failure", 405)
+        assert answer.headers["Allow"] == "POST"
+    async with client.post(url, data=b"{}", headers={"Authorization": BASIC, "Content-Encoding": "br"}) as answer:
+        said = await answer.json()
+        assert (answer.status, said["status"]) == (415, "failure")
+        assert "gzip" in said["error"]["message"]
+    async with client.post(url, data=io.BytesIO(b" " * (17 * 2**20)), headers={"Authorization": BASIC}) as answer:
+        assert answer.status == 413
+        assert "larger than 16777216 bytes" in (await answer.json())["error"]["message"]
     assert (await post(app, client, body("add_members", [])))[0] == 200
     app.membership.options = msgspec.structs.replace(app.membership.options, max_bytes=1)
     await post(app, client, body("add_members", ["a"]))
@@ -312,6 +325,9 @@ async def test_cohorts_only(importer: Importer, braze: BrazeEmulator, client: ai
     assert braze.membership("mixpanel_cohorts") == {"a": {"Power users"}}
     async with client.post(f"http://127.0.0.1:{app.http.port}/v1/currents", json={"events": []}) as response:
         assert response.status == 404
+        # Who looks for events here is told that there are none, and where cohorts go.
+        assert "mixpanel.export is false" in (said := await response.text())
+        assert PATH in said
 
 
 async def test_export_only(daemon: Daemon, client: aiohttp.ClientSession) -> None:
@@ -341,7 +357,13 @@ async def test_a_damaged_file_stops_cohorts_and_nothing_else(
     app = await importer()
     assert app.membership is None
     assert "cohorts.db" in app.cohorts_problem
-    assert (await post(app, client, body("members", ["a"])))[0] == 503
+    status, answer = await post(app, client, body("members", ["a"]))
+    assert status == 503
+    # Of the truth, not of the switch; and only to who knows the password.
+    assert "not a database" in answer["error"]["message"]
+    status, answer = await post(app, client, body("members", ["a"]), Authorization="Basic d3Jvbmc6d3Jvbmc=")
+    assert status == 401
+    assert "database" not in answer["error"]["message"]
     async with client.post(f"http://127.0.0.1:{app.http.port}/v1/currents", json={"events": []}) as response:
         assert response.status == 200
     with pytest.raises(MembershipDamaged):
@@ -366,7 +388,9 @@ async def test_damage_found_while_it_runs(
         await membership._guarded(fail)
     await until(lambda: app.cohorts_problem)
     assert membership.failed
-    assert (await post(app, client, body("members", ["b"], "s2")))[0] == 503
+    status, answer = await post(app, client, body("members", ["b"], "s2"))
+    assert status == 503
+    assert "malformed" in answer["error"]["message"]
     assert not running.done()
     stop.set()
     await running

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridged.cohorts import webhook
@@ -102,7 +102,8 @@ def test_ids_longer_than_braze_takes_are_counted() -> None:
 @pytest.mark.parametrize(
     ("sent", "why"),
     [
-        (b"", "not JSON"),
+        (b"", "the body is empty"),
+        (b" \n", "the body is empty"),
         (b"{", "not JSON"),
         (b"[]", "expected action and parameters"),
         (b'{"action": "members"}', "parameters is missing"),
@@ -134,6 +135,25 @@ def test_half_a_character_costs_only_its_member() -> None:
     assert (page.ids, page.no_id, page.name) == (["a", "c\N{GRINNING FACE}"], 1, "")
 
 
+@pytest.mark.parametrize(
+    ("change", "ids"),
+    [
+        (lambda sent: b"\xef\xbb\xbf" + sent, ["a", "b"]),
+        (lambda sent: sent.replace(b'"Ada"', b"NaN"), ["a", "b"]),
+        (lambda sent: sent.replace(b'"Ada"', b"-Infinity"), ["a", "b"]),
+        (lambda sent: sent.replace(b"Ada", b"Ad\xc3"), ["a", "b"]),
+        (lambda sent: sent.replace(b'"b"', b'"b\xf0\x9f"'), ["a"]),
+        (lambda sent: sent.replace(b'"b"', b"NaN"), ["a"]),
+        (lambda sent: sent + b"\r\n", ["a", "b"]),
+    ],
+)
+def test_what_other_readers_take_for_json_pauses_no_sync(change: Any, ids: list[str]) -> None:
+    """A mark of the encoding, numbers that are none, characters cut in half: at most they cost their member."""
+    sent = body([{"mixpanel_distinct_id": "a", "name": "Ada"}, {"mixpanel_distinct_id": "b"}])
+    page = READER.read(change(sent))
+    assert (page.ids, page.received) == (ids, 2)
+
+
 def test_nobody_to_add_is_nothing_to_do() -> None:
     """Quiet intervals still call with empty lists, and perhaps with none."""
     for action in ("add_members", "remove_members"):
@@ -161,6 +181,7 @@ names = st.sampled_from(["mixpanel_distinct_id", "$distinct_id", "distinct_id", 
 sent_members = st.lists(st.dictionaries(names, values, max_size=4) | values, max_size=8)
 
 
+@settings(deadline=None)
 @given(sent_members, values, values, st.sampled_from(webhook.ACTIONS))
 def test_whatever_the_members_are_all_are_counted(members: list[Any], info: Any, name: Any, action: str) -> None:
     """Received == usable + no_id + too_long, whatever stands in a page; and every id is text that SQLite gives back."""
@@ -172,6 +193,7 @@ def test_whatever_the_members_are_all_are_counted(members: list[Any], info: Any,
     msgspec.json.encode(page.ids)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode()))
 def test_whatever_comes_is_a_page_or_a_bad_request(sent: bytes) -> None:
     """Nothing else is ever raised."""

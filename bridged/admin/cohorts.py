@@ -137,6 +137,8 @@ def trouble(app: "App") -> tuple[str, str]:
 def sentence(state: str, problem: str, figures: Figures) -> str:
     """What the import does, in words."""
     held = f"{figures.in_braze:,} of {figures.members:,} memberships in Braze"
+    if refused := figures.rejected + figures.rejected_leaving:
+        held += f", {refused:,} refused by it"
     due = f"{figures.due:,} to write"
     spent = f"{figures.points_today:,} data points today"
     match state:
@@ -179,7 +181,7 @@ class CohortsApi:
         return self._app.membership
 
     async def _list(self, request: web.Request) -> web.Response:
-        cohorts, status = await self._membership.cohorts(), cohorts_status(self._app)
+        cohorts, status = self._membership.rows, cohorts_status(self._app)
         assert status is not None  # there is a membership
         return json(Overview(sentence=status.sentence, figures=status.figures, writer=status.writer, cohorts=cohorts))
 

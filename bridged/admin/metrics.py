@@ -80,6 +80,9 @@ class _BridgedCollector(Collector):
 
     def _events(self) -> Iterator[Metric]:
         app, accounts = self._app, self._app.spool.accounts
+        yield _gauge(
+            "export", "1 when events are taken ([mixpanel] export); 0: cohorts only.", app.config.mixpanel.export
+        )
         # What becomes of a type's events is counted from their acceptance on.
         types = sorted(
             {UNKNOWN_CODE, UNDECODABLE_CODE} | {code for code, count in accounts.counts["accepted"].items() if count}

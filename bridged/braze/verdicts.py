@@ -56,6 +56,8 @@ from bridged.mixpanel.verdicts import (
 _QUOTE_BYTES: Final = 8192
 _SECONDS: Final = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*")
 
+_DIGITS: Final = re.compile(r"[0-9]{1,9}")
+
 _HALTS: Final = {
     401: (
         "Braze doesn't accept the key. Check that [braze] rest_key (or partner_key and data_import_key) is spelled"
@@ -175,16 +177,20 @@ def _named(errors: Any, objects: int) -> dict[int, Failure] | None:
     """The objects that errors name, in order; None when one of them names none of ours."""
     found: dict[int, list[Any]] = {}
     for error in errors if isinstance(errors, list) else [errors]:
-        index = error.get("index") if isinstance(error, dict) else None
-        if (
-            not isinstance(index, int)
-            or isinstance(index, bool)
-            or not 0 <= index < objects
-            or error.get("input_array", "attributes") != "attributes"
-        ):
+        index = _index(error.get("index")) if isinstance(error, dict) else None
+        if index is None or index >= objects or error.get("input_array", "attributes") != "attributes":
             return None
         found.setdefault(index, []).append(error)
     return {index: _merged(found[index], {}) for index in sorted(found)} or None
+
+
+def _index(value: Any) -> int | None:
+    """A position, as the number that it is, or spelled in digits."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _merged(errors: Any, answer: dict[str, Any]) -> Failure:

@@ -44,7 +44,6 @@ _MAX_PENDING_BYTES: Final = 32 * 2**20
 _SHARE: Final = 0.9
 _FULL_RETRY_S: Final = 1.0
 _PLAN_ROWS: Final = 100_000
-_DAMAGED: Final = "move it away, reconnect the cohorts in Mixpanel for a full sync, and see the run book"
 
 
 class MembershipOptions(Struct, frozen=True, kw_only=True):
@@ -121,7 +120,8 @@ class Membership:
         except BaseException as error:
             await self._db.close()
             if isinstance(error, sqlite3.Error):
-                raise MembershipDamaged(f"can't open the cohorts' file {path}: {error}", _DAMAGED) from error
+                why = f"can't open the cohorts' file {path}: {error}"
+                raise MembershipDamaged(why, tables.remedy(error, path)) from error
             raise
 
     def _prepare(self, db: sqlite3.Connection) -> None:
@@ -182,8 +182,7 @@ class Membership:
 
         Raises MembershipError at once when there is no room.
         """
-        if self._failure is not None or self._closing:
-            raise MembershipError("the cohorts' file is closed")
+        self._demand_open()
         if self.full:
             raise MembershipError(self.full, "raise cohorts.max_bytes, or free space on its disk")
         ids = msgspec.json.encode(page.ids).decode()
@@ -233,10 +232,6 @@ class Membership:
         return datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
 
     # -- for people ---------------------------------------------------------------------------------------------------
-
-    async def cohorts(self) -> list[CohortRow]:
-        """All cohorts, as of the last commit."""
-        return self.rows
 
     async def show(self, key: str) -> CohortDetail:
         """One cohort and its sessions. Raises UnknownCohort."""
@@ -321,8 +316,7 @@ class Membership:
 
     async def _guarded(self, function: Callable[..., T], *args: Any) -> T:
         """A transaction that doesn't wait for the writer, with a look at the counts behind it."""
-        if self._failure is not None or self._closing:
-            raise MembershipError("the cohorts' file is closed")
+        self._demand_open()
 
         def both(db: sqlite3.Connection) -> T:
             result = function(db, *args)
@@ -363,9 +357,16 @@ class Membership:
                     if not future.done():
                         future.set_exception(MembershipError("the cohorts' file failed"))
             if isinstance(error, sqlite3.Error):
-                path = self.options.path
-                raise MembershipDamaged(f"the cohorts' file {path} can't be trusted: {error}", _DAMAGED) from error
+                path = Path(self.options.path)
+                why = f"the cohorts' file {path} can't be trusted: {error}"
+                raise MembershipDamaged(why, tables.remedy(error, path)) from error
             raise
+
+    def _demand_open(self) -> None:
+        if self._failure is not None:
+            raise MembershipError(f"the cohorts' file {self.options.path} failed: {self._failure}", "see bridged's log")
+        if self._closing:
+            raise MembershipError("the cohorts' file is closed: bridged is stopping")
 
     def _demand_trust(self) -> None:
         if self._distrusted is not None:
@@ -450,20 +451,18 @@ class Membership:
 
     def _look(self, db: sqlite3.Connection) -> None:
         """Reads the counts anew, in the connection's thread, after whatever may have changed them."""
-        rows = looking.rows(db)
+        self.rows = rows = looking.rows(db)
         budget = taking.budget(db, self.day(), self.options.max_points_per_day)
         used = looking.used_bytes(db)
-        limit = int(self.options.max_bytes * _SHARE)
         near = f"the cohorts' file is near its cap: {used:,} of {self.options.max_bytes:,} bytes in {self.options.path}"
-        self.full = near if used >= limit else ""
-        self.rows = rows
+        self.full = near if used >= int(self.options.max_bytes * _SHARE) else ""
         self.figures = looking.figures(
             rows, self._waiting, budget, used, commits=self._commits, seconds=self._commit_seconds
         )
 
     def _is_full(self, error: sqlite3.Error) -> None:
         """Notes that there is no room. Raises the error if it is another one: then the file can't be trusted any more."""
-        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+        if not tables.is_full(error, Path(self.options.path)):
             raise error
         self.full = f"there is no room for the cohorts' file {self.options.path}: {error}"
         log.error("cohorts_full", error=str(error), path=self.options.path)

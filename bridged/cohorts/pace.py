@@ -39,7 +39,7 @@ class Pace:
         return max(0.0, wait_s)
 
     def sent(self, now_s: float) -> float:
-        """A request goes; gives what `failed` wants to know of it."""
+        """A request goes; gives what `failed` and `succeeded` want to know of it."""
         if self._left is not None:
             self._left -= 1
             if now_s >= self._resets_at:
@@ -53,8 +53,10 @@ class Pace:
         self._left = limit.remaining - in_flight
         self._resets_at = now_s + min(limit.resets_in_s, _MAX_WINDOW_S)
 
-    def succeeded(self) -> None:
-        """Braze took something: everybody may go."""
+    def succeeded(self, sent_at_s: float) -> None:
+        """Braze took something: everybody may go. What had left before it failed says nothing of that failure."""
+        if sent_at_s < self._failed_at:
+            return
         self.failures = 0
         self.until_s = 0.0
         self.reason = ""

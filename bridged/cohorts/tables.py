@@ -16,6 +16,7 @@ leaves, so that nobody whom Braze may have is ever forgotten. A row that is out 
 """
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ PAGE_BYTES: Final = 4096
 APPLICATION_ID: Final = 0x62726300
 _WAL_BYTES: Final = 64 * 2**20
 _CACHE_KB: Final = 32768
+_NO_ROOM_BYTES: Final = 2**20
 
 COUNTS: Final = ("in_braze", "joining", "leaving", "rejected", "rejected_leaving")
 DUE: Final = "wanted <> sent AND rejected = 0"
@@ -143,6 +145,26 @@ def set_up(db: sqlite3.Connection, path: Path, max_bytes: int) -> None:
             db.execute(f"PRAGMA user_version = {NEWEST}")
     for statement in SCRATCH:
         db.execute(statement)
+
+
+def is_full(error: sqlite3.Error, path: Path) -> bool:
+    """Whether an error says that there is no room. Without any, SQLite's index of the WAL fails with an error of I/O."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    if code == sqlite3.SQLITE_FULL or code & 0xFF not in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+        return code == sqlite3.SQLITE_FULL
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(path.parent)
+        return disk.f_bavail * disk.f_frsize < _NO_ROOM_BYTES
+    return False
+
+
+def remedy(error: sqlite3.Error, path: Path) -> str:
+    """What a person can do about a file that can't be used."""
+    if is_full(error, path):
+        return "its disk is full: free some space, and start bridged again"
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return "move it away, start bridged again, and reconnect the cohorts in Mixpanel for a full sync"
+    return "look at its disk and its permissions, and start bridged again"
 
 
 def collect(db: sqlite3.Connection, among: str, values: Sequence[object] = ()) -> None:

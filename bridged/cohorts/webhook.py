@@ -92,6 +92,8 @@ class Reader:
 
     def read(self, body: bytes) -> Page:
         """The page in a body. Raises BadRequest, which says what is wrong, in Mixpanel's own names."""
+        if not body or body.isspace():
+            raise BadRequest("the body is empty: expected JSON with action and parameters")
         try:
             return self._read(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -169,16 +171,17 @@ class Reader:
 
 
 def _mended(body: bytes) -> bytes | None:
-    """A body with half a character in it: a property that was cut off within an emoji is no reason to pause a sync.
+    """What other readers take for JSON: a mark of the encoding before it, NaN, half a character, bytes that are none.
 
-    NUL takes its place, so that an id with it is no id. None: that isn't what is wrong with it.
+    A property that was cut off within an emoji is no reason to pause a sync. NUL takes the place of what is no character, so
+    that an id with it is no id. None: it isn't JSON to anybody.
     """
     try:
-        text = json.dumps(json.loads(body), ensure_ascii=False)
+        said = json.loads(body.decode("utf-8-sig", "surrogateescape"), parse_constant=lambda _: None)
+        text = json.dumps(said, ensure_ascii=False)
     except (ValueError, RecursionError):
         return None
-    halves = re.compile("[\ud800-\udfff]")
-    return halves.sub(r"\\u0000", text).encode() if halves.search(text) else None
+    return re.sub("[\ud800-\udfff]", r"\\u0000", text).encode()
 
 
 def action_of(body: bytes) -> str:

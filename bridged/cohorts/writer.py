@@ -339,7 +339,7 @@ class CohortWriter:
         elif isinstance(verdict, Halt):
             self.problem = verdict.reason
         else:
-            self.pace.succeeded()
+            self.pace.succeeded(sent_at)
         return verdict
 
     def _request(self, parcel: _Parcel) -> Request:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import msgspec
 
 from bridged import config
-from bridged.admin.cohorts import MAX_LISTED, Overview, Refusals
+from bridged.admin.cohorts import MAX_LISTED, MAX_POINTS, Overview, Refusals
 from bridged.cohorts.records import CohortDetail, CohortRow, Plan, Refusal, RoundRow
 from bridged.commands.client import Daemon
 from bridged.commands.dead_letters import UsageError
@@ -28,6 +28,8 @@ examples:
 A cohort is project:cohort, or the cohort's id alone where one project has it.
 """
 
+# Other addresses of the API.
+_NO_COHORTS = ("", "plan", "refusals")
 _REFUSALS_SHOWN = 20
 _ROUNDS_SHOWN = 10
 
@@ -75,6 +77,8 @@ def _list(daemon: Daemon, arguments: argparse.Namespace) -> int:
 
 
 def _show(daemon: Daemon, arguments: argparse.Namespace) -> int:
+    if arguments.cohort in _NO_COHORTS:
+        raise UsageError(f"no cohort {arguments.cohort!r}", "`bridged cohorts list` has their keys, e.g. 117:777")
     path = f"/api/cohorts/{quote(arguments.cohort, safe=':')}"
     if arguments.json:
         return _raw(daemon.ask(path, msgspec.Raw))
@@ -210,7 +214,12 @@ def _refusals_of(daemon: Daemon, key: str) -> list[Refusal]:
 
 
 def _points(text: str) -> int:
-    number = int(text.replace("_", "").replace(",", ""))
+    try:
+        number = int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if number > MAX_POINTS:
+        raise argparse.ArgumentTypeError(f"at most {MAX_POINTS:,}; without a number as many as are due")
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1; without a number as many as are due")
     return number

@@ -33,12 +33,13 @@ class CohortOptions(Struct, frozen=True, kw_only=True):
 
 
 class CohortSource:
-    """Takes one body at a time, up to its commit. `membership` None: cohorts are off."""
+    """Takes one body at a time, up to its commit. `membership` None: cohorts are off, or have a `problem`."""
 
-    def __init__(self, options: CohortOptions, membership: Membership | None) -> None:
+    def __init__(self, options: CohortOptions, membership: Membership | None, problem: str = "") -> None:
         self.pages = 0
         self.failures: dict[int, int] = {}  # by status
         self._membership = membership
+        self._problem = problem
         self.use(options)
 
     def use(self, options: CohortOptions) -> None:
@@ -48,16 +49,21 @@ class CohortSource:
 
     def authorize(self, header: str) -> None:
         """Looks at an Authorization header. Raises Unauthorized, and MembershipError while cohorts are off."""
+        if self._credential is not None:
+            self._demand_credential(header, self._credential)
         if self._membership is None:
-            raise MembershipError("cohorts are not imported here", "set cohorts.enabled")
-        if self._credential is None:
-            return
+            problem = f"no cohorts are imported for now: {self._problem}"
+            raise MembershipError(
+                problem if self._problem else "no cohorts are imported here: cohorts.enabled is false"
+            )
+
+    def _demand_credential(self, header: str, wanted: bytes) -> None:
         scheme, _, given = header.partition(" ")
         try:
             pair = base64.b64decode(given.strip(), validate=True)
         except (binascii.Error, ValueError):
             pair = b""
-        if not hmac.compare_digest(pair, self._credential) or scheme.lower() != "basic":
+        if not hmac.compare_digest(pair, wanted) or scheme.lower() != "basic":
             raise Unauthorized("wrong or missing user name and password", "they are [cohorts] username and password")
 
     async def take(self, body: bytes) -> bytes:
@@ -73,7 +79,10 @@ class CohortSource:
 
     def refusal(self, error: BridgedError, body: bytes) -> bytes:
         """The answer's body for an error; `body` as far as it came."""
-        status = error.http_status
+        said = f"{error.args[0]}: {error.hint}" if error.hint else str(error.args[0])
+        return self.refused(error.http_status, said, body)
+
+    def refused(self, status: int, said: str, body: bytes) -> bytes:
+        """The same for a status and why."""
         self.failures[status] = self.failures.get(status, 0) + 1
-        message = redacted(f"{error.args[0]}: {error.hint}" if error.hint else str(error.args[0]))
-        return webhook.failure(webhook.action_of(body) if body else "", message, status)
+        return webhook.failure(webhook.action_of(body) if body else "", redacted(said), status)

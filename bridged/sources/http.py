@@ -252,8 +252,14 @@ class HttpSource:
 
     async def _accept(self, request: web.BaseRequest, connection: HttpConnection) -> None:
         """Takes one request up to its commit. Raises what its answer says, ConnectionError when the client is gone."""
-        if request.path.rstrip("/") != PATH or self._intake is None:
-            raise web.HTTPNotFound(text=f"nothing here; Currents events go to POST {PATH}")
+        if self._intake is None:
+            raise web.HTTPNotFound(
+                text=f"no events are taken: mixpanel.export is false; cohorts go to POST {cohorts.PATH}"
+            )
+        if request.path.rstrip("/") != PATH:
+            raise web.HTTPNotFound(
+                text=f"nothing here; Currents events go to POST {PATH}, cohorts to POST {cohorts.PATH}"
+            )
         if self._credential is not None:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             token = given.strip().encode("utf-8", "surrogateescape")
@@ -294,6 +300,9 @@ class HttpSource:
         except BridgedError as error:
             status, said = error.http_status, source.refusal(error, body)
             headers = self._headers_of(error, 'Basic realm="bridged"')
+        except web.HTTPException as error:
+            status, said = error.status, source.refused(error.status, error.text or error.reason, body)
+            headers = {"Allow": "POST"} if error.status == 405 else {}
         return web.Response(body=said, status=status, headers=headers, content_type="application/json")
 
     async def _body(self, request: web.BaseRequest, connection: HttpConnection) -> bytes:
