@@ -228,6 +228,9 @@ async def test_a_save(daemon, client, config, emulator):
     assert told["overridden"] == ["events.names", "mixpanel.naming"]
     assert app.activity.entries[-1].kind == "settings"
     assert "mixpanel.naming is current (was seed)" in app.activity.entries[-1].text
+    assert (await put(client, app, set={"mixpanel.project_id": "7"}))[0] == 200
+    assert app.activity.entries[-1].text == "Settings were saved: mixpanel.project_id is 7 (was empty)"
+    assert (await put(client, app, remove=["mixpanel.project_id"]))[0] == 200
     async with client.get(base(app) + "/api/settings/export") as got:
         assert tomllib.loads(await got.text())["mixpanel"] == {"naming": "current"}
         assert "attachment" in got.headers["Content-Disposition"]
@@ -266,6 +269,35 @@ async def test_a_save_that_cannot_be(daemon, client):
     assert (await put(client, app, set={"mixpanel.token": ""}))[0] == 400
     for body in ({}, {"set": 1}, {"other": {}}, []):
         assert (await say(client, app, "PUT", "/api/settings", body))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "said"),
+    [
+        ("/api/settings", {"set": 1}, "set: expected an object {...}, not a whole number"),
+        ("/api/settings", {"remove": "x"}, "remove: expected a list [...], not text"),
+        ("/api/settings", {"remove": [True]}, "remove[0]: expected text, not true or false"),
+        ("/api/settings", {"sett": {}}, "there is no 'sett' here"),
+        ("/api/settings", [], "expected an object {...}, not a list [...]"),
+        ("/api/settings", {"revision": "x"}, "revision: expected a whole number or null, not text"),
+        (
+            "/api/events/users.messages.email.Open",
+            {"transform": {"a": "b"}},
+            "transform[...]: 'b' is none of its values",
+        ),
+    ],
+)
+async def test_a_body_of_another_shape(daemon, client, path, sent, said):
+    """What is wrong and where, in words that aren't a library's; nothing has changed."""
+    app = await daemon()
+    status, told = await say(client, app, "PUT", path, sent)
+    assert (status, told) == (
+        400,
+        {"error": f"the body can't be understood: {said}", "hint": "nothing was changed"},
+    )
+    async with client.put(base(app) + path, data=b'{"set', headers={"Content-Type": "application/json"}) as got:
+        assert (await got.json())["error"] == "the body can't be understood: it is no whole JSON"
+    assert app.saved.values == {}
 
 
 async def test_what_the_configuration_says_is_not_the_pages_fault(daemon, client):

@@ -362,9 +362,10 @@ def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal:
         since = time.strftime(
             "%H:%M" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M", time.localtime(halted.since)
         )
-        http = f", HTTP {halted.status}" if halted.status else ""
+        # With a status, the reason begins with it.
+        why = f", HTTP {halted.reason}" if halted.status else f": {halted.reason}"
         refused = f". New events are refused: {refusal}" if refusal else ""
-        return "halted", f"Halted since {since}{http}: {halted.reason}. {waiting} safe on disk{refused}"
+        return "halted", f"Halted since {since}{why}. {waiting} safe on disk{refused}"
     if refusal:
         return "refusing", f"Refusing new events: {refusal}; {waiting} waiting"
     if not well.ready:
