@@ -254,6 +254,33 @@ def test_a_stranger_connects_braze_and_mixpanel_with_the_page_alone(eyes: Eyes, 
     assert len(fresh.arrived()) == 25
 
 
+def test_a_project_that_lives_in_another_region(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """The test of the connection finds the region; one button chooses it; nothing went anywhere before it was saved."""
+    europe = bridge()  # for its Mixpanel
+    fresh = bridge(connected=False, europe=europe.mixpanel)
+    fresh.mixpanel_accepts(service_secret="another")
+    page = eyes.open(fresh, "connection")
+    for name, value in {
+        "Project token": TOKEN,
+        "Service account user name": ACCOUNT,
+        "Service account secret": SECRET,
+        "Project ID": PROJECT,
+    }.items():
+        box(page, name).fill(value)
+    press(page, "Test connection")
+    expect(page.locator(".callout.bad")).to_contain_text("The project lives in another region")
+    eyes.shot(page, "another-region")
+    press(page, "Use EU")
+    expect(box(page, "Data residency")).to_have_value("eu")
+    press(page, "Test connection")
+    expect(page.locator(".callout.good")).to_contain_text("It works")
+    press(page, "Save")
+    told(page, "Saved, and in force at once.")
+    assert fresh.post([currents(OPEN, seed=n) for n in range(3)]) == 200
+    until(lambda: len(europe.arrived()) == 3, "three events in the EU")
+    assert fresh.arrived() == []
+
+
 def test_a_refused_credential_from_start_to_resume(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """Mixpanel refuses, the page says so and how long there is; the new secret is entered; everything that waited arrives."""
     mine = bridge()
@@ -595,8 +622,16 @@ def test_who_has_no_token_stays_outside(eyes: Eyes, bridge: Callable[..., Bridge
     expect(other.get_by_role("heading", level=1)).to_have_text("Activity")
     page.bring_to_front()
     press(page, "Log out")
-    expect(box(page, "Admin token")).to_be_visible()
-    expect(box(other, "Admin token")).to_be_visible()
+    expect(page.get_by_text("You are logged out.")).to_be_visible()
+    expect(other.get_by_text("Your session has ended")).to_be_visible()
+    box(page, "Admin token").fill("correct horse battery staple")
+    press(page, "Log in")
+    expect(sentence(page)).to_contain_text("Idle")
+    other.evaluate("dispatchEvent(new Event('focus'))")  # as when its window is looked at
+    expect(other.get_by_role("heading", level=1)).to_have_text("Activity")
+    mine.end("daemon", signal.SIGKILL)
+    mine.start()
+    expect(page.get_by_text("Your session has ended")).to_be_visible()
 
 
 def test_an_ordinary_day_is_drawn(eyes: Eyes, flowing: Bridge) -> None:

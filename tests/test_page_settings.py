@@ -195,6 +195,17 @@ async def test_single_keys_that_are_unknown_or_wrong(config, tmp_path):
     assert (tmp_path / "spool.db.settings.toml").read_text() == text
 
 
+@pytest.mark.parametrize("change", [lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n")])
+def test_what_an_editor_does_to_the_file(tmp_path, change):
+    """A mark at its beginning, or other ends of lines, cost nothing: it says what it said."""
+    file = Saved(str(tmp_path / "any.db"))
+    found, _ = checked({"mixpanel.naming": "current", "events.names": {"users.messages.email.Send": "Sent \u00e9"}})
+    file.write(found)
+    file.path.write_bytes(change(file.path.read_bytes()))
+    file.read(set_aside=True)
+    assert (file.values, file.problem) == (found, "")
+
+
 async def test_saved_settings_that_contradict_the_configuration(config, tmp_path):
     """The configuration alone is in force, and why is told."""
     (tmp_path / "spool.db.settings.toml").write_text('[mixpanel]\nservice_account = "robot"\n')
@@ -395,6 +406,7 @@ async def test_a_secret_goes_in_and_not_out(daemon, client, emulator):
     assert app.saved.path.stat().st_mode & 0o777 == 0o600
     _, told = await say(client, app, "GET", "/api/connection")
     assert (told["credential"], told["credential_from"]) == ("API secret", "page")
+    assert (await say(client, app, "GET", "/api/status"))[1]["reload"]["credential_from"] == "page"
 
 
 async def test_a_secret_is_not_sent_elsewhere(daemon, client, emulator):
