@@ -772,6 +772,8 @@ def test_every_state_is_accessible(eyes: Eyes, bridge: Callable[..., Bridge], ax
     locked.end()
     page.keyboard.press("Escape")
     expect(page.get_by_text("The daemon doesn't answer.")).to_be_visible()
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    expect(page.get_by_text("The daemon doesn't answer.")).to_be_in_viewport()
     look(page, eyes, "state-lost", sights)
 
     mine = bridge(cohort_points=3)

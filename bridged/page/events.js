@@ -319,6 +319,7 @@ function typeDialog(eventType, type, revision, changed, sendTest) {
     if (name.value.trim() !== base.name) name.value = base.name;
     for (const key of Object.keys(chosen)) delete chosen[key];
     Object.assign(chosen, base.transform);
+    sent = "";
     if (drawn) drawRules();
     fill(conflict);
   }
