@@ -388,7 +388,7 @@ def _change(name: str, before: Config, after: Config) -> str:
     old, new = value_at(before, key.path), value_at(after, key.path)
     if not isinstance(new, str | int | float):
         return name
-    return f"{name} is {new!s} (was {old!s})"
+    return f"{name} is {str(new) or 'empty'} (was {str(old) or 'empty'})"
 
 
 async def _end(task: "asyncio.Task[None]") -> None:

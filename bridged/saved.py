@@ -97,7 +97,7 @@ class Saved:
         """Reads the file. Never raises: `problem` says what is wrong. A file that makes no sense is renamed, if so wished."""
         self.values, self.problem = {}, ""
         try:
-            raw = tomllib.loads(self.path.read_text(encoding="utf-8"))
+            raw = tomllib.loads(self.path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
         except FileNotFoundError:
             return
         except OSError as error:

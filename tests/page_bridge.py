@@ -37,15 +37,25 @@ class Bridge:
     """The two processes, and the senders' and the operator's way to them. Ends what it has started."""
 
     def __init__(
-        self, folder: Path, *, connected: bool = True, admin_token: str = "", cohort_points: int | None = None
+        self,
+        folder: Path,
+        *,
+        connected: bool = True,
+        admin_token: str = "",
+        cohort_points: int | None = None,
+        europe: str = "",
     ) -> None:
-        """With `cohort_points`, cohorts are imported too, into an emulated Braze, and so many data points a day are paid for."""
+        """With `cohort_points`, cohorts are imported too, into an emulated Braze, and so many data points a day are paid for.
+
+        With `europe`, no address is configured: the regions are our emulator and, for the EU, that address.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.admin_token = folder, admin_token
         self.braze = f"127.0.0.1:{free_port()}" if cohort_points is not None else ""
         self.mixpanel = f"http://127.0.0.1:{free_port()}"
         self.http = f"http://127.0.0.1:{free_port()}"
         self.admin = f"http://127.0.0.1:{free_port()}"
+        self._regions = {"us": self.mixpanel, "in": self.mixpanel, "eu": europe} if europe else {}
         credential = (
             f'token = "{TOKEN}"\nservice_account = "{ACCOUNT}"\nservice_secret = "{SECRET}"\nproject_id = "{PROJECT}"'
         )
@@ -66,7 +76,7 @@ listen = "{self.http[7:]}"
 [sources.stream]
 listen = []
 [mixpanel]
-url = "{self.mixpanel}"
+url = "{"" if europe else self.mixpanel}"
 {credential if connected else ""}
 [spool]
 path = "{folder}/spool.db"
@@ -103,9 +113,13 @@ listen = "{self.admin[7:]}"
     def _start(self, name: str, *arguments: str) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
         environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        program = ["-m", "bridged"]
+        if self._regions and name == "daemon":
+            elsewhere = f"from bridged.mixpanel.requests import HOSTS; HOSTS.update({self._regions})"
+            program = ["-c", f"{elsewhere}\nimport runpy; runpy.run_module('bridged', run_name='__main__')"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self._children[name] = subprocess.Popen(
-                [sys.executable, "-m", "bridged", *arguments],
+                [sys.executable, *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -35,7 +35,7 @@ async def test_a_wrong_credential(bridged, config, emulator, overrides, word):  
     code, _, err = await bridged(_Configured(config(**overrides)), "check", "--online")
 
     assert code == 69
-    assert "refuses us, HTTP 401" in err
+    assert "refuses us, HTTP 401: Mixpanel" in err
     assert word in err
     assert "wrong," not in err.replace("secret is wrong,", "")
 

@@ -187,7 +187,7 @@ async def test_a_credential_by_the_api(daemon, client, emulator):
         ({"tokn": "x"}, "tokn"),
         ({"token": 7}, "token"),
         ({"token": "a\nb"}, "printable"),
-        ([], "array"),
+        ([], "a list"),
     ],
 )
 async def test_a_credential_that_cannot_be(daemon, client, body, word):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import currents
-from page_bridge import ACCOUNT, PATIENCE_S, PROJECT, SECRET, TOKEN, Bridge, until
+from page_bridge import ACCOUNT, PATIENCE_S, PROJECT, SECRET, TOKEN, Bridge, call, until
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -199,10 +199,21 @@ def test_a_stranger_connects_braze_and_mixpanel_with_the_page_alone(eyes: Eyes, 
     eyes.shot(page, "fresh")
     page.get_by_role("main").get_by_role("link", name="Connect").click()
 
+    press(page, "Save")
+    told(page, "Nothing had changed.")
+    press(page, "Test connection")
+    expect(box(page, "Service account user name")).to_be_focused()
+    expect(page.locator("[aria-invalid=true]")).to_have_count(3)
     box(page, "Project token").fill(TOKEN)
     box(page, "Service account user name").fill(ACCOUNT)
     box(page, "Service account secret").fill("not it")
+    press(page, "Save")
+    expect(page.locator("[aria-invalid=true]")).to_have_count(1)
+    expect(box(page, "Project ID")).to_be_focused()
+    expect(page.get_by_text("Needed for this credential.").last).to_be_visible()
+    assert fresh.ask("/api/config")["overridden"] == {}
     box(page, "Project ID").fill(PROJECT)
+    expect(page.locator("[aria-invalid=true]")).to_have_count(0)
     press(page, "Test connection")
     expect(page.locator(".callout.bad")).to_contain_text(re.compile("secret|credential|service account", re.IGNORECASE))
     eyes.shot(page, "test-connection")
@@ -241,6 +252,33 @@ def test_a_stranger_connects_braze_and_mixpanel_with_the_page_alone(eyes: Eyes, 
     expect(page.locator(".sum .delivered dd")).to_contain_text("25")
     expect(sentence(page)).to_have_text(re.compile("nothing waiting|Idle"))
     assert len(fresh.arrived()) == 25
+
+
+def test_a_project_that_lives_in_another_region(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """The test of the connection finds the region; one button chooses it; nothing went anywhere before it was saved."""
+    europe = bridge()  # for its Mixpanel
+    fresh = bridge(connected=False, europe=europe.mixpanel)
+    fresh.mixpanel_accepts(service_secret="another")
+    page = eyes.open(fresh, "connection")
+    for name, value in {
+        "Project token": TOKEN,
+        "Service account user name": ACCOUNT,
+        "Service account secret": SECRET,
+        "Project ID": PROJECT,
+    }.items():
+        box(page, name).fill(value)
+    press(page, "Test connection")
+    expect(page.locator(".callout.bad")).to_contain_text("The project lives in another region")
+    eyes.shot(page, "another-region")
+    press(page, "Use EU")
+    expect(box(page, "Data residency")).to_have_value("eu")
+    press(page, "Test connection")
+    expect(page.locator(".callout.good")).to_contain_text("It works")
+    press(page, "Save")
+    told(page, "Saved, and in force at once.")
+    assert fresh.post([currents(OPEN, seed=n) for n in range(3)]) == 200
+    until(lambda: len(europe.arrived()) == 3, "three events in the EU")
+    assert fresh.arrived() == []
 
 
 def test_a_refused_credential_from_start_to_resume(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
@@ -491,6 +529,61 @@ def test_two_open_tabs_agree(eyes: Eyes, flowing: Bridge) -> None:
     expect(box(two, "Names of events and properties")).to_have_value("seed")
 
 
+def test_two_people_change_one_event_type(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Who has typed something else is asked which is to stay, and nothing is overwritten unseen; who has typed nothing sees the other's."""
+    mine = bridge()
+    one, two, reader = (eyes.open(mine, f"events?type={OPEN}") for _ in range(3))
+    ones, twos, readers = (page.get_by_role("dialog", name="Email Open") for page in (one, two, reader))
+    for dialog in (ones, twos):
+        dialog.get_by_text(re.compile("Transformations of its")).click()
+    twos.get_by_label("email_address").select_option("hash")
+    box(ones, "Name in Mixpanel").fill("Mail Read")
+    ones.get_by_label("email_address").select_option("remove")
+    press(ones, "Save")
+    told(one, "Saved")
+    expect(box(readers, "Name in Mixpanel")).to_have_value("Mail Read")
+    expect(readers.get_by_label("email_address")).to_have_value("remove")
+    expect(readers.get_by_role("alert")).to_be_empty()
+
+    expect(twos.get_by_role("alert")).to_contain_text("called “Mail Read”, and email_address is removed")
+    expect(box(twos, "Name in Mixpanel")).to_have_value("")
+    press(twos, "Save")
+    told(two, "Say first which of the two is to be kept")
+    assert mine.ask("/api/config")["events"]["transform"] == {OPEN: {"email_address": "remove"}}
+    eyes.shot(two, "conflict")
+    press(twos, "Keep mine, to be saved over it")
+    box(twos, "Name in Mixpanel").fill("Mail Opened")
+    # Another event type is nobody's conflict, even if it is changed in the very same moment.
+    send = {"selected": False}
+    assert call("PUT", f"{mine.admin}/api/events/{CLICK}", send)[0] == 200
+    press(twos, "Save")
+    told(two, "Saved")
+    assert mine.ask("/api/config")["events"]["transform"] == {OPEN: {"email_address": "hash"}}
+    expect(box(ones, "Name in Mixpanel")).to_have_value("Mail Opened")
+    expect(ones.get_by_label("email_address")).to_have_value("hash")
+
+    box(ones, "Name in Mixpanel").fill("Neither")
+    box(twos, "Name in Mixpanel").fill("")
+    press(twos, "Save")
+    told(two, "Saved")
+    press(ones, "Use theirs")
+    expect(box(ones, "Name in Mixpanel")).to_have_value("")
+    expect(ones.get_by_role("button", name="Save")).to_be_focused()
+    assert mine.ask("/api/config")["events"]["names"] == {}
+
+
+def test_boxes_that_are_ticked_in_a_hurry(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Each is saved, one after the other: none is refused because the one before it isn't on disk yet."""
+    mine = bridge()
+    page = eyes.open(mine, "events")
+    expect(page.get_by_role("checkbox", name="Forward Email Open", exact=True)).to_be_checked()
+    page.evaluate(
+        "[...document.querySelectorAll('main tbody input[type=checkbox]')].slice(0, 12).forEach(box => box.click())"
+    )
+    until(lambda: len(mine.ask("/api/config")["events"]["exclude"]) == 12, "twelve changes")
+    expect(page.locator(".toast")).to_have_count(0)
+
+
 def test_the_daemon_goes_away_and_comes_back(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """Kill -9 while the page is open: it says so, and since when; it goes on by itself, and can change things again."""
     mine = bridge()
@@ -529,8 +622,16 @@ def test_who_has_no_token_stays_outside(eyes: Eyes, bridge: Callable[..., Bridge
     expect(other.get_by_role("heading", level=1)).to_have_text("Activity")
     page.bring_to_front()
     press(page, "Log out")
-    expect(box(page, "Admin token")).to_be_visible()
-    expect(box(other, "Admin token")).to_be_visible()
+    expect(page.get_by_text("You are logged out.")).to_be_visible()
+    expect(other.get_by_text("Your session has ended")).to_be_visible()
+    box(page, "Admin token").fill("correct horse battery staple")
+    press(page, "Log in")
+    expect(sentence(page)).to_contain_text("Idle")
+    other.evaluate("dispatchEvent(new Event('focus'))")  # as when its window is looked at
+    expect(other.get_by_role("heading", level=1)).to_have_text("Activity")
+    mine.end("daemon", signal.SIGKILL)
+    mine.start()
+    expect(page.get_by_text("Your session has ended")).to_be_visible()
 
 
 def test_an_ordinary_day_is_drawn(eyes: Eyes, flowing: Bridge) -> None:
@@ -634,14 +735,68 @@ def violations(page: Page) -> list[str]:
     return [f"{one['id']}: {one['help']}: {one['nodes'][0]['html']} {one['nodes'][0]['any'][:1]}" for one in found]
 
 
-def look(page: Page, eyes: Eyes, name: str) -> None:
+SIGHTS = (("light", 1280), ("light", 360), ("dark", 360), ("dark", 1280))
+
+
+def look(page: Page, eyes: Eyes, name: str, sights: tuple[tuple[str, int], ...] = SIGHTS) -> None:
     """In light and dark, wide and narrow: no fault that axe finds, and nothing wider than the screen."""
-    for scheme, width in (("light", 1280), ("light", 360), ("dark", 360), ("dark", 1280)):
+    for scheme, width in sights:
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         page.set_viewport_size({"width": width, "height": 860})
         assert violations(page) == [], f"{name}, {scheme}, {width}"
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name}, {width}"
         eyes.shot(page, f"{name}-{scheme}-{width}")
+
+
+def test_every_state_is_accessible(eyes: Eyes, bridge: Callable[..., Bridge], axe: str) -> None:
+    """The login, a fresh daemon, one that is halted, cohorts that are there, what is asked before it is done, and problems."""
+    sights = SIGHTS[1::2]  # the views themselves are looked at in all four
+    locked = bridge(admin_token="correct horse battery staple", connected=False)
+    page = eyes.open(locked)
+    box(page, "Admin token").fill("no")
+    press(page, "Log in")
+    expect(page.get_by_role("alert")).to_be_visible()
+    page.evaluate(axe)
+    look(page, eyes, "login", sights)
+    box(page, "Admin token").fill("correct horse battery staple")
+    press(page, "Log in")
+    expect(sentence(page)).to_contain_text("Not set up")
+    look(page, eyes, "state-fresh", sights)
+    go(page, "Connection")
+    press(page, "Test connection")
+    expect(page.get_by_text("Needed for this credential.").first).to_be_visible()
+    look(page, eyes, "state-incomplete", sights)
+    press(page, "Make a token")
+    expect(page.get_by_role("dialog", name="The new bearer token")).to_be_visible()
+    look(page, eyes, "dialog-token", sights)
+    locked.end()
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("The daemon doesn't answer.")).to_be_visible()
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    expect(page.get_by_text("The daemon doesn't answer.")).to_be_in_viewport()
+    look(page, eyes, "state-lost", sights)
+
+    mine = bridge(cohort_points=3)
+    for cohort, name in enumerate((SCRIPT, "\u05e2\u05d1\u05e8\u05d9\u05ea \u202eoverride", "x" * 300, "Power users")):
+        assert mine.sync(str(cohort), name, [f"user-{n}" for n in range(20)]) == 200
+    page = eyes.open(mine, "cohorts")
+    expect(page.get_by_text("Capped", exact=True)).to_be_visible()
+    expect(page.locator("main tbody tr")).to_have_count(4)
+    page.evaluate(axe)
+    look(page, eyes, "state-cohorts", sights)
+    press(page, "Spend what is due")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    look(page, eyes, "dialog-confirm", sights)
+    page.keyboard.press("Escape")
+    mine.mixpanel_accepts(service_secret="renewed")
+    assert mine.post([currents(OPEN)]) == 200
+    page.get_by_role("navigation").get_by_role("link", name="Overview").click()
+    expect(sentence(page)).to_contain_text("Halted")
+    look(page, eyes, "state-halted", sights)
+    go(page, "Connection")
+    press(page, "Test connection")
+    expect(page.locator(".callout.bad")).to_be_visible()
+    look(page, eyes, "state-refused", sights)
 
 
 def test_every_view_is_accessible(eyes: Eyes, flowing: Bridge, axe: str) -> None:

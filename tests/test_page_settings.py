@@ -195,6 +195,17 @@ async def test_single_keys_that_are_unknown_or_wrong(config, tmp_path):
     assert (tmp_path / "spool.db.settings.toml").read_text() == text
 
 
+@pytest.mark.parametrize("change", [lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n")])
+def test_what_an_editor_does_to_the_file(tmp_path, change):
+    """A mark at its beginning, or other ends of lines, cost nothing: it says what it said."""
+    file = Saved(str(tmp_path / "any.db"))
+    found, _ = checked({"mixpanel.naming": "current", "events.names": {"users.messages.email.Send": "Sent \u00e9"}})
+    file.write(found)
+    file.path.write_bytes(change(file.path.read_bytes()))
+    file.read(set_aside=True)
+    assert (file.values, file.problem) == (found, "")
+
+
 async def test_saved_settings_that_contradict_the_configuration(config, tmp_path):
     """The configuration alone is in force, and why is told."""
     (tmp_path / "spool.db.settings.toml").write_text('[mixpanel]\nservice_account = "robot"\n')
@@ -228,6 +239,9 @@ async def test_a_save(daemon, client, config, emulator):
     assert told["overridden"] == ["events.names", "mixpanel.naming"]
     assert app.activity.entries[-1].kind == "settings"
     assert "mixpanel.naming is current (was seed)" in app.activity.entries[-1].text
+    assert (await put(client, app, set={"mixpanel.project_id": "7"}))[0] == 200
+    assert app.activity.entries[-1].text == "Settings were saved: mixpanel.project_id is 7 (was empty)"
+    assert (await put(client, app, remove=["mixpanel.project_id"]))[0] == 200
     async with client.get(base(app) + "/api/settings/export") as got:
         assert tomllib.loads(await got.text())["mixpanel"] == {"naming": "current"}
         assert "attachment" in got.headers["Content-Disposition"]
@@ -266,6 +280,35 @@ async def test_a_save_that_cannot_be(daemon, client):
     assert (await put(client, app, set={"mixpanel.token": ""}))[0] == 400
     for body in ({}, {"set": 1}, {"other": {}}, []):
         assert (await say(client, app, "PUT", "/api/settings", body))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "said"),
+    [
+        ("/api/settings", {"set": 1}, "set: expected an object {...}, not a whole number"),
+        ("/api/settings", {"remove": "x"}, "remove: expected a list [...], not text"),
+        ("/api/settings", {"remove": [True]}, "remove[0]: expected text, not true or false"),
+        ("/api/settings", {"sett": {}}, "there is no 'sett' here"),
+        ("/api/settings", [], "expected an object {...}, not a list [...]"),
+        ("/api/settings", {"revision": "x"}, "revision: expected a whole number or null, not text"),
+        (
+            "/api/events/users.messages.email.Open",
+            {"transform": {"a": "b"}},
+            "transform[...]: 'b' is none of its values",
+        ),
+    ],
+)
+async def test_a_body_of_another_shape(daemon, client, path, sent, said):
+    """What is wrong and where, in words that aren't a library's; nothing has changed."""
+    app = await daemon()
+    status, told = await say(client, app, "PUT", path, sent)
+    assert (status, told) == (
+        400,
+        {"error": f"the body can't be understood: {said}", "hint": "nothing was changed"},
+    )
+    async with client.put(base(app) + path, data=b'{"set', headers={"Content-Type": "application/json"}) as got:
+        assert (await got.json())["error"] == "the body can't be understood: it is no whole JSON"
+    assert app.saved.values == {}
 
 
 async def test_what_the_configuration_says_is_not_the_pages_fault(daemon, client):
@@ -363,6 +406,7 @@ async def test_a_secret_goes_in_and_not_out(daemon, client, emulator):
     assert app.saved.path.stat().st_mode & 0o777 == 0o600
     _, told = await say(client, app, "GET", "/api/connection")
     assert (told["credential"], told["credential_from"]) == ("API secret", "page")
+    assert (await say(client, app, "GET", "/api/status"))[1]["reload"]["credential_from"] == "page"
 
 
 async def test_a_secret_is_not_sent_elsewhere(daemon, client, emulator):

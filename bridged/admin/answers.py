@@ -1,6 +1,7 @@
 """What the endpoints of the API share: JSON out, JSON in, and numbers of a query."""
 
-from typing import Any, TypeVar
+import re
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -8,6 +9,25 @@ from aiohttp import web
 from bridged.errors import BadRequest
 
 T = TypeVar("T")
+
+# msgspec's words for what stands in JSON, and a person's.
+_KINDS: Final = {
+    "object": "an object {...}",
+    "array": "a list [...]",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "null",
+}
+_WHERE: Final = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
+_SAYINGS: Final = (
+    (re.compile(r"Expected `([^`]+)`, got `([^`]+)`"), "expected {0}, not {1}"),
+    (re.compile(r"Object contains unknown field `(.+)`", re.DOTALL), "there is no {0!r} here"),
+    (re.compile(r"Object missing required field `(.+)`"), "{0!r} is missing"),
+    (re.compile(r"Invalid enum value (.+)", re.DOTALL), "{0} is none of its values"),
+    (re.compile(r"Input data was truncated"), "it is no whole JSON"),
+)
 
 
 class Verbatim(web.Response):
@@ -26,7 +46,24 @@ async def body(request: web.Request, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(await request.read(), type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"the body can't be understood: {error}") from error
+        raise BadRequest(f"the body can't be understood: {in_words(error)}", "nothing was changed") from error
+
+
+def in_words(error: Exception) -> str:
+    """What msgspec says of a body, for a person: first where, then what. What it says otherwise is left as it is."""
+    match = _WHERE.fullmatch(str(error))
+    assert match is not None  # anything matches
+    said, where = match[1], match[2]
+    for pattern, told in _SAYINGS:
+        if found := pattern.fullmatch(said):
+            said = told.format(*map(_kinds, found.groups()))
+            break
+    return (f"{where}: {said}" if where else said)[:300]
+
+
+def _kinds(text: str) -> str:
+    kinds = text.split(" | ")
+    return " or ".join(_KINDS[kind] for kind in kinds) if all(kind in _KINDS for kind in kinds) else text
 
 
 def number(query: dict[str, str], name: str, default: int, most: int) -> int:

@@ -32,7 +32,7 @@ from msgspec import Struct
 
 from bridged import config
 from bridged.activity import MAX_ENTRIES, Entry
-from bridged.admin.answers import body, json, number
+from bridged.admin.answers import body, in_words, json, number
 from bridged.admin.cohorts import CohortsApi
 from bridged.admin.history import SPANS, History
 from bridged.admin.status import status
@@ -259,4 +259,4 @@ def _filter(query: dict[str, str]) -> Filter:
         return msgspec.convert({key: value for key, value in query.items() if value}, Filter, strict=False)
     except msgspec.ValidationError as error:
         names = ", ".join(field.name for field in msgspec.structs.fields(Filter))
-        raise BadRequest(f"the query can't be understood: {error}", f"the filters are {names}") from error
+        raise BadRequest(f"the query can't be understood: {in_words(error)}", f"the filters are {names}") from error

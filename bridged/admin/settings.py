@@ -22,6 +22,7 @@ from msgspec import Struct
 from bridged import options
 from bridged.admin.answers import body, json
 from bridged.admin.selection import problems
+from bridged.admin.status import credential_from
 from bridged.config import Key, has_credential, value_at
 from bridged.delivery.probe import Finding, probe
 from bridged.errors import BadRequest, ConfigError
@@ -161,12 +162,11 @@ class SettingsApi:
     async def _connection(self, request: web.Request) -> web.Response:
         app, config = self._app, self._app.config
         target, http = options.target(config), config.sources.http
-        by_page = any(name.startswith("mixpanel.") and is_secret(EDITABLE[name]) for name in app.saved.values)
         retention = config.retention
         return json(
             Connection(
                 credential=target.credentials.kind if has_credential(config) else "none",
-                credential_from="api" if app.given else "page" if by_page else "configuration",
+                credential_from=credential_from(app),
                 import_host=urlsplit(target.import_url).netloc,
                 region=config.mixpanel.region,
                 http_listen=http.listen,

@@ -19,6 +19,7 @@ from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.pacing import WINDOW_S, PaceSnapshot
 from bridged.mixpanel.requests import API_SECRET_RETIRED
+from bridged.saved import EDITABLE, is_secret
 
 if TYPE_CHECKING:
     from bridged.app import App
@@ -65,7 +66,7 @@ class ReloadStatus(Struct, kw_only=True):
     """What the configuration says and what is in force."""
 
     credential: str  # which kind is in force
-    credential_from: str  # configuration (or the page) | api: the latter is gone with the next start
+    credential_from: Literal["configuration", "page", "api"]  # the last is gone with the next start
     restart_needed: list[str]  # keys that were changed since the start and can't be taken over
     problem: str  # why the last change wasn't taken over; empty when it was
 
@@ -160,6 +161,12 @@ class Status(Struct, kw_only=True):
     skipped: dict[str, int]  # reasons, since this start
     unknown_fields: list[UnknownField]
     warnings: list[str]
+
+
+def credential_from(app: "App") -> Literal["configuration", "page", "api"]:
+    """Where the credential in force, or a part of it, was given."""
+    by_page = any(name.startswith("mixpanel.") and is_secret(EDITABLE[name]) for name in app.saved.values)
+    return "api" if app.given else "page" if by_page else "configuration"
 
 
 def health(app: "App") -> Health:
@@ -337,7 +344,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         webhook=app.watch.webhook.status,
         reload=ReloadStatus(
             credential=app.transport.target.credentials.kind,
-            credential_from="api" if app.given else "configuration",
+            credential_from=credential_from(app),
             restart_needed=app.restart_needed,
             problem=app.reload_problem,
         ),
@@ -362,9 +369,10 @@ def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal:
         since = time.strftime(
             "%H:%M" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M", time.localtime(halted.since)
         )
-        http = f", HTTP {halted.status}" if halted.status else ""
+        # With a status, the reason begins with it.
+        why = f", HTTP {halted.reason}" if halted.status else f": {halted.reason}"
         refused = f". New events are refused: {refusal}" if refusal else ""
-        return "halted", f"Halted since {since}{http}: {halted.reason}. {waiting} safe on disk{refused}"
+        return "halted", f"Halted since {since}{why}. {waiting} safe on disk{refused}"
     if refusal:
         return "refusing", f"Refusing new events: {refusal}; {waiting} waiting"
     if not well.ready:

@@ -100,7 +100,8 @@ def _pace(status: Status) -> Iterator[str]:
     latency = "none yet" if pace.latency_s is None else f"{1000 * pace.latency_s:.0f} ms"
     rate = "no limit" if pace.events_per_second_limit is None else f"{pace.events_per_second_limit:,.0f} events/s"
     learned = ", learned from an answer 413" if pace.batch_bytes_learned else ""
-    source = "given by the API" if status.reload.credential_from == "api" else "from the configuration"
+    origins = {"api": "given by the API", "page": "saved on the page", "configuration": "from the configuration"}
+    source = origins[status.reload.credential_from]
     verdicts = ", ".join(f"{count:,} {name}" for name, count in status.verdicts.items()) or "none yet"
     rows = [
         ["rate", f"{pace.delivered_per_second:,.0f} events/s over the last minute, at most {rate}"],

@@ -66,7 +66,8 @@ async def _judged(target: Target, verdict: Verdict, timeout_s: float) -> Finding
                 ok=True, problem="", text=f"Mixpanel takes the {target.credentials.kind}; nothing was stored"
             )
         case Halt():
-            said = f"Mixpanel refuses us, HTTP {verdict.status}: {verdict.reason}"
+            # The reason begins with the status, if there was one.
+            said = f"Mixpanel refuses us{', HTTP' if verdict.status else ':'} {verdict.reason}"
             if verdict.status != 401:
                 return Finding(ok=False, problem="project" if verdict.status == 404 else "credential", text=said)
             return await _refused(target, said, timeout_s)

@@ -3,7 +3,7 @@
 const session = { csrf: "", login_needed: false, logged_in: true, version: "" };
 let loggedOut = () => {};
 
-/** Called when the daemon wants a login. */
+/** Called when the daemon wants a login, with true if a person has just logged out here. */
 export function whenLoggedOut(what) {
   loggedOut = what;
 }
@@ -35,7 +35,7 @@ export async function login(token) {
 export async function logout() {
   await order("POST", "/api/logout", {});
   session.csrf = "";
-  loggedOut();
+  loggedOut(true);
 }
 
 /** A question, with a query of what is not empty. */

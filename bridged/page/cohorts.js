@@ -98,7 +98,7 @@ function overview(reload) {
     element,
     use({ cohorts, figures, writer, ...answer }) {
       fill(sentence, prose(answer.sentence ?? ""));
-      const halted = writer.halted && `Braze refuses the key: ${writer.halted.reason}`;
+      const halted = writer.halted && `Nothing is written to Braze. ${writer.halted.reason}`;
       fill(notice, halted && el("div", { class: "callout bad" }, el("p", {}, halted)));
       put("sender", writer.state.charAt(0).toUpperCase() + writer.state.slice(1), SENDER[writer.state] ? writer.problem : `${number(writer.users_sent)} users written since the start`);
       const left = figures.points_left_today;
@@ -128,9 +128,10 @@ function overview(reload) {
 }
 
 function cohortRow(first, reload) {
-  const name = el("span", {});
+  // A name from outside, in whatever direction it runs, leaves what stands beside it as it is.
+  const name = el("bdi", {});
   const state = el("span", { class: "tag" });
-  const cells = Object.fromEntries([["synced", "last sync"], ["members", "members"], ["in_braze", "in Braze"], ["waiting", "waiting"], ["rejected", "rejected"]].map(([key, label]) => [key, el("td", { class: key === "synced" ? null : "right", "data-label": label })]));
+  const cells = Object.fromEntries([["synced", "last sync"], ["members", "members"], ["in_braze", "in Braze"], ["waiting", "waiting"], ["rejected", "rejected"]].map(([key, label]) => [key, el("td", { class: key === "synced" ? "tight" : "right", "data-label": label })]));
   let called = first.name || first.key;
   const again = button("Resync", () => resync(again, { cohort: first.key }, `“${called}”`, reload));
   return {

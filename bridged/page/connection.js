@@ -103,7 +103,8 @@ function keep(connection) {
     el("ul", {},
       el("li", {}, el("strong", {}, "Keep the secret current."), " When Mixpanel refuses the credential, nothing is sent until you renew it here. Events are still taken from Braze and kept on disk."),
       el("li", {}, el("strong", {}, "What happens after 48 hours."), ` Braze’s hosted connector deletes what it couldn’t deliver for 48 hours. ${after}`),
-      el("li", {}, el("strong", {}, "The API secret’s end."), ` Mixpanel retires API secrets on ${connection.api_secret_retired}. Use a service account before then.`)),
+      // Who uses one reads it below, as a warning.
+      connection.credential !== "API secret" && el("li", {}, el("strong", {}, "The API secret’s end."), ` Mixpanel retires API secrets on ${connection.api_secret_retired}. Use a service account before then.`)),
     connection.warnings.map((text) => el("div", { class: "callout warn" }, el("p", {}, prose(text)))),
   ];
 }
@@ -144,8 +145,21 @@ function mixpanelForm(at, settings, reload) {
     return found;
   }
 
+  /** Whether the chosen credential has all its parts; complains of those that are missing. What isn't begun may be saved as it is. */
+  function isWhole(mayBeNone) {
+    const parts = (kind === "project token" ? ["mixpanel.token"] : CREDENTIALS[kind].keys).map(at);
+    for (const one of wanted()) one.complain("");
+    const missing = parts.filter((one) => !one.isGiven());
+    if (!missing.length || (mayBeNone && kind === (inForce ?? kind) && missing.length === parts.length)) return true;
+    for (const one of missing) one.complain("Needed for this credential.");
+    missing[0].focus();
+    return false;
+  }
+
   const test = button("Test connection", () =>
     attempt(test, async () => {
+      fill(result);
+      if (!isWhole(false)) return;
       fill(result, el("p", { class: "hint" }, "Asking Mixpanel …"));
       try {
         const members = Object.entries(different()).map(([key, value]) => [key.replace("mixpanel.", ""), value]);
@@ -183,6 +197,7 @@ function mixpanelForm(at, settings, reload) {
       onsubmit: (event) => {
         event.preventDefault();
         attempt(save, async () => {
+          if (!isWhole(true)) return;
           try {
             const answer = await settings.save(different());
             for (const one of wanted()) one.forget();
@@ -257,7 +272,7 @@ function brazeBox(settings, reload) {
     use(connection) {
       known = connection;
       show();
-      say(token, connection.bearer_token_set ? "Set. It is never shown: if it is lost, make a new one." : "None: whoever reaches the address may send events. Make one.");
+      say(token, connection.bearer_token_set ? "Set. It is never shown: if it is lost, make a new one." : "None yet.");
       say(fresh, connection.bearer_token_set ? "Make a new token" : "Make a token");
     },
   };

@@ -79,16 +79,24 @@ export function open(main, context) {
     toast(`Sent ${count(sent.sent, "test event")} through the bridge, as the user ${sent.user}.`);
   }
 
+  let asked = 0;
+
   async function reload() {
+    const mine = ++asked;
     try {
-      [answer] = await Promise.all([ask("/api/events"), settings.load()]);
+      const [got] = await Promise.all([ask("/api/events"), settings.load()]);
+      // What was asked for before a change doesn't undo what has been seen since.
+      if (mine !== asked) return;
+      answer = got;
     } catch (error) {
+      if (mine !== asked) return;
       fill(groups, el("div", { class: "callout bad" }, el("p", {}, problemText(error)), button("Try again", reload)));
       return;
     }
     for (const one of kept) one.use(settings.byKey.get(one.key));
     rest.hidden = false;
     draw();
+    detail?.heed();
     await detail?.reload();
   }
 
@@ -107,7 +115,7 @@ export function open(main, context) {
       const box = document.getElementById(`group-${group.group}`);
       const of = answer.types.filter((type) => type.group === group.group);
       const on = of.filter((type) => type.selected).length;
-      box.checked = group.selected;
+      if (!isBusy(box)) box.checked = group.selected;
       box.indeterminate = on > 0 && on < of.length;
       say(document.getElementById(`group-${group.group}-told`), `${on} of ${of.length} types are forwarded`);
     }
@@ -122,7 +130,7 @@ export function open(main, context) {
       type: "checkbox",
       id,
       "aria-describedby": `${id}-told`,
-      onchange: () => change(box, () => order("PUT", "/api/settings", { set: { [`events.${group.group}`]: box.checked }, remove: [] })),
+      onchange: () => change(box, (on) => order("PUT", "/api/settings", { set: { [`events.${group.group}`]: on }, remove: [] })),
     });
     return section(group.title, el("div", { class: "choice" }, box, el("div", {}, el("label", { for: id }, "Forward this group"), el("p", { class: "hint", id: `${id}-told` }))), typesTable(group.title, types));
   }
@@ -136,7 +144,7 @@ export function open(main, context) {
   function row(type) {
     const box = el("input", {
       type: "checkbox",
-      onchange: () => change(box, () => order("PUT", typePath(type.event_type), { selected: box.checked })),
+      onchange: () => change(box, (on) => order("PUT", typePath(type.event_type), { selected: on })),
     });
     const name = el("button", { type: "button", class: "link", "aria-haspopup": "dialog", onclick: () => openType(type.event_type) });
     const tags = el("span", {});
@@ -147,7 +155,7 @@ export function open(main, context) {
 
   function update(one, type) {
     one.type = type;
-    one.box.checked = type.selected;
+    if (!isBusy(one.box)) one.box.checked = type.selected;
     const called = type.custom === "event" ? `${type.name} …` : type.name;
     say(one.name, called);
     one.box.setAttribute("aria-label", `Forward ${type.name}`);
@@ -190,10 +198,14 @@ export function open(main, context) {
     say(found, search.value.trim() || only.value !== "all" ? count(left, "type") : "");
   }
 
+  let turn = Promise.resolve(); // the daemon saves one change at a time
+
   async function change(box, work) {
     const wanted = box.checked;
     const done = await attempt(box, async () => {
-      const saved = await work();
+      const own = turn.then(() => work(wanted));
+      turn = own.catch(() => {});
+      const saved = await own;
       if (saved.restart_needed?.length) tellSaved(saved);
       return true;
     });
@@ -202,7 +214,8 @@ export function open(main, context) {
   }
 
   function openType(eventType) {
-    detail = typeDialog(eventType, () => answer.types.find((type) => type.event_type === eventType), reload, () => sendTests([eventType]));
+    const type = () => answer.types.find((one) => one.event_type === eventType);
+    detail = typeDialog(eventType, type, () => answer.revision, reload, () => sendTests([eventType]));
     detail.closed.then(() => {
       detail = null;
     });
@@ -222,17 +235,36 @@ export function open(main, context) {
   };
 }
 
+/** Whether what was ticked is still on its way. */
+const isBusy = (box) => box.getAttribute("aria-disabled") === "true";
+
 const typePath = (eventType) => `/api/events/${encodeURIComponent(eventType)}`;
 
 // -- one type ---------------------------------------------------------------------------------------------------------
 
-function typeDialog(eventType, type, changed, sendTest) {
+/** What a dialog changes of a type. */
+const givenOf = (type) => ({ name: type.renamed ? type.name : "", transform: type.transform });
+
+/** Equal when the same is given. */
+const keyOf = ({ name, transform }) => JSON.stringify([name, Object.entries(transform).sort()]);
+
+/** The same in words. */
+function inWords({ name, transform }) {
+  const rules = Object.entries(transform).map(([one, rule]) => `${one} is ${rule === "remove" ? "removed" : "hashed"}`);
+  return `There it is ${name ? `called “${name}”` : "called as before"}, and ${rules.length ? rules.join(", ") : "no field is transformed"}.`;
+}
+
+/** The dialog of a type. `revision()` is that of the settings which `type()` is from. */
+function typeDialog(eventType, type, revision, changed, sendTest) {
   const first = type();
   const name = el("input", { type: "text", value: first.renamed ? first.name : "", placeholder: first.default_name, autocomplete: "off", spellcheck: "false", maxlength: "255" });
   const nameHint = first.custom === "event" ? "" : `Leave it empty for “${first.default_name}”. Reports in Mixpanel count the new name as another event.`;
   const rules = el("div", {});
   const sample = el("div", { class: "pair" });
+  const conflict = el("div", { class: "conflict", role: "alert", tabindex: "-1" });
   const chosen = { ...first.transform };
+  let base = givenOf(first); // what this dialog started from, or has heeded since
+  let sent = ""; // what it has saved itself
   const selects = new Map();
 
   function ruleRow(fieldName, about) {
@@ -246,7 +278,8 @@ function typeDialog(eventType, type, changed, sendTest) {
           else delete chosen[fieldName];
         },
       },
-      Object.entries(RULES).map(([value, text]) => el("option", { value }, text)),
+      // Without its users, every event would be one person's.
+      Object.entries(RULES).filter(([value]) => fieldName !== "external_user_id" || value !== "remove").map(([value, text]) => el("option", { value }, text)),
     );
     select.value = chosen[fieldName] ?? "";
     selects.set(fieldName, select);
@@ -278,6 +311,59 @@ function typeDialog(eventType, type, changed, sendTest) {
     );
   }
 
+  const mine = () => ({ name: name.value.trim(), transform: chosen });
+
+  function adopt(theirs) {
+    base = { name: theirs.name, transform: { ...theirs.transform } };
+    const drawn = keyOf({ name: "", transform: chosen }) !== keyOf({ name: "", transform: base.transform });
+    if (name.value.trim() !== base.name) name.value = base.name;
+    for (const key of Object.keys(chosen)) delete chosen[key];
+    Object.assign(chosen, base.transform);
+    sent = "";
+    if (drawn) drawRules();
+    fill(conflict);
+  }
+
+  /** What was changed elsewhere is taken over, unless something else was typed here: then a person decides. */
+  function heed() {
+    const theirs = givenOf(type());
+    if (keyOf(theirs) === keyOf(base)) return fill(conflict);
+    if ([keyOf(base), keyOf(theirs), sent].includes(keyOf(mine()))) return adopt(theirs);
+    const text = `${inWords(theirs)} What you have entered here isn’t saved yet.`;
+    if (conflict.dataset.text === text && conflict.childElementCount) return conflict;
+    conflict.dataset.text = text;
+    const use = button("Use theirs", () => {
+      adopt(theirs);
+      save.focus();
+    });
+    const keep = button("Keep mine, to be saved over it", () => {
+      base = theirs;
+      fill(conflict);
+      save.focus();
+    });
+    return fill(conflict, el("div", { class: "callout warn" }, el("p", {}, el("strong", {}, "Somebody has changed this event type in another window meanwhile. "), text), el("div", { class: "actions" }, use, keep)));
+  }
+
+  /** Saves it, unless somebody else has changed this type meanwhile; that they have changed another one doesn't matter. */
+  async function put(tries = 5) {
+    if (conflict.childElementCount) {
+      conflict.focus();
+      throw new Error("Say first which of the two is to be kept");
+    }
+    const wanted = keyOf(mine());
+    const body = { transform: { ...chosen }, revision: revision() };
+    if (first.custom !== "event") body.name = name.value.trim() || null;
+    try {
+      const answer = await order("PUT", typePath(eventType), body);
+      sent = wanted;
+      return answer;
+    } catch (error) {
+      if (error.status !== 409 || tries < 1) throw error;
+      await changed();
+      return put(tries - 1);
+    }
+  }
+
   async function drawSample() {
     try {
       const got = await ask(`${typePath(eventType)}/sample`);
@@ -301,19 +387,18 @@ function typeDialog(eventType, type, changed, sendTest) {
       onsubmit: (event) => {
         event.preventDefault();
         attempt(save, async () => {
-          const body = { transform: chosen };
-          if (first.custom !== "event") body.name = name.value.trim() || null;
-          tellSaved(await order("PUT", typePath(eventType), body));
+          tellSaved(await put());
           await changed();
         });
       },
     },
     first.custom !== "event" && field("Name in Mixpanel", name, nameHint),
     rules,
+    conflict,
     el("div", { class: "actions" }, save, test),
   );
   drawRules();
   drawSample();
   const { closed } = dialog(first.name, () => [el("p", { class: "hint" }, el("code", {}, eventType)), unknown, sample, form], { wide: true });
-  return { closed, reload: drawSample };
+  return { closed, heed, reload: drawSample };
 }

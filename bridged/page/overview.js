@@ -80,7 +80,7 @@ const HOUR_MINUTE = (at) => clock(at).slice(0, -3);
 export function headline(status) {
   const safe = `${count(status.events.waiting, "event")} safe`;
   if (status.halted) {
-    const rest = status.expires_in_s === null || status.expires_in_s === undefined ? "" : `, expire in ${duration(status.expires_in_s)}`;
+    const rest = status.expires_in_s === null || status.expires_in_s === undefined ? "" : `, ${status.events.waiting === 1 ? "expires" : "expire"} in ${duration(status.expires_in_s)}`;
     const refused = status.spool.near_cap ? "; new events are refused" : "";
     const what = [402, 404].includes(status.halted.status) ? "takes no events" : "refuses the credential";
     return `Halted: Mixpanel ${what} since ${HOUR_MINUTE(status.halted.since)}; ${safe}${rest}${refused}`;
@@ -167,7 +167,7 @@ function figures() {
     use(status) {
       const { pace, spool } = status;
       put("oldest", status.oldest_age_s === null ? "Nothing waits" : duration(status.oldest_age_s), oldest(status));
-      put("pace", `${number(pace.delivered_per_second)} events/s`, `${count(pace.in_flight, "request")} under way, at most ${pace.concurrency_limit}; ${limits(pace)}`);
+      put("pace", `${count(Math.round(pace.delivered_per_second), "event")}/s`, `${count(pace.in_flight, "request")} under way, at most ${pace.concurrency_limit}; ${limits(pace)}`);
       put("limit", ...limited(status));
       put("disk", `${bytes(spool.bytes)} of ${bytes(spool.max_bytes)}`, `${count(spool.segments, "segment")}, ${bytes(spool.disk_free_bytes)} free on the disk`);
       disk.value = spool.max_bytes ? spool.bytes / spool.max_bytes : 0;

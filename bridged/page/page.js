@@ -118,7 +118,8 @@ function closeDialogs() {
   for (const one of document.querySelectorAll("dialog[open]")) one.close();
 }
 
-function gate() {
+/** The login, with a word why. */
+function gate(why) {
   closeDialogs();
   stopListening?.();
   stopListening = null;
@@ -157,11 +158,20 @@ function gate() {
     problem,
     send,
   );
-  fill(main, el("div", { class: "gate" }, el("section", { "aria-labelledby": id }, el("h1", { id }, "Log in"), el("p", {}, "This daemon asks who you are."), form)));
+  fill(main, el("div", { class: "gate" }, el("section", { "aria-labelledby": id }, el("h1", { id }, "Log in"), el("p", {}, why), form)));
   token.focus();
 }
 
 leave.addEventListener("click", () => attempt(leave, api.logout));
+/** Who has logged in in another window is let in here, too, when they look at this one. */
+async function lookAgain() {
+  if (!nav.hidden || document.hidden || !api.isLoginNeeded()) return;
+  const now = await api.begin().catch(() => null);
+  if (nav.hidden && now && (now.logged_in || !now.login_needed)) start();
+}
+
+addEventListener("focus", lookAgain);
+document.addEventListener("visibilitychange", lookAgain);
 addEventListener("hashchange", () => nav.hidden || show());
 document.querySelector(".skip").addEventListener("click", (event) => {
   // The hash is the view's.
@@ -172,8 +182,8 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 async function begin() {
   try {
     const session = await api.begin();
-    api.whenLoggedOut(() => nav.hidden || gate());
-    if (session.login_needed && !session.logged_in) gate();
+    api.whenLoggedOut((asked) => nav.hidden || gate(asked ? "You are logged out." : "Your session has ended: it lasts for 12 hours, or until the daemon restarts."));
+    if (session.login_needed && !session.logged_in) gate("This daemon asks who you are.");
     else start();
   } catch (error) {
     fill(main, el("h1", {}, "The daemon doesn't answer"), el("p", {}, problemText(error)), button("Try again", begin, "primary"));

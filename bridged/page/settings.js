@@ -76,6 +76,7 @@ export class Settings {
 
   /** Saves `set` and takes back `remove`. Raises Refused. */
   async save(set, remove = []) {
+    if (!Object.keys(set).length && !remove.length) return { revision: this.revision, changed: [], restart_needed: [] };
     const answer = await order("PUT", "/api/settings", { set, remove, revision: this.revision });
     this.revision = answer.revision;
     return answer;
@@ -174,6 +175,8 @@ export function control(key, back) {
       touch();
     },
     isSet: () => Boolean(known?.set),
+    /** Whether there is something, typed or (of a secret) known to the daemon. */
+    isGiven: () => Boolean(input?.value.trim()) || (known?.kind === "secret" && known.set),
     isTouched: () => touched,
     forget() {
       touched = false;
