@@ -41,7 +41,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name:<8} {question}")
         print("\npython -m bench NAME --help tells a benchmark's options.")
         return 0 if not argv or argv[0] in {"-h", "--help"} else 2
-    code: int = importlib.import_module(f"bench.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
+    # Here, and not above: the list needs nothing that is installed.
+    from bench.processes import ended_by_signals  # noqa: PLC0415
+
+    with ended_by_signals():
+        code: int = importlib.import_module(f"bench.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
     return code
 
 

@@ -11,7 +11,6 @@ and asks:
 """
 
 import asyncio
-import contextlib
 import random
 import shutil
 import sys
@@ -179,7 +178,8 @@ def main(argv: Sequence[str]) -> int:
             mine = [o for what, o in outcomes if what.file == name and (what.bit is not None) == (kind == "flips")]
             if mine:
                 rows.append([f"{name} {kind}", *map(str, _figures(mine))])
-    print(report.heading(report.machine()))
+    about = report.machine()
+    print(report.heading(about))
     print(f"{len(events)} events in the master; events and files are sums over the cases\n")
     head = [
         "cases",
@@ -194,8 +194,7 @@ def main(argv: Sequence[str]) -> int:
     broken = [(what, outcome.wrong) for what, outcome in outcomes if outcome.wrong]
     for what, wrong in broken[:20]:
         print(what, wrong)
-    with contextlib.suppress(AttributeError):
-        report.write(arguments.json, {"rows": rows, "broken": [str(b) for b in broken]})
+    report.write(arguments.json, {"machine": about, "rows": rows, "broken": [str(b) for b in broken]})
     return 1 if broken else 0
 
 

@@ -30,9 +30,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder with JSON files; default %(default)s")
     parser.add_argument("--page", type=Path, default=PAGE, help="a folder for README.md and plots; default %(default)s")
     arguments = parser.parse_args(argv)
-    results: dict[str, Figures] = {
-        file.stem: msgspec.json.decode(file.read_bytes()) for file in sorted(arguments.results.glob("*.json"))
-    }
+    results: dict[str, Figures] = {}
+    for file in sorted(arguments.results.glob("*.json")):
+        try:
+            results[file.stem] = msgspec.json.decode(file.read_bytes(), type=Figures)
+        except (OSError, msgspec.MsgspecError) as error:
+            print(f"left out: {file}: {error}", file=sys.stderr)
     if not set(results) & set(SECTIONS):
         print(f"no results in {arguments.results}: run `python -m bench all` first", file=sys.stderr)
         return 1
@@ -241,6 +244,19 @@ def _floor(figures: Figures) -> list[str]:
     return markdown(["step", "us/event"], rows)
 
 
+def _mapping(figures: Figures) -> list[str]:
+    rows = [
+        [load, *[report.spread(us, 2) for us in zip(*runs, strict=True)]]
+        for load, runs in figures["us_per_event"].items()
+    ]
+    return markdown(["batches of", "map, us/event", "encode, us/event"], rows)
+
+
+def _ways(figures: Figures) -> list[str]:
+    rows = [[way, report.spread(us, 2)] for way, us in figures["us_per_event"].items()]
+    return markdown(["way", "us/event"], rows)
+
+
 def _spool(figures: Figures) -> list[str]:
     modes = figures["events_per_s"]
     groups = list(next(iter(modes.values()), {}))
@@ -258,6 +274,8 @@ SECTIONS: Final[dict[str, tuple[str, Callable[[Figures], list[str]]]]] = {
     "pace": ("What the pace makes of Mixpanel's limits", _pace),
     "spool": ("What durability costs, events/s", _spool),
     "floor": ("The floor", _floor),
+    "decode": ("Ways to decode", _ways),
+    "mapping": ("What mapping costs", _mapping),
 }
 
 

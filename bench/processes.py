@@ -339,7 +339,12 @@ def free_ports(count: int) -> list[int]:
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """A temporary folder in the working directory: on its disk, where /tmp may be memory."""
-    path = Path(tempfile.mkdtemp(prefix=".bench-", dir=Path.cwd()))
+    try:
+        path = Path(tempfile.mkdtemp(prefix=".bench-", dir=Path.cwd()))
+    except OSError as error:
+        raise SystemExit(
+            f"bench: no folder can be made in the working directory, which holds the spools: {error}"
+        ) from None
     try:
         yield path
     finally:

@@ -23,9 +23,23 @@ QUIET_CORES: Final = 0.15
 def options(name: str, doc: str | None, *, runs: int = 5) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=(doc or "").partition("\n\n")[0])
-    parser.add_argument("--runs", type=int, default=runs, help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures there")
+    parser.add_argument("--runs", type=_count, default=runs, help="default %(default)s")
+    parser.add_argument("--json", type=_writable, metavar="FILE", help="writes all figures there")
     return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _writable(text: str) -> Path:
+    """Before anything is measured: nobody wants to hear it after an hour."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} can't be written: its folder must be there, and yours to write to")
+    return path
 
 
 def machine() -> dict[str, Any]:

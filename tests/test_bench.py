@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import data, floor, path
+from bench.__main__ import QUESTIONS
 from bench.sink import Report as Arrived
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -93,11 +94,54 @@ def test_spool_shows_its_control(tmp_path):
 
 
 def test_without_a_name_the_benchmarks_are_listed(tmp_path):
-    """And an unknown one is a usage error."""
+    """And an unknown one is a usage error. bench/README.md knows them all."""
     code, out, _ = finished(cwd=tmp_path)
     assert code == 0
     assert "path" in out
     assert finished("speed", cwd=tmp_path)[0] == 2
+    readme = (PROJECT / "bench/README.md").read_text()
+    for name in QUESTIONS:
+        assert f"\n{name} " in f"\n{out}"
+        assert f"python -m bench {name} " in readme, name
+
+
+@pytest.mark.parametrize("options", [("--runs", "0"), ("--json", "nowhere/figures.json"), ("--json", ".")])
+def test_what_cannot_end_well_does_not_begin(tmp_path, options):
+    """No runs, or a file that can't be written, is said before anything is measured, and without a traceback."""
+    code, out, err = finished("floor", *options, cwd=tmp_path)
+    assert code == 2
+    assert out == ""
+    assert f"argument {options[0]}" in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_that_takes_nothing_is_said(tmp_path):
+    """A benchmark keeps its spools where it is run; where it can't, it says so."""
+    code, _, err = finished("path", "--cells", "stream", "--events", "100", "--runs", "1", cwd="/proc")
+    assert code == 1
+    assert "no folder can be made in the working directory" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_benchmark_of_one_process_ends_at_a_signal(tmp_path, number):
+    """Quietly, with the code that a shell knows."""
+    with bench("pace", "--runs", "100000", cwd=tmp_path, start_new_session=True) as process:
+        deadline = time.monotonic() + 30
+        while not _handles_sigterm(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+
+
+def _handles_sigterm(process):
+    """Whether it has a handler of its own: Python has none."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
+    return caught >> (signal.SIGTERM - 1) & 1
 
 
 def test_a_run_that_lost_or_doubled_events_has_failed(tmp_path, capsys):

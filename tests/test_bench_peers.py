@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 from isal import igzip
 
 from bench import data, sink
-from bench.peers import compare, results
+from bench.peers import compare, results, starting
+from bench.peers.catalog import PEERS
+from bench.peers.starting import Missing
 from bridged.currents.table import EVENT_TYPES
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 
 PROJECT = Path(__file__).resolve().parents[1]
 TOKEN = "0123456789abcdef0123456789abcdef"
+COLLECTORS = ("syslog-ng", "rsyslog", "fluent", "vector")
 
 
 def peers(*arguments, cwd, **environment):
@@ -35,11 +39,12 @@ def peers(*arguments, cwd, **environment):
 
 def test_the_naive_bridge_runs_beside_bridged_and_the_absent_are_listed(tmp_path):
     """Both deliver what was sent; kill -9 loses nothing that bridged acked; a missing program is no error."""
+    absent = ("bytewax", "fluent-bit", "rsyslog-map-disk", "fluentd", "vector")
     code, out, err = peers(
-        *("--only", "bridged,naive,bytewax,fluent-bit", "--runs", "1", "--events", "3000", "--json", "figures.json"),
+        *("--only", f"bridged,naive,{','.join(absent)}", "--runs", "1", "--events", "3000", "--json", "figures.json"),
         cwd=tmp_path,
         BENCH_PEERS=str(tmp_path / "nowhere"),
-        FLUENT_BIT=str(tmp_path / "no-such-program"),
+        **dict.fromkeys(("FLUENT_BIT", "FLUENTD", "RSYSLOGD", "VECTOR"), str(tmp_path / "no-such-program")),
     )
     assert code == 0, out + err
     assert "FAILED" not in out
@@ -58,9 +63,12 @@ def test_the_naive_bridge_runs_beside_bridged_and_the_absent_are_listed(tmp_path
     assert figures["differences"]["bridged"] == "none"
     for problem in ("missing", "twice", "another"):
         assert problem not in figures["differences"]["naive"]
-    assert set(figures["missing"]) == {"bytewax", "fluent-bit"}
+    assert set(figures["missing"]) == set(absent)
     assert "python -m bench peers --install" in figures["missing"]["bytewax"]
-    assert "fluent-bit: 96,000 events/s, 17.4 us; here: " in out
+    assert "fluent-bit: 96,000 events/s, 17.4 us (measured elsewhere: " in out
+    listed = {each["name"]: each for each in figures["absent"]}
+    assert all(listed[name]["published"] and listed[name]["source"] for name in absent)
+    assert "github.com/vectordotdev/vector" in listed["vector"]["source"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["figures.json"]
 
 
@@ -83,6 +91,37 @@ def test_the_official_python_client_delivers_every_event(tmp_path):
         pytest.fail(figures["missing"]["mixpanel-pypi"])
     assert [each["events"] for each in figures["runs"]["mixpanel-pypi"]] == [2000]
     assert "another" not in figures["differences"]["mixpanel-pypi"]
+
+
+@pytest.mark.parametrize("name", [peer.name for peer in PEERS if peer.name.startswith(COLLECTORS)])
+def test_a_peers_configuration_is_whole(tmp_path, monkeypatch, name):
+    """No placeholder is left in it, both ports are in it, and each event type has a name in its table."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n", encoding="ascii")
+    program.chmod(0o755)
+    for variable in ("FLUENT_BIT", "FLUENTD", "RSYSLOGD", "RSYSLOG_OMHTTP", "SYSLOG_NG", "VECTOR"):
+        monkeypatch.setenv(variable, str(program))
+    (peer,) = [peer for peer in PEERS if peer.name == name]
+    (tmp_path / "work").mkdir()
+    command = peer.command(tmp_path / "work", 40001, 40002)
+    assert command.program == str(program)
+    texts = {file.name: file.read_text() for file in (tmp_path / "work").iterdir() if file.is_file()}
+    (config,) = [text for file, text in texts.items() if any(each.endswith(file) for each in command.arguments)]
+    assert not re.search(r"@[A-Z_]+@", config), config
+    assert "40001" in config
+    assert "40002" in config
+    (table,) = [text for file, text in texts.items() if file.startswith("names.")]
+    assert all(f'"{row.event_type}"' in table for row in EVENT_TYPES)
+    for file in re.findall(r"\S*/bench/peers/[\w./-]+", f"{config}\n{' '.join(command.arguments)}"):
+        assert Path(file.strip('"')).exists(), file
+
+
+def test_rsyslog_without_omhttp_is_missing_and_not_broken(tmp_path, monkeypatch):
+    """Debian's rsyslog has no omhttp: who has only that is told so, before anything runs."""
+    monkeypatch.setenv("RSYSLOGD", sys.executable)
+    monkeypatch.setenv("RSYSLOG_OMHTTP", str(tmp_path / "omhttp.so"))
+    with pytest.raises(Missing, match="built without it; RSYSLOG_OMHTTP names"):
+        starting.rsyslog(disk=True)(tmp_path, 1, 1)
 
 
 @pytest.mark.parametrize("form", ["ndjson", "ndjson-gzip", "lines", "array", "array-gzip", "form", "base64"])

@@ -252,6 +252,23 @@ def test_the_page_says_when_the_machine_was_not_quiet():
         assert ("Not a quiet machine: others used 1.20 cores" in "\n".join(page.page(results, {}))) is said
 
 
+def test_the_page_is_made_of_what_can_be_read(tmp_path, capsys):
+    """A file that a broken run left is named and left out; decode and mapping are on the page as they are written."""
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "path.json").write_text('{"machine": {')
+    for name in ("decode", "mapping"):
+        code, out, err = finished(
+            *(name, "--runs", "2", "--events", "300", "--json", str(results / f"{name}.json")), cwd=tmp_path
+        )
+        assert code == 0, out + err
+    assert page.main(["--results", str(results), "--page", str(tmp_path / "page")]) == 0
+    assert "left out: " in capsys.readouterr().err
+    text = (tmp_path / "page" / "README.md").read_text()
+    assert "| stream door | " in text
+    assert "| real mix | " in text
+
+
 def test_the_page_says_that_there_are_no_results(tmp_path, capsys):
     """An empty folder is no page."""
     assert page.main(["--results", str(tmp_path), "--page", str(tmp_path / "page")]) == 1

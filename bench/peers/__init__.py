@@ -1,6 +1,7 @@
 """bridged beside what a user would pick instead: the peers, their configurations, and one run of all of them.
 
-`catalog` says what the peers are, `run` measures them. The other files are the peers' own: programs and configurations.
+`catalog` says what the peers are, `starting` how each is started, `run` measures them. The other files are
+the peers' own: programs and configurations.
 """
 
 from collections.abc import Sequence

@@ -145,9 +145,9 @@ def _show_ratios(good: dict[str, list[Run]]) -> None:
 
 
 def _show_absent(results: Results) -> None:
-    print("\nmeasured elsewhere (a quiet 2-core machine, 704-byte events; compare with nothing above)")
+    print("\nmeasured elsewhere (compare with nothing above)")
     for each in absent(results):
-        print(f"  {each['name']}: {each['published']}; here: {each['why']}")
+        print(f"  {each['name']}: {each['published']} ({each['source']}); here: {each['why']}")
     for name in results.missing.keys() - {each.name for each in PUBLISHED}:
         print(f"  {name}: not installed here, no figure: {results.missing[name]}")
 
@@ -188,9 +188,9 @@ def absent(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "name": each.name,
-            "why": results.missing.get(each.name) or each.wanted or "not asked for",
-            "published": f"{each.events_per_s:,} events/s, {each.cpu_us:g} us",
-            "source": "measured elsewhere on a quiet 2-core machine, 704-byte events",
+            "why": results.missing.get(each.name, "not asked for"),
+            "published": each.figures,
+            "source": f"measured elsewhere: {each.source}",
         }
         for each in PUBLISHED
         if each.name not in results.runs

@@ -18,10 +18,10 @@ from typing import Final
 import msgspec
 
 from bench import data, report
-from bench.peers import catalog, compare
-from bench.peers.catalog import Missing
+from bench.peers import compare, starting
 from bench.peers.killing import ACKED, Ledger, load_until_killed
 from bench.peers.results import BRIDGED, ROWS, Killed, Results, Row, Run, absent, rows, show
+from bench.peers.starting import Missing
 from bench.peers.subject import Bridged, Disk, Program, Subject, cpu_s, kill, peak_mb, written_bytes
 from bench.processes import BenchError, Loader, Sink, ended_by_signals, folder, machine_cpu_s
 from bench.sink import Report as Arrived
@@ -284,12 +284,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="length of a run, default %(default)g")
     parser.add_argument("--events", type=int, help="a run has so many events instead")
     parser.add_argument("--no-kill", dest="kill", action="store_false", help="nobody is killed")
-    where = f"installs the packages from PyPI and npm into {catalog.TOOLS} ($BENCH_PEERS), and ends"
+    where = f"installs the packages from PyPI and npm into {starting.TOOLS} ($BENCH_PEERS), and ends"
     parser.add_argument("--install", action="store_true", help=where)
     arguments = parser.parse_args(argv)
     if arguments.install:
         try:
-            catalog.install()
+            starting.install()
         except subprocess.CalledProcessError as error:
             print(f"peers: {error}", file=sys.stderr)
             return 1
