@@ -105,10 +105,7 @@ class StreamSource:
                 self._look.cancel()
                 for server in self._servers:
                     server.close()
-                raise ListenError(
-                    f"can't listen on {address} of sources.stream.listen: {error}",
-                    "is another bridged running? choose another address",
-                ) from error
+                raise ListenError(f"can't listen on {address} of sources.stream.listen", error) from error
         return self
 
     async def _listen(self, address: str) -> asyncio.Server:
