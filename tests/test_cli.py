@@ -409,6 +409,26 @@ def test_printable():
     assert printable("é ok\x1b\n\u202e") == "é ok\ufffd\ufffd\ufffd"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "demo --events many",
+        "emulator --max-events-per-minute many",
+        "backfill --events-per-second many x",
+        "cohorts allow many",
+        "dead-letters list --limit many",
+        "dead-letters list --since many",
+    ],
+)
+async def test_an_option_of_the_wrong_kind_is_told_in_words(bridged, line):
+    """Not by the name of a function."""
+    code, _, err = await bridged(None, *line.split())
+
+    assert code == 2
+    assert "many" in err
+    assert "_" not in err.splitlines()[-1]
+
+
 # -- standard input, output and error ----------------------------------------------------------------------------------
 
 

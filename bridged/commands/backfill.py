@@ -308,7 +308,10 @@ def _say(text: str) -> None:
 
 
 def _rate(text: str) -> float:
-    rate = float(text)
+    try:
+        rate = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not 0 < rate < float("inf"):
         raise argparse.ArgumentTypeError("must be more than 0")
     return rate

@@ -210,7 +210,10 @@ def _refusals_of(daemon: Daemon, key: str) -> list[Refusal]:
 
 
 def _points(text: str) -> int:
-    number = int(text.replace("_", "").replace(",", ""))
+    try:
+        number = int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError("at least 1; without a number as many as are due")
     return number
