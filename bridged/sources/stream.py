@@ -349,7 +349,7 @@ class _Connection(asyncio.Protocol):
 
     def _handshake(self, lines: list[bytes]) -> bool:
         try:
-            acks = msgspec.json.decode(lines[0], type=_Handshake).acks
+            acks = msgspec.json.decode(lines[0].removeprefix(b"\xef\xbb\xbf"), type=_Handshake).acks
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
         del lines[0]
