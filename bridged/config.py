@@ -146,10 +146,14 @@ def _apply_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
             continue
         key = by_name.get(name)
         if key is None:
-            near = difflib.get_close_matches(name, by_name, 1)
-            raise ConfigError(
-                f"the environment variable {name} names no key", f"did you mean {near[0]}?" if near else ""
+            # Without what all of them begin with: by that they are all alike.
+            near = difflib.get_close_matches(name[9:], [known[9:] for known in by_name], 1)
+            hint = (
+                f"did you mean BRIDGED__{near[0]}?"
+                if near
+                else "the names are BRIDGED__SECTION__KEY, as in config.toml"
             )
+            raise ConfigError(f"the environment variable {name} names no key", hint)
         table = raw
         for section in key.path[:-1]:
             table = table.setdefault(section, {})

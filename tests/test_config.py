@@ -181,6 +181,7 @@ def test_other_types_are_written_as_in_toml() -> None:
     ("name", "value", "parts"),
     [
         ("mixpanel__tokn", "x", ["BRIDGED__MIXPANEL__TOKN", "did you mean BRIDGED__MIXPANEL__TOKEN"]),
+        ("foo", "x", ["BRIDGED__FOO", "the names are BRIDGED__SECTION__KEY"]),
         ("nothing", "x", ["BRIDGED__NOTHING"]),
         ("mixpanel", "x", ["BRIDGED__MIXPANEL"]),
         ("delivery__max_concurrency", "many", ["BRIDGED__DELIVERY__MAX_CONCURRENCY", "many"]),
