@@ -1,6 +1,7 @@
 """The command line: argv in, an exit code out. A command's module is imported when it is the one that is wanted."""
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -41,6 +42,8 @@ _COMMANDS = {
     ),
     "emulator": ("bridged.emulator.command", "run the emulated Mixpanel, and with --braze-listen the emulated Braze"),
 }
+# Of a file that somebody named, the commands tell in their own words; what is left is standard output.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _WITHOUT_CONFIG = ("demo", "emulator")
 
 _EPILOG = """\
@@ -57,27 +60,53 @@ exit codes: 0 done, 1 failed, 2 usage, 69 Mixpanel or the daemon can't be reache
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code: 0, 1 failure, 2 usage, 69 upstream, 74 I/O, 78 configuration."""
+    _open_closed_streams()
     given = list(sys.argv[1:] if argv is None else argv)
     # argparse allows a command's options to be spelled only after it, so the first word names it.
     wanted = next((word for word in given if not word.startswith("-")), "")
-    arguments = _parser(wanted).parse_args(given)
     try:
-        code = int(arguments.main(arguments) or 0)
-        sys.stdout.flush()
+        try:
+            arguments = _parser(wanted).parse_args(given)
+            code = int(arguments.main(arguments) or 0)
+        finally:
+            # Here, where it can be told; at the interpreter's end it is a traceback.
+            sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has enough. What is left in the buffer must not complain at the end either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has enough.
+        _drop_output()
         return 0
     except BridgedError as error:
         print(redacted(f"bridged: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _UNWRITABLE:
+            _drop_output()
+            print(f"bridged: can't write to standard output: {error.strerror}", file=sys.stderr)
+            return 74
         # A bug. As Python would tell it, but for what nobody shall read.
         sys.stderr.write(redacted(traceback.format_exc()))
         return 1
     return code
+
+
+def _open_closed_streams() -> None:
+    """Whoever started us may have closed standard input, output or error: nothing else may get their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is this one: those below it are open by now.
+            opened = os.open(os.devnull, os.O_RDWR)
+            if getattr(sys, name) is None:
+                mode = "r" if number == 0 else "w"
+                setattr(sys, name, open(opened, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for good
+
+
+def _drop_output() -> None:
+    """What is left in the buffer must not complain at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(wanted: str) -> argparse.ArgumentParser:

@@ -71,7 +71,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     raw: dict[str, Any] = {}
     if path is not None:
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"can't read the configuration {path}: {error}") from error
         except tomllib.TOMLDecodeError as error:
@@ -129,7 +129,13 @@ def _explained(where: str, error: msgspec.ValidationError) -> ConfigError:
         near = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return ConfigError(f"{where}: {f'[{place}]' if place else 'the top level'} has no key {unknown[1]!r}", hint)
-    return ConfigError(f"{where}: {place or 'the top level'}: {message}")
+    hint = ""
+    key = next((key for key in keys() if ".".join(key.path) == place), None)
+    if key is not None and get_origin(key.type) is Literal:
+        hint = "one of: " + ", ".join(map(str, get_args(key.type)))
+    elif place == "events.names[...]" and message.endswith("got `object`"):
+        hint = 'event types have dots, so they stand in quotes: "users.messages.email.Send" = "Mail sent"'
+    return ConfigError(f"{where}: {place or 'the top level'}: {message}", hint)
 
 
 def _apply_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
@@ -140,10 +146,14 @@ def _apply_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
             continue
         key = by_name.get(name)
         if key is None:
-            near = difflib.get_close_matches(name, by_name, 1)
-            raise ConfigError(
-                f"the environment variable {name} names no key", f"did you mean {near[0]}?" if near else ""
+            # Without what all of them begin with: by that they are all alike.
+            near = difflib.get_close_matches(name[9:], [known[9:] for known in by_name], 1)
+            hint = (
+                f"did you mean BRIDGED__{near[0]}?"
+                if near
+                else "the names are BRIDGED__SECTION__KEY, as in config.toml"
             )
+            raise ConfigError(f"the environment variable {name} names no key", hint)
         table = raw
         for section in key.path[:-1]:
             table = table.setdefault(section, {})
@@ -243,7 +253,7 @@ def with_credentials(config: Config, changes: Mapping[str, str]) -> Config:
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port` as a pair. Raises ValueError."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"expected host:port, got {address!r}")
     return host.strip("[]"), int(port)
 
@@ -305,6 +315,11 @@ def _problems(config: Config) -> Iterator[str]:
     for name, door in (("sources.http", http), ("sources.stream", stream)):
         if bool(door.tls_cert) != bool(door.tls_key):
             yield f"{name}: tls_cert and tls_key go together"
+    for name, length in (("timeout", config.delivery.timeout), ("probe_interval", config.delivery.probe_interval)):
+        if length <= 0:
+            yield f"delivery.{name}: more than 0s"
+    if Path(config.spool.path).name == "":
+        yield f"spool.path: expected a file, got {config.spool.path!r}"
     if config.spool.max_bytes < 16 * 2**20:
         yield "spool.max_bytes: at least 16MiB"
 

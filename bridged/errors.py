@@ -17,6 +17,7 @@
 Anything else that escapes is a bug: the process ends and systemd restarts it.
 """
 
+import errno
 from typing import ClassVar
 
 
@@ -70,6 +71,18 @@ class ListenError(BridgedError):
     """An address can't be listened on: names the key and the address."""
 
     exit_code = 74
+
+    def __init__(self, message: str, error: OSError) -> None:
+        super().__init__(
+            f"{message}: {error}", _LISTEN_HINTS.get(error.errno or 0, "is it an address of this machine?")
+        )
+
+
+_LISTEN_HINTS = {
+    errno.EADDRINUSE: "is another bridged running? choose another port",
+    errno.EACCES: "not permitted to this user: choose a port above 1023, a folder that is writable, or systemd's socket",
+    errno.ENOENT: "the folder isn't there: make it, or choose another",
+}
 
 
 class UpstreamError(BridgedError):

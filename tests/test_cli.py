@@ -407,3 +407,73 @@ def test_durations(seconds, text):
 def test_printable():
     """Text stays, control characters don't."""
     assert printable("é ok\x1b\n\u202e") == "é ok\ufffd\ufffd\ufffd"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "demo --events many",
+        "emulator --max-events-per-minute many",
+        "backfill --events-per-second many x",
+        "cohorts allow many",
+        "dead-letters list --limit many",
+        "dead-letters list --limit 0",
+        "dead-letters list --since many",
+    ],
+)
+async def test_an_option_of_the_wrong_kind_is_told_in_words(bridged, line):
+    """Not by the name of a function."""
+    code, _, err = await bridged(None, *line.split())
+
+    assert code == 2
+    assert line.split()[3 if "dead" in line else 2] in err
+    assert "_" not in err.splitlines()[-1]
+
+
+# -- standard input, output and error ----------------------------------------------------------------------------------
+
+
+def shell(tmp_path, line):
+    """A shell's line with `bridged` in it, as a process of its own: exit code, standard error."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("BRIDGED", "PYTHON"))}
+    env = clean | {"PYTHONPATH": str(ROOT), "BRIDGED__ADMIN__LISTEN": "127.0.0.1:1", "BRIDGED__MIXPANEL__TOKEN": "t"}
+    line = line.replace("bridged ", f"{sys.executable} -m bridged ", 1)
+    command = ["/bin/sh", "-c", line]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("bridged check >&-", 0),
+        ("bridged --version >&-", 0),
+        ("bridged config --default <&- >&- 2>&-", 0),
+        ("bridged status <&- >&-", 69),
+        ("bridged dead-letters purge --all <&-", 2),
+    ],
+)
+def test_a_closed_standard_stream_is_no_crash(tmp_path, line, code):
+    """Started by something that closed them, a command does its work, and ends as it says."""
+    returned, said = shell(tmp_path, line)
+
+    assert (returned, "Traceback" in said) == (code, False), said
+
+
+@pytest.mark.parametrize("line", ["bridged check", "bridged --help", "PYTHONUNBUFFERED=1 bridged check"])
+def test_output_that_cannot_be_written_is_told(tmp_path, line):
+    """A full disk under standard output is an error in words, and 74."""
+    returned, said = shell(tmp_path, f"{line} >/dev/full")
+
+    assert (returned, said) == (74, "bridged: can't write to standard output: No space left on device\n")
+
+
+def test_files_never_get_the_number_of_a_closed_stream(tmp_path):
+    """With standard error closed, the spool must not be what a library's last words are written into."""
+    program = (
+        "import os, sys; from bridged.cli import main; main(['check']); "
+        "n = os.open('spool', os.O_RDWR | os.O_CREAT); sys.exit(0 if n > 2 else n + 10)"
+    )
+    returned, said = shell(tmp_path, f'{sys.executable} -c "{program}" <&- >&- 2>&-')
+
+    assert returned == 0, said

@@ -491,6 +491,7 @@ async def test_a_foreign_file_is_left_untouched(options: MembershipOptions) -> N
     with sqlite3.connect(options.path) as db:
         db.execute("CREATE TABLE segments (id)")
         db.execute("PRAGMA user_version = 1")
+    db.close()
     with pytest.raises(MembershipError, match="not a file of bridged's cohorts"):
         await Membership(options).__aenter__()
 

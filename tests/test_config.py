@@ -56,7 +56,8 @@ def complaint(path: Path | None, **environ: str) -> str:
         ("[delivery]\ncolour = 'red'", ["[delivery]", "'colour'", "max_concurrency"]),
         ("[mixpnel]\ntoken = 'x'", ["'mixpnel'", "did you mean 'mixpanel'"]),
         ("nonsense = 1", ["the top level", "'nonsense'", "known here"]),
-        ("[mixpanel]\nregion = 'mars'", ["mixpanel.region", "mars"]),
+        ("[mixpanel]\nregion = 'mars'", ["mixpanel.region", "mars", "one of: us, eu, in"]),
+        ("[events.names]\nusers.messages.email.Send = 'x'", ["events.names", "in quotes"]),
         ("[delivery]\nmax_concurrency = 'many'", ["delivery.max_concurrency", "int"]),
         ("[delivery]\nmax_concurrency = 0", ["delivery.max_concurrency", "1"]),
         ("[delivery]\nmax_batch_events = 2001", ["delivery.max_batch_events", "2000"]),
@@ -83,6 +84,13 @@ def test_an_error_names_the_file_and_the_key(tmp_path: Path, text: str, parts: l
     assert [part for part in [str(path), *parts] if part not in message] == []
 
 
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    """Some editors put one before the first line."""
+    path = tmp_path / "some.toml"
+    path.write_bytes(b"\xef\xbb\xbf[mixpanel]\ntoken = 't'\n")
+    assert load(path, {}).mixpanel.token == "t"
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", None])
 def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
     """A missing file, and one that isn't text, are named."""
@@ -107,6 +115,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
         ("mixpanel.token = 't'\ndelivery.max_batch_bytes = '1MB'", ["delivery.max_batch_bytes"]),
         ("mixpanel.token = 't'\ndelivery.max_batch_bytes = '11MiB'", ["delivery.max_batch_bytes"]),
         ("mixpanel.token = 't'\nspool.max_bytes = '1MiB'", ["spool.max_bytes", "16MiB"]),
+        ("mixpanel.token = 't'\nspool.path = ''", ["spool.path", "a file"]),
+        ("mixpanel.token = 't'\nspool.path = '/'", ["spool.path", "a file"]),
+        ("mixpanel.token = 't'\ndelivery.timeout = 0", ["delivery.timeout", "more than 0s"]),
+        ("mixpanel.token = 't'\ndelivery.probe_interval = '0ms'", ["delivery.probe_interval", "more than 0s"]),
+        ("mixpanel.token = 't'\nsources.http.listen = 'http://127.0.0.1:8480'", ["sources.http.listen", "host:port"]),
     ],
 )
 def test_contradictions_are_told_before_the_start(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -168,6 +181,7 @@ def test_other_types_are_written_as_in_toml() -> None:
     ("name", "value", "parts"),
     [
         ("mixpanel__tokn", "x", ["BRIDGED__MIXPANEL__TOKN", "did you mean BRIDGED__MIXPANEL__TOKEN"]),
+        ("foo", "x", ["BRIDGED__FOO", "the names are BRIDGED__SECTION__KEY"]),
         ("nothing", "x", ["BRIDGED__NOTHING"]),
         ("mixpanel", "x", ["BRIDGED__MIXPANEL"]),
         ("delivery__max_concurrency", "many", ["BRIDGED__DELIVERY__MAX_CONCURRENCY", "many"]),

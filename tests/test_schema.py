@@ -134,6 +134,8 @@ def test_two_events_on_a_line_are_no_event() -> None:
     [
         (b"nonsense", UNDECODABLE_CODE, "not valid JSON"),
         (b'{"event_type":"users.messages.email.Open"', UNDECODABLE_CODE, "not valid JSON"),
+        (b'{"event_type":"users.messages.email.Open","id":"\\ud83d"}', UNDECODABLE_CODE, "half of a surrogate pair"),
+        (b'{"event_type":"users.messages.email.Open","id":"\\ud83d', UNDECODABLE_CODE, "truncated"),
         (b"{}", UNDECODABLE_CODE, "no event_type"),
         (b"5", UNDECODABLE_CODE, "no event_type"),
         (b'{"event_type":null}', UNDECODABLE_CODE, "no event_type"),

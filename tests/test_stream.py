@@ -116,7 +116,7 @@ def reset(writer):
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-@pytest.mark.parametrize("handshake", [b"", ACKS, b'{"acks":false}\n', b' {"acks" : true}\r\n'])
+@pytest.mark.parametrize("handshake", [b"", ACKS, b'{"acks":false}\n', b' {"acks" : true}\r\n', b"\xef\xbb\xbf" + ACKS])
 async def test_lines_become_events(door, kind, handshake):
     """Every line is an event; who asked for acks is told of every line but the handshake, the others of none."""
     events = batch(30)

@@ -125,10 +125,7 @@ class AdminServer:
                 await site.start()
         except OSError as error:
             await self._runner.cleanup()
-            raise ListenError(
-                f"can't listen on admin.listen = {admin.listen!r}: {error}",
-                "is another bridged running? choose another port",
-            ) from error
+            raise ListenError(f"can't listen on admin.listen = {admin.listen!r}", error) from error
         self.port = access.port = self._runner.addresses[0][1]
         self._recording = asyncio.create_task(self._history.run(), name="history")
         return self

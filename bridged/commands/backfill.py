@@ -31,7 +31,7 @@ from bridged.settings import Config
 
 EPILOG = """\
 Files hold Currents events as Braze's Custom HTTP connector sends them: one a line, or as a JSON array, gzip or not; or they are
-Avro, as Currents' export to cloud storage writes them (pip install "bridged[backfill]"). A folder means the files below it.
+Avro, as Currents' export to cloud storage writes them (for which fastavro must be installed). A folder means the files below it.
 
 FILE.backfill, beside each, says how far it was sent. After an interruption the same command goes on there; a file that was
 sent whole is passed over. To send one again, delete it. --state keeps them elsewhere, if the folder can't be written.
@@ -269,7 +269,8 @@ class Backfill:
             self._progress.add(lines)
 
     def _give_up(self, client: StreamClient, why: str) -> None:
-        _say(f"{why}: {client.unacked:,} events were sent without an ack, and will be sent again")
+        left = f": {client.unacked:,} events were sent without an ack, and will be sent again" if client.unacked else ""
+        _say(f"{why}{left}")
         self._summary()
 
     def _speak(self) -> None:
@@ -308,7 +309,10 @@ def _say(text: str) -> None:
 
 
 def _rate(text: str) -> float:
-    rate = float(text)
+    try:
+        rate = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not 0 < rate < float("inf"):
         raise argparse.ArgumentTypeError("must be more than 0")
     return rate

@@ -6,6 +6,7 @@ Avro is what Currents' export to cloud storage writes: a flat record of an event
 
 import gzip
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ def _avro(path: Path, file: BinaryIO) -> Iterator[bytes]:
         import fastavro  # noqa: PLC0415  # an extra: only who has Avro files needs it
     except ImportError as error:
         raise ConfigError(
-            f"{path} is Avro, for which fastavro is missing", 'pip install "bridged[backfill]"'
+            f"{path} is Avro, for which fastavro is missing", f"{sys.executable} -m pip install fastavro"
         ) from error
     try:
         reader = fastavro.reader(file)

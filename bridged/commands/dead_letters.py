@@ -52,16 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="as for `bridged run`")
 
     verb = verbs.add_parser("list", parents=[common, filters], help="what there is, and why")
-    verb.add_argument("--limit", type=int, default=50, help="at most so many, oldest first (default %(default)s)")
+    verb.add_argument(
+        "--limit", type=_limit, default=50, metavar="N", help="at most so many, oldest first (default %(default)s)"
+    )
     verb.add_argument("--after", type=int, default=0, metavar="ID", help="go on after this one")
     verb.add_argument("--json", action="store_true", help="one JSON object a line")
     verb = verbs.add_parser("show", parents=[common], help="one of them, with its event")
-    verb.add_argument("id", type=int)
+    verb.add_argument("id", type=int, help="its number in the list")
     verb = verbs.add_parser("export", parents=[common, filters], help="NDJSON with the events, into a file")
     verb.add_argument("file", help="where to; - is standard output")
     for name, text in (("replay", "try them again"), ("purge", "delete them for good")):
         verb = verbs.add_parser(name, parents=[common, filters], help=text)
-        verb.add_argument("ids", type=int, nargs="*", metavar="ID")
+        verb.add_argument("ids", type=int, nargs="*", metavar="ID", help="only these, by their numbers in the list")
         verb.add_argument("--all", action="store_true", help="all of them")
         if name == "purge":
             verb.add_argument("--yes", action="store_true", help="don't ask")
@@ -177,6 +179,12 @@ def _filter(arguments: argparse.Namespace) -> dict[str, Any]:
         "until": arguments.until,
     }
     return {key: value for key, value in given.items() if value not in (None, "")}
+
+
+def _limit(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    return int(text)
 
 
 def _time(text: str) -> float:

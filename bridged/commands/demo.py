@@ -400,7 +400,10 @@ All are still running; Ctrl-C ends them.
 
 
 def _count(text: str) -> int:
-    number = int(text.replace("_", "").replace(",", ""))
+    try:
+        number = int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if number < MIN_EVENTS:
         raise argparse.ArgumentTypeError(f"at least {MIN_EVENTS:,}, so that there are some of every type")
     return number

@@ -209,7 +209,9 @@ class Schema:
         except ValidationError:
             event_type = ""
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as malformed:
-            return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, f"not valid JSON: {malformed}", original)
+            # msgspec says of it that the input was cut off, if it ends a string.
+            problem = _HALF_A_PAIR if _ENDS_IN_HALF_A_PAIR.search(original) else str(malformed)
+            return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, f"not valid JSON: {problem}", original)
         if not event_type or event_type.isspace():
             return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, "no event_type: this is not a Currents event", original)
         code = self._codes.get(event_type, UNKNOWN_CODE)
@@ -245,6 +247,8 @@ def _names(properties: Any) -> Iterable[str]:
     return get_type_hints(properties)
 
 
+_HALF_A_PAIR = 'half of a surrogate pair, as in "\\ud83d": a character that was cut in two'
+_ENDS_IN_HALF_A_PAIR = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}"')
 _PROBE = re.compile(rb'\{\s*(?:"events"\s*:\s*null\s*)?\}')
 # A string that doesn't end is taken to the end: looking for strings inside it would take quadratic time.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)

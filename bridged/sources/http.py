@@ -170,10 +170,7 @@ class HttpSource:
                 self._servers.append(server)
         except OSError as error:
             await self.connections.close(0)
-            raise ListenError(
-                f"can't listen on sources.http.listen = {options.host}:{options.port}: {error}",
-                "is another bridged running? choose another port",
-            ) from error
+            raise ListenError(f"can't listen on sources.http.listen = {options.host}:{options.port}", error) from error
         self.port = self._servers[0].sockets[0].getsockname()[1]
         return self
 

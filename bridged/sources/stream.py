@@ -105,10 +105,7 @@ class StreamSource:
                 self._look.cancel()
                 for server in self._servers:
                     server.close()
-                raise ListenError(
-                    f"can't listen on {address} of sources.stream.listen: {error}",
-                    "is another bridged running? choose another address",
-                ) from error
+                raise ListenError(f"can't listen on {address} of sources.stream.listen", error) from error
         return self
 
     async def _listen(self, address: str) -> asyncio.Server:
@@ -352,7 +349,7 @@ class _Connection(asyncio.Protocol):
 
     def _handshake(self, lines: list[bytes]) -> bool:
         try:
-            acks = msgspec.json.decode(lines[0], type=_Handshake).acks
+            acks = msgspec.json.decode(lines[0].removeprefix(b"\xef\xbb\xbf"), type=_Handshake).acks
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
         del lines[0]
