@@ -24,6 +24,15 @@ def give_back_large_blocks() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
 
 
+def give_back_holes() -> None:
+    """What is free in the heap goes back to the system, between used blocks too. Takes some milliseconds for 100 MB.
+
+    Slow bodies that come and are refused side by side leave holes as large as half of what they hold at most (measured).
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def only_grows() -> None:
     """The start makes what lives as long as the process: no collection of garbage until `settle` (an eighth of a start)."""
     gc.disable()

@@ -120,7 +120,7 @@ class StreamSource(Section, frozen=True, kw_only=True):
         Meta(
             description="Bytes of all lines without their end, or waiting for room. Beyond it the oldest are cut off."
         ),
-    ] = Size(12 * 2**20)
+    ] = Size(8 * 2**20)
     tls_cert: Annotated[
         str, Meta(description="PEM file: the certificate and its chain, for the tcp: addresses. Read again at SIGHUP.")
     ] = ""

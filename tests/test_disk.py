@@ -348,6 +348,33 @@ async def test_an_error_of_the_disk_ends_the_process(tmp_path, emulator, client,
     assert set(acked) <= delivered(emulator)
 
 
+@pytest.mark.parametrize(
+    "gone", ["", "spool.db", "spool.db-wal", "spool.db.lock"], ids=["folder", "file", "wal", "lock"]
+)
+async def test_files_that_are_removed_under_the_daemon(tmp_path, emulator, gone):
+    """Somebody cleans up: it says so, saves what the files held, and ends; the next start delivers all that was acked."""
+    folder = tmp_path / "var" / "spool"
+    folder.mkdir(parents=True)
+    daemon = Process(tmp_path, "http://127.0.0.1:9")
+    daemon.settings["spool__path"] = str(folder / "spool.db")
+    await daemon.up()
+    assert await daemon.post([currents(seed=n, id=f"e{n}") for n in range(50)]) == 200
+    if gone:
+        (folder / gone).unlink()
+    else:
+        shutil.rmtree(folder)
+    assert await daemon.exits() == 74, daemon.said()
+    assert "was removed or replaced while bridged ran; what it held was saved in" in daemon.said()
+
+    again = Process(tmp_path, emulator.url)
+    again.settings["spool__path"] = str(folder / "spool.db")
+    await again.up()
+    try:
+        await until(lambda: len(delivered(emulator)) >= 50, "what was acked to be delivered")
+    finally:
+        assert await again.end() == 0, again.said()
+
+
 @needs_root
 async def test_a_disk_that_turns_read_only(small, tmp_path, emulator, client):
     """As after an error of its file system: nothing more is acked, it exits 74, and says why until it can be written again."""

@@ -28,6 +28,7 @@ from msgspec import Struct
 
 from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts, changes
+from bridged.backlog.presence import Presence
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
 from bridged.backlog.reserve import Reserve, reserve_of
 from bridged.backlog.segment import Batch, Segment, cut, pack, pack_all
@@ -163,9 +164,10 @@ class Spool:
             raise SpoolError(f"can't open the spool {path}: {error}", "is it a file, and writable?") from error
         try:
             await self.run(self._prepare)
+            self._presence = Presence(path)
         except BaseException as error:
             await self._db.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | OSError):
                 raise SpoolError(f"can't open the spool {path}: {error}") from error
             raise
 
@@ -316,11 +318,15 @@ class Spool:
 
     async def _write(self) -> None:
         work = Work()
+        looked_at = time.monotonic()
         try:
             while not (self._closing and not self._work.intaken and not self._work.settlements):
                 self._wake.clear()
                 if self._corruption is not None:
                     raise self._corruption  # noqa: TRY301  # what the handler below is for
+                if time.monotonic() - looked_at > _IDLE_S:
+                    await self.run(self._presence.demand)
+                    looked_at = time.monotonic()
                 if self._work.intaken or self._work.settlements:
                     work = self._next()
                     self._idle_s = 0.0

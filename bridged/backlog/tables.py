@@ -150,7 +150,7 @@ def migrate(db: sqlite3.Connection, path: Path, names: Mapping[int, str], migrat
             _stamp(db, 1)
         version = 1
     if any(migration.rewrites for migration in migrations[version - 1 :]):
-        _copy(db, Path(f"{path}.version-{version}"))
+        copy(db, Path(f"{path}.version-{version}"))
     for number, migration in enumerate(migrations[version - 1 :], version + 1):
         with transaction(db):
             migration.step(db)
@@ -162,7 +162,7 @@ def _stamp(db: sqlite3.Connection, version: int) -> None:
     db.execute(f"PRAGMA user_version = {version}")
 
 
-def _copy(db: sqlite3.Connection, target: Path) -> None:
+def copy(db: sqlite3.Connection, target: Path) -> None:
     """A copy of the file as it is, complete or not there."""
     partial = Path(f"{target}.partial")
     try:

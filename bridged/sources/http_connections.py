@@ -27,6 +27,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler
 from msgspec import Struct, json
 
+from bridged import memory
 from bridged.sources.clients import Clients
 
 RETRY_AFTER_S: Final = 30
@@ -34,6 +35,8 @@ RETRY_AFTER_S: Final = 30
 _NEW_S: Final = 1.0
 # An idle connection for so long may be closed when others need it.
 _SPARE_S: Final = 10.0
+# Who holds more than this at a look has much that is slow: what it leaves of the heap is given back.
+_MUCH_BYTES: Final = 8 * 2**20
 # Of a head. aiohttp bounds each line and their number, which makes 1 MiB.
 _MAX_HEAD_BYTES: Final = 64 * 2**10
 _MAX_UNWANTED_BYTES: Final = 64 * 2**20
@@ -146,6 +149,8 @@ class HttpConnections(web.Server):
             self.now = self._loop.time()
             for connection in list(self.alive):
                 connection.judge(self.now)
+            if self.held > _MUCH_BYTES:
+                memory.give_back_holes()
         finally:
             self._look = self._loop.call_later(self.limits.look_s, self._look_at_all)
 

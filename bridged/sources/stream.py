@@ -55,7 +55,7 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     max_line: int = 2**20
     max_connections: int = 1000
     max_connections_per_client: int = 0  # 0: no limit
-    max_unfinished: int = 12 * 2**20
+    max_unfinished: int = 8 * 2**20
     tls_cert: str = ""
     tls_key: str = ""
 

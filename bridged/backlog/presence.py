@@ -1,0 +1,57 @@
+"""Whether the spool's files still have their names: one that was removed takes everything with it when the daemon ends.
+
+As long as the daemon runs the files are there, only nobody can find them: what they hold is copied to where it belongs.
+"""
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Final
+
+from bridged.backlog import tables
+from bridged.errors import SpoolError
+
+_SUFFIXES: Final = ("", "-wal", ".lock")
+
+
+class Presence:
+    """Knows the files of an open spool. Used in the connection's thread, once a second."""
+
+    def __init__(self, path: Path) -> None:
+        """The files are there. Raises OSError if they aren't."""
+        self._path = path
+        self._files = {suffix: Path(f"{path}{suffix}").stat() for suffix in _SUFFIXES}
+
+    def demand(self, db: sqlite3.Connection) -> None:
+        """Raises SpoolError if a file was removed or replaced. What the spool holds is in a file with a name by then."""
+        gone = [f"{self._path}{suffix}" for suffix, known in self._files.items() if not self._is_there(suffix, known)]
+        if not gone:
+            return
+        what = f"{' and '.join(gone)} was removed or replaced while bridged ran"
+        hint = "see what cleans up there, and start again"
+        try:
+            saved = self._save(db)
+        except (OSError, sqlite3.Error, SpoolError) as error:
+            raise SpoolError(f"{what}; what it held can't be saved: {error}", hint) from error
+        raise SpoolError(f"{what}; what it held was saved in {saved}", hint)
+
+    def _is_there(self, suffix: str, known: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(Path(f"{self._path}{suffix}").stat(), known)
+        except FileNotFoundError:
+            return False
+        except OSError:  # the next write tells what is wrong
+            return True
+
+    def _save(self, db: sqlite3.Connection) -> Path:
+        # First, so that no WAL is left that would be taken for the copy's.
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if self._is_there("", self._files[""]):
+            return self._path
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        target = self._path
+        if target.exists():
+            target = Path(f"{target}.displaced-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        tables.copy(db, target)
+        return target
