@@ -144,11 +144,14 @@ def _peers(figures: Figures) -> list[str]:
                 report.spread(figures_of(row, "events_per_s")),
                 report.spread(figures_of(row, "cpu_us_per_event"), 1),
                 report.spread(figures_of(row, "peak_rss_mb")),
-                "-" if lost is None else f"{lost:,}",
+                "-" if row.get("bytes_on_disk") is None else f"{row['bytes_on_disk'] / 1e6:,.1f}",
+                str(row.get("acks", "")),
+                "-" if lost is None else f"{lost:,} of {row.get('lost_after_kill_of', '')}",
                 str(row.get("failure", "")),
             ]
         )
-    head = ["who", "door", "durable", "events/s", "CPU us/event", "peak MB", "lost after kill -9", "failure"]
+    head = ["who", "door", "durable", "events/s", "CPU us/event", "peak MB", "disk MB", "acks", "lost after kill -9"]
+    head += ["failure"]
     lines = markdown(head, rows)
     for absent in figures.get("absent", []):
         lines += ["", f"{absent['name']}: {absent.get('why', 'not installed')}{_published(absent)}"]
