@@ -154,7 +154,7 @@ async def test_no_daemon_is_69(bridged, monkeypatch, argv):
     port = free_port()
     monkeypatch.setenv("BRIDGED__MIXPANEL__TOKEN", "example-token")
     monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", f"127.0.0.1:{port}")
-    monkeypatch.setenv("BRIDGED__SOURCES__HTTP__LISTEN", f"127.0.0.1:{port}")
+    monkeypatch.setenv("BRIDGED__SOURCES__HTTP__LISTEN", f"127.0.0.2:{port}")
     code, _, err = await bridged(None, *argv)
 
     assert code == 69
@@ -350,6 +350,8 @@ async def test_dead_letters_from_list_to_purge(bridged, daemon, client, tmp_path
 
     code, out, _ = await bridged(app, "dead-letters", "replay", "--reason", "unknown")
     assert (code, out.splitlines()[0]) == (1, "0 replayed, 2 refused again")
+    code, _, err = await bridged(app, "dead-letters", "replay", 999_999)
+    assert (code, "no such dead letter" in err) == (1, True)
     code, out, _ = await bridged(app, "dead-letters", "purge", ids[0], "--yes")
     assert (code, out) == (0, "1 purged\n")
     code, out, _ = await bridged(app, "dead-letters", "purge", "--all", "--yes")

@@ -119,6 +119,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
         ("mixpanel.token = 't'\nspool.path = '/'", ["spool.path", "a file"]),
         ("mixpanel.token = 't'\ndelivery.timeout = 0", ["delivery.timeout", "more than 0s"]),
         ("mixpanel.token = 't'\ndelivery.probe_interval = '0ms'", ["delivery.probe_interval", "more than 0s"]),
+        ("mixpanel.token = 't'\nsources.http.listen = '127.0.0.1:8482'", ["127.0.0.1:8482", "two listeners"]),
         ("mixpanel.token = 't'\nsources.http.listen = 'http://127.0.0.1:8480'", ["sources.http.listen", "host:port"]),
     ],
 )
@@ -313,7 +314,8 @@ def test_listeners_that_others_reach_demand_a_token(address: str) -> None:
 def test_loopback_needs_no_token(address: str) -> None:
     """On one's own machine everything works from the start."""
     stream = f'["tcp:{address}"]'
-    assert from_environment(sources__http__listen=address, admin__listen=address, sources__stream__listen=stream)
+    for listen in ({"sources__http__listen": address}, {"admin__listen": address}, {"sources__stream__listen": stream}):
+        assert from_environment(**listen)
     assert is_loopback(split_address(address)[0])
 
 

@@ -309,6 +309,7 @@ async def test_405(door, client, method):
 
     assert status == 405
     assert headers["Allow"] == "POST"
+    assert headers["Server"] == "bridged", "which versions we run is nobody's business"
 
 
 def chunked(payload, size=16_000, *headers):

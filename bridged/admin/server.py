@@ -47,6 +47,7 @@ _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
+    "Server": "bridged",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }

@@ -143,6 +143,8 @@ def _replay(daemon: Daemon, arguments: argparse.Namespace) -> int:
     print(f"{result.replayed:,} replayed, {result.refused:,} refused again")
     if result.reasons:
         print(table([[count, reason[:120]] for reason, count in result.reasons.items()], right=[0]))
+    if arguments.ids and not result.replayed + result.refused:
+        raise BridgedError("no such dead letter", "see bridged dead-letters list: what was replayed or purged is gone")
     return 0 if not result.refused else 1
 
 

@@ -389,7 +389,8 @@ def _where_next(addresses: Addresses) -> str:
     bridged = "bridged" if shutil.which("bridged") or called.name != "bridged" else called
     return f"""
 All are still running; Ctrl-C ends them.
-  the daemon's metrics      {addresses.admin}/metrics
+  the daemon's page         {addresses.admin}/
+  its metrics               {addresses.admin}/metrics
   its status                {bridged} status {config}
   its dead letters          {bridged} dead-letters list {config}
   more events               {bridged} send-test-events {config}

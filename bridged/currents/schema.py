@@ -213,7 +213,7 @@ class Schema:
             problem = _HALF_A_PAIR if _ENDS_IN_HALF_A_PAIR.search(original) else str(malformed)
             return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, f"not valid JSON: {problem}", original)
         if not event_type or event_type.isspace():
-            return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, "no event_type: this is not a Currents event", original)
+            return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, _no_event(original), original)
         code = self._codes.get(event_type, UNKNOWN_CODE)
         decode = self._unknown.decode if code == UNKNOWN_CODE else self._event.decode
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -252,6 +252,14 @@ _ENDS_IN_HALF_A_PAIR = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}"')
 _PROBE = re.compile(rb'\{\s*(?:"events"\s*:\s*null\s*)?\}')
 # A string that doesn't end is taken to the end: looking for strings inside it would take quadratic time.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
+
+
+def _no_event(original: bytes) -> str:
+    """Why something without an event_type isn't an event; in a stream or a file, what to do about it."""
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if msgspec.json.decode(original, type=_RawBody).events:
+            return "no event_type: this is a whole request body. Send the elements of its events array, one a line, or POST it"
+    return "no event_type: this is not a Currents event"
 
 
 def _scanned(data: bytes) -> list[bytes] | None:

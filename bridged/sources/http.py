@@ -207,6 +207,8 @@ class HttpSource:
                 came > 0 and not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
             )
             connection.handled(came, plain=usual and response is self._ok)
+        if isinstance(response, web.Response):
+            response.headers["Server"] = "bridged"  # and not which Python and aiohttp
         if response is not self._ok and self._last(request, connection):
             response.force_close()
         return response
