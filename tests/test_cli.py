@@ -154,11 +154,11 @@ async def test_no_daemon_is_69(bridged, monkeypatch, argv):
     port = free_port()
     monkeypatch.setenv("BRIDGED__MIXPANEL__TOKEN", "example-token")
     monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", f"127.0.0.1:{port}")
-    monkeypatch.setenv("BRIDGED__SOURCES__HTTP__LISTEN", f"127.0.0.2:{port}")
+    monkeypatch.setenv("BRIDGED__SOURCES__HTTP__LISTEN", f"127.0.0.2:{port}")  # as free: nobody listens on it
     code, _, err = await bridged(None, *argv)
 
     assert code == 69
-    assert f"127.0.0.1:{port}" in err
+    assert f"127.0.0.{2 if argv == ['send-test-events'] else 1}:{port}" in err
     assert "hint: is it running?" in err
 
 
