@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import fcntl
 import inspect
+import itertools
 import os
 import random
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -35,15 +38,29 @@ NAMES = dict(iter_types(EVENT_TYPES))
 ROWS = {row.event_type: row for row in EVENT_TYPES}
 
 
-# Of tests that run beside each other (pytest -n) each process has its own ports: hypothesis seeds `random` for all alike.
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
-PORTS = range(12_000 + 2_500 * _WORKER, 14_500 + 2_500 * _WORKER)
+def _ports() -> Iterator[int]:
+    """Ports below those that the kernel gives to outgoing connections; of tests that run beside each other, each has its own."""
+    for first in range(12_000, 32_000, 2_000):
+        # Never closed: it is ours until the process ends.
+        claim = os.open(
+            f"{tempfile.gettempdir()}/bridged-tests-{os.getuid()}-ports-{first}", os.O_CREAT | os.O_RDWR, 0o600
+        )
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            os.close(claim)
+    # Each once, before any comes again: who has asked for one may not have bound it yet.
+    return itertools.cycle(random.Random(os.urandom(8)).sample(range(first, first + 2_000), 2_000))
+
+
+_PORTS = _ports()
 
 
 def free_port() -> int:
-    """A port that nobody listens at, below those that the kernel gives to outgoing connections."""
+    """A port that nobody listens at."""
     while True:
-        port = random.choice(PORTS)
+        port = next(_PORTS)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("127.0.0.1", port))

@@ -549,7 +549,7 @@ async def test_a_client_that_leaves_half_way_is_no_trouble(client):
 async def test_an_address_in_use_is_a_configuration_error(client):
     """The error says which address and what to do."""
     port = int(client.mixpanel.url.rsplit(":", 1)[1])
-    with pytest.raises(ListenError, match=rf"can't listen on 127\.0\.0\.1:{port}"):
+    with pytest.raises(ListenError, match=rf"can't listen on --listen 127\.0\.0\.1:{port}"):
         async with MixpanelEmulator(EmulatorConfig(port=port)):
             pass
 

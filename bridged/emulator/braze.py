@@ -71,7 +71,9 @@ class BrazeEmulator:
             await web.TCPSite(self._runner, self.config.host, self.config.port, backlog=1024).start()
         except OSError as error:
             await self._runner.cleanup()
-            raise ListenError(f"the emulator can't listen on {self.config.host}:{self.config.port}", error) from error
+            raise ListenError(
+                f"the emulator can't listen on --braze-listen {self.config.host}:{self.config.port}", error
+            ) from error
         host, port = self._runner.addresses[0][:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         return self
