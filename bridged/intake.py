@@ -59,15 +59,15 @@ class Intake:
         """Maps with another configuration from the next call on. What is on disk stays as it was mapped."""
         self._mapping, self._schema = mapping, mapping.schema
 
-    def accept_lines(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
-        """NDJSON lines. Raises SpoolError when the spool can't take them."""
+    def accept_lines(self, lines: Sequence[bytes], sender: int = 0) -> "asyncio.Future[None]":
+        """NDJSON lines; `sender` is the number of their connection. Raises SpoolError when the spool can't take them."""
         if len(lines) <= _SLICE_LINES:
-            return self._spool.append(self._intaken(self._schema.lines(lines)))
+            return self._spool.append(self._intaken(self._schema.lines(lines)), sender)
         slices = (lines[at : at + _SLICE_LINES] for at in range(0, len(lines), _SLICE_LINES))
-        return self._spool.append(_joined([self._intaken(self._schema.lines(part)) for part in slices]))
+        return self._spool.append(_joined([self._intaken(self._schema.lines(part)) for part in slices]), sender)
 
-    def accept_body(self, data: bytes) -> "asyncio.Future[None]":
-        """A Custom HTTP body.
+    def accept_body(self, data: bytes, sender: int = 0) -> "asyncio.Future[None]":
+        """A Custom HTTP body; `sender` is the number of its connection.
 
         Raises BadRequest if it isn't JSON at all, TooLarge if it must be split, SpoolError when the spool can't take it.
         """
@@ -77,7 +77,7 @@ class Intake:
         decoded = self._schema.body(data)
         if decoded is None:
             raise BadRequest("the body is not JSON", 'Braze posts {"events": [...]}')
-        return self._spool.append(self._intaken(decoded))
+        return self._spool.append(self._intaken(decoded), sender)
 
     def accept_oversized(self, head: bytes, limit: int) -> "asyncio.Future[None]":
         """A line that was longer than the door takes, of which only the beginning is left."""

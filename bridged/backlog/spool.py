@@ -28,6 +28,7 @@ from msgspec import Struct
 
 from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts, changes
+from bridged.backlog.company import Company
 from bridged.backlog.presence import Presence
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
 from bridged.backlog.reserve import Reserve, reserve_of
@@ -83,6 +84,7 @@ class Spool:
         self.parted: Callable[[list[Segment]], None] = lambda _segments: None
         self.settled: Callable[[], None] = lambda: None  # settlements were committed
         self.commits = 0
+        self._company = Company()
         self.commit_seconds = 0.0
         self.damaged = 0  # segments that were set aside because their checksum was wrong
         self.missing = 0  # events that an earlier life had accepted, and that the file knew nothing of at the start
@@ -280,10 +282,11 @@ class Spool:
             "raise spool.max_bytes, or see why Mixpanel takes nothing",
         )
 
-    def append(self, intaken: Intaken) -> "asyncio.Future[None]":
+    def append(self, intaken: Intaken, sender: int = 0) -> "asyncio.Future[None]":
         """Hands events to the writer. The future is done when they are on disk, and fails if they can't be brought there.
 
-        Raises SpoolFull at once when the spool is near its cap. No batch may be larger than a segment.
+        `sender` is the number of a connection. No batch may be larger than a segment. Raises SpoolFull at once when the spool
+        is near its cap.
         """
         if self.near_cap and not intaken.replayed:
             self.room.clear()
@@ -293,6 +296,7 @@ class Spool:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._work.intaken.append(intaken)
         self._work.futures.append(future)
+        self._company.join(sender)
         self.pending_bytes += intaken.size
         if self.pending_bytes > _MAX_PENDING_BYTES:
             self.room.clear()
@@ -328,6 +332,8 @@ class Spool:
                     await self.run(self._presence.demand)
                     looked_at = time.monotonic()
                 if self._work.intaken or self._work.settlements:
+                    while self._company.more_to_come(self.pending_bytes, time.monotonic()) and not self._closing:
+                        await asyncio.sleep(0.001)
                     work = self._next()
                     self._idle_s = 0.0
                     await self._commit(work)
@@ -348,6 +354,7 @@ class Spool:
         for that, or the WAL could never be made short again, and nothing be settled.
         """
         work, self._work = self._work, Work()
+        self._company.leave(time.monotonic())
         if self.pending_bytes + self.unsettled_bytes > self._reserve.commit_bytes:
             work, self._work = work.divided(self._reserve.commit_bytes)
         return work

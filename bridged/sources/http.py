@@ -277,7 +277,7 @@ class HttpSource:
         if connection.transport is None:
             # Refused or gone meanwhile: what nobody can be told of is not taken.
             raise ConnectionResetError
-        written = self._intake.accept_body(body)
+        written = self._intake.accept_body(body, id(connection))
         # The spool holds the events now.
         del body
         connection.release(request.content.total_bytes)
@@ -395,13 +395,13 @@ class HttpSource:
 
     # -- requests whose head is known: `connections` tells them -----------------------------------------------------------
 
-    def accept_again(self, body: bytes) -> "asyncio.Future[None] | None":
+    def accept_again(self, body: bytes, sender: int) -> "asyncio.Future[None] | None":
         """What `_accept` does with a plain body while there is room. None: it must do it, and find the right words."""
         fits = 0 < len(body) <= self._options.max_body
         if self._intake is None or self._stopping or not fits or not self._spool.room.is_set():
             return None
         try:
-            written = self._intake.accept_body(body)
+            written = self._intake.accept_body(body, sender)
         except BridgedError:
             return None
         self.requests += 1

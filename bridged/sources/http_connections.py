@@ -79,7 +79,7 @@ class HttpLimits(Struct, frozen=True, kw_only=True):
 class Repeats(Protocol):
     """Who takes the body of a request whose head is known."""
 
-    def accept_again(self, body: bytes) -> "asyncio.Future[None] | None":
+    def accept_again(self, body: bytes, sender: int) -> "asyncio.Future[None] | None":
         """Takes it: done when it is committed. None: nothing was taken, and it needs more than a plain answer."""
 
     def answer_again(self, written: "asyncio.Future[None]") -> tuple[bytes, bool]:
@@ -366,7 +366,7 @@ class HttpConnection(RequestHandler):
                 self.data_received(whole)
 
     def _take(self, body: bytes) -> bool:
-        written = self._room.repeats.accept_again(body)
+        written = self._room.repeats.accept_again(body, id(self))
         if written is None:
             return False
         self._committing = True

@@ -366,7 +366,7 @@ class _Connection(asyncio.Protocol):
             return
         intake, limit = self._source.intake, self._source.max_line
         try:
-            future = intake.accept_oversized(lines[0], limit) if oversized else intake.accept_lines(lines)
+            future = intake.accept_oversized(lines[0], limit) if oversized else intake.accept_lines(lines, id(self))
         except SpoolFull:
             self._hold(lines, oversized=oversized)
             self._pause()
