@@ -68,3 +68,11 @@ def test_every_wait_ends(arrivals, start):
         assert not made.more_to_come(1, began + 0.005)
     made.leave(now)
     assert not made.more_to_come(0, now)
+
+
+def test_the_last_of_a_crowd_is_noticed():
+    """It wakes who waits for it: nobody waits until the next look."""
+    made = company(1, 2, 3, before=(1, 2, 3, 4))
+    assert made.more_to_come(100, 0.001)
+    assert made.join(4)
+    assert not made.more_to_come(100, 0.001)

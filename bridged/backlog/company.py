@@ -26,18 +26,21 @@ class Company:
         self._calls = 0  # of those who wait; more than there are of them if somebody doesn't wait for answers
         self._lately: set[int] = set()
         self._before: set[int] = set()
+        self._expected = 0  # how many have sent lately
         self._turned = self._began = -math.inf
 
-    def join(self, sender: int) -> None:
-        """Somebody has brought something for the next commit."""
+    def join(self, sender: int) -> bool:
+        """Somebody has brought something for the next commit. Whether that may have been the last who was waited for."""
         self._waiting.add(sender)
         self._calls += 1
+        return self._calls == self._expected
 
     def leave(self, now: float) -> None:
         """The commit begins, with all that was brought."""
         if now - self._turned > _LATELY_S:
             self._before, self._lately, self._turned = self._lately, set(), now
         self._lately |= self._waiting
+        self._expected = len(self._lately | self._before)
         self._waiting, self._calls, self._began = set(), 0, now
 
     def more_to_come(self, size: int, now: float) -> bool:

@@ -42,6 +42,7 @@ __all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "Spo
 log = structlog.get_logger()
 
 _IDLE_S = 1.0
+_MOMENT_S = 0.001  # as fine as the loop's clock
 # What is waiting for the writer, beyond which the doors pause: two or three commits' worth.
 _MAX_PENDING_BYTES = 24 * 2**20
 # Free space kept in the file, for the next burst; and what is given back at a time, while nothing else is to be done.
@@ -85,6 +86,7 @@ class Spool:
         self.settled: Callable[[], None] = lambda: None  # settlements were committed
         self.commits = 0
         self._company = Company()
+        self._gathered: asyncio.Future[None] | None = None  # what the writer waits for before a commit
         self.commit_seconds = 0.0
         self.damaged = 0  # segments that were set aside because their checksum was wrong
         self.missing = 0  # events that an earlier life had accepted, and that the file knew nothing of at the start
@@ -296,7 +298,8 @@ class Spool:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._work.intaken.append(intaken)
         self._work.futures.append(future)
-        self._company.join(sender)
+        if self._company.join(sender):
+            _end(self._gathered)
         self.pending_bytes += intaken.size
         if self.pending_bytes > _MAX_PENDING_BYTES:
             self.room.clear()
@@ -332,8 +335,7 @@ class Spool:
                     await self.run(self._presence.demand)
                     looked_at = time.monotonic()
                 if self._work.intaken or self._work.settlements:
-                    while self._company.more_to_come(self.pending_bytes, time.monotonic()) and not self._closing:
-                        await asyncio.sleep(0.001)
+                    await self._gather()
                     work = self._next()
                     self._idle_s = 0.0
                     await self._commit(work)
@@ -346,6 +348,15 @@ class Spool:
             # Nobody else will: neither for what it was committing, nor for what came meanwhile.
             _fail([*work.futures, *self._work.futures], SpoolError(f"the spool's writer has failed: {error}"))
             raise
+
+    async def _gather(self) -> None:
+        """Lets those join the next commit who are about to: a few milliseconds, where there is a crowd."""
+        loop = asyncio.get_running_loop()
+        while self._company.more_to_come(self.pending_bytes, time.monotonic()) and not self._closing:
+            self._gathered = loop.create_future()
+            timer = loop.call_later(_MOMENT_S, _end, self._gathered)
+            await self._gathered
+            timer.cancel()
 
     def _next(self) -> Work:
         """What one commit takes: all there is, or as much as the reserve has room for.
@@ -625,6 +636,11 @@ class _Committed(NamedTuple):
     used_bytes: int | None  # None: not measured
     dropped_dead_letters: int
     seconds: float
+
+
+def _end(waiting: "asyncio.Future[None] | None") -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
 
 
 def _fail(futures: Sequence["asyncio.Future[None]"], failure: SpoolError) -> None:
