@@ -133,7 +133,7 @@ class Ledger:
     def __init__(self) -> None:
         self.taken: list[Intaken] = []
 
-    def append(self, intaken: Intaken) -> Any:
+    def append(self, intaken: Intaken, _sender: int = 0) -> Any:
         """Keeps it; the future is nobody's here."""
         self.taken.append(intaken)
 
@@ -235,7 +235,7 @@ class _Framed:
         self._connection = _Connection(self.source)
         self._connection.connection_made(_Transport())
 
-    def accept_lines(self, lines: Sequence[bytes]) -> _Never:
+    def accept_lines(self, lines: Sequence[bytes], _sender: int = 0) -> _Never:
         self.calls += [(bytes(line), False) for line in lines]
         return _Never()
 

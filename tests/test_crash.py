@@ -11,8 +11,8 @@ import asyncio, sys
 from bridged import cli
 from bridged.backlog.spool import Spool
 append, commit = Spool.append, Spool._commit
-def hasty(self, intaken):
-    append(self, intaken)
+def hasty(self, intaken, sender=0):
+    append(self, intaken, sender)
     done = asyncio.get_running_loop().create_future()
     done.set_result(None)
     return done

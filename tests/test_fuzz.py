@@ -129,7 +129,9 @@ def test_the_judge_can_say_no(monkeypatch):
     with pytest.raises(Broken, match="1 lines, 0"):
         fuzzer.lines(line)
     monkeypatch.setattr(
-        fuzz._Framed, "accept_lines", lambda self, lines: self.calls.append((len(lines), False)) or fuzz._Never()
+        fuzz._Framed,
+        "accept_lines",
+        lambda self, lines, _sender: self.calls.append((len(lines), False)) or fuzz._Never(),
     )
     with pytest.raises(Broken, match="other lines"):
         fuzzer.framed(b"a\nb\nc\n", [3])
