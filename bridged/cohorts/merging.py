@@ -32,7 +32,8 @@ from bridged.cohorts.tables import collect, transaction
 from bridged.cohorts.webhook import Page
 
 WalkKind = Literal["sweep", "rename", "resync", "retry", "forget"]
-MERGE_MEMBERS: Final = 50_000
+# Each touches a page of its own, and SQLite keeps what was there until the statement ends: memory, 4 KiB a member.
+MERGE_MEMBERS: Final = 20_000
 _MERGE_PAGES: Final = 500
 WALK_ROWS: Final = 50_000
 # Enough to know a late repeat by for two days of syncs every half hour.
