@@ -51,7 +51,7 @@ screenshots: tools $(VENV)/.tested
 	BRIDGED_RENEW_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/test_page_browser.py
 
 clean:
-	rm -rf $(VENV) .bench-peers .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
+	rm -rf $(VENV) .bench-peers .ci/artefacts .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
 	find bridged bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: what is newer than they are is installed again, and nothing else.
