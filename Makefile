@@ -15,9 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # What the tests use besides Python: the official Node.js client; systemd's own judgement of the units; calls that fail
 # (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup);
 # Prometheus, for the alert rules and the dashboard; a browser for the page (chromium).
-TOOLS := npm systemd-analyze systemd-socket-activate fiu-run faketime strace mkfs.ext4 losetup mount prometheus promtool \
-  chromium
-PACKAGES := nodejs npm systemd fiu-utils faketime strace e2fsprogs util-linux mount prometheus chromium fonts-dejavu-core
+# Each with the package that it comes in: a tool that is there already, wherever from, needs none, and the package of
+# another origin's tool may not even be installable beside it.
+TOOLS := npm:npm systemd-analyze:systemd systemd-socket-activate:systemd fiu-run:fiu-utils faketime:faketime strace:strace \
+  mkfs.ext4:e2fsprogs losetup:mount mount:mount prometheus:prometheus promtool:prometheus chromium:chromium
 # Debian starts a server that it installs, for everybody to reach; one that is masked it doesn't.
 MASKED := /etc/systemd/system/prometheus.service
 
@@ -31,13 +32,15 @@ test: tools lint
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 tools:
-	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
-	for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; packages=; \
+	for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || \
+	  { missing="$$missing $${tool%%:*}"; packages="$$packages $${tool##*:}"; }; done; \
 	[ -z "$$missing" ] && exit 0; \
-	echo "The tests also use$$missing: apt-get install $(PACKAGES)"; \
+	case "$$packages" in *chromium*) packages="$$packages fonts-dejavu-core";; esac; \
+	echo "The tests also use$$missing: apt-get install$$packages"; \
 	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "Install them, or run this as root."; exit 1; }; \
 	command -v prometheus >/dev/null || [ -e $(MASKED) ] || { mkdir -p $(dir $(MASKED)) && ln -s /dev/null $(MASKED); }; \
-	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages >/dev/null
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check
