@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from bench import data, report
-from bridged.backlog.segment import pack
+from bridged.backlog.segment import Packer
 from bridged.currents.table import EVENT_TYPES
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 
@@ -46,6 +46,7 @@ def measure(lines: Sequence[bytes]) -> Floor:
     """Goes through the events a few times; gives the median pass of each step."""
     mapping = EventMapping(EVENT_TYPES, MappingSettings(token="0123456789abcdef0123456789abcdef"))
     encode_lines = msgspec.json.Encoder().encode_lines
+    packer = Packer()
     batches = [lines[at : at + BATCH] for at in range(0, len(lines), BATCH)]
     clock = time.process_time_ns
     passes: list[tuple[int, int, int, int]] = []
@@ -63,7 +64,7 @@ def measure(lines: Sequence[bytes]) -> Floor:
             at.append(clock())
             ndjson = encode_lines(mapped.forms)
             at.append(clock())
-            segment = pack(1, now_s, ndjson, mapped.codes)
+            segment = packer.pack(1, now_s, ndjson, mapped.codes)
             at.append(clock())
             spent = [total + after - before for total, before, after in zip(spent, at, at[1:], strict=False)]
             mapped_bytes += len(ndjson)

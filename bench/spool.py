@@ -18,7 +18,7 @@ import uvloop
 
 from bench import data, report
 from bench.processes import ended_by_signals, folder
-from bridged.backlog.segment import Batch, pack
+from bridged.backlog.segment import Batch, Packer
 from bridged.backlog.spool import Intaken, Settlement, Spool, SpoolOptions
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
@@ -68,12 +68,12 @@ def _batch(events: int) -> Batch:
 
 def _control(path: Path, batch: Batch, seconds: float) -> float:
     """Compresses, appends to a file and fsyncs: the least that a durable event can cost on this disk."""
-    commits = 0
+    commits, packer = 0, Packer()
     started = time.perf_counter()
     file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     try:
         while time.perf_counter() - started < seconds:
-            os.write(file, pack(commits, 0.0, batch.ndjson, batch.codes).block)
+            os.write(file, packer.pack(commits, 0.0, batch.ndjson, batch.codes).block)
             os.fsync(file)
             commits += 1
     finally:

@@ -10,7 +10,7 @@ import pytest
 from conftest import Daemon, balanced, currents, ndjson, until
 
 from bridged.backlog.archive import Archive
-from bridged.backlog.segment import pack
+from bridged.backlog.segment import Packer
 from bridged.emulator.mixpanel import MixpanelEmulator
 
 EVENTS = [currents(seed=seed) for seed in range(30)]
@@ -18,6 +18,7 @@ EVENTS = [currents(seed=seed) for seed in range(30)]
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     """Archive files are complete gzip NDJSON, and nothing partial is left beside them."""
+    pack = Packer().pack
     segments = [pack(7, 1_790_000_000.0, b'{"a":1}\n', b"\x01"), pack(8, 1_790_000_001.0, b'{"b":2}\n', b"\x02")]
 
     name = Archive(str(tmp_path / "archive")).write(segments)

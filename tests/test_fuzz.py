@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bench import fuzz
@@ -103,6 +103,7 @@ def test_any_body(fuzzer, parts, bare):
     ),
     cuts=st.lists(st.integers(0, 60_000), max_size=20),
 )
+@example(parts=[b"q" * 20_000, b"\n", b'{"acks":true}\n'], cuts=[17_200])  # an oversized first line in pieces
 def test_any_packets(parts, cuts):
     """However a stream is cut, its lines are the same, and nothing counts as unfinished after its end."""
     FRAMER.framed(b"".join(parts), cuts)

@@ -1,6 +1,7 @@
 """Segments: whatever is cut, packed and joined comes out of any gunzip as it went in; damage is seen."""
 
 import gzip
+import random
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import tee
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isal import igzip, isal_zlib
 
-from bridged.backlog.segment import Batch, Segment, cut, lines, pack, pack_all, request_body
+from bridged.backlog.segment import Batch, Packer, Segment, cut, lines, request_body
 
 event_lines = st.binary(max_size=60).map(lambda line: line.replace(b"\n", b" ") + b"\n")
 batches = st.lists(
@@ -20,7 +21,7 @@ batches = st.lists(
 
 def made_of(ndjson: bytes, id_: int = 1, codes: bytes | None = None) -> Segment:
     """A segment of these lines."""
-    return pack(id_, 1.5, ndjson, bytes(ndjson.count(b"\n")) if codes is None else codes)
+    return Packer().pack(id_, 1.5, ndjson, bytes(ndjson.count(b"\n")) if codes is None else codes)
 
 
 def by_zlib(body: bytes) -> bytes:
@@ -41,7 +42,7 @@ def test_any_grouping_is_one_gzip_of_the_very_bytes(
     appended: list[Batch], max_events: int, max_bytes: int, data: st.DataObject
 ) -> None:
     """Cut at any limits, joined in any groups, read by three independent readers: the concatenation, byte for byte."""
-    segments = pack_all(1, 0.0, cut(appended, max_events, max_bytes))
+    segments = Packer(max_bytes).pack_all(1, 0.0, cut(appended, max_events, max_bytes))
     assert [segment.id for segment in segments] == list(range(1, len(segments) + 1))
     raw = b"".join(batch.ndjson for batch in appended)
     out = []
@@ -55,6 +56,15 @@ def test_any_grouping_is_one_gzip_of_the_very_bytes(
         assert lines(group) == out[-1].split(b"\n")[:-1]
         assert len(lines(group)) == sum(segment.events for segment in group)
     assert b"".join(out) == raw
+
+
+def test_what_outgrows_the_packers_memory_is_compressed_all_the_same() -> None:
+    """An event larger than a segment, or bytes that nothing makes smaller, are packed as any other; so is what comes after."""
+    packer = Packer(max_bytes=1000)
+    noise = random.Random(7).randbytes(100_000).replace(b"\n", b" ") + b"\n"
+    segments = [packer.pack(id_, 1.5, ndjson, b"\x01") for id_, ndjson in enumerate([b"a\n", noise, b"b\n"])]
+
+    assert by_zlib(request_body(segments)) == b"a\n" + noise + b"b\n"
 
 
 @given(batches, st.integers(1, 10), st.integers(1, 500))

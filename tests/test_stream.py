@@ -115,6 +115,48 @@ def reset(writer):
     writer.transport.abort()
 
 
+async def test_a_handshake_is_the_first_line_or_none(door):
+    """However the first line comes: one that is too long, and comes in pieces, makes no handshake of the second."""
+    reader, writer = await door.connect()
+    writer.write(b"x" * 20_000)
+    await until(lambda: door.source.unfinished == 0 and door.spool.accounts.total("accepted") == 0)
+    await asyncio.sleep(0.05)
+    writer.write(b"\n" + ACKS)
+    writer.write_eof()
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    await goodbye(writer)
+
+    assert [event[:3] for _, event in await door.dead()] == [b"xxx", b'{"a']
+
+
+async def test_who_sends_much_lets_the_loop_turn(door, monkeypatch):
+    """One large read a turn: acks, deliveries and everybody else don't wait for all that a client has sent."""
+    loop = asyncio.get_running_loop()
+    turn, taken = 0, []
+
+    def turned():
+        nonlocal turn
+        turn += 1
+        loop.call_soon(turned)
+
+    accept = door.source.intake.accept_lines
+
+    def counted(lines, sender):
+        if sum(map(len, lines)) > 100_000:
+            taken.append(turn)
+        return accept(lines, sender)
+
+    monkeypatch.setattr(door.source.intake, "accept_lines", counted)
+    loop.call_soon(turned)
+    events = ndjson(batch(100)) * 100
+    with socket.create_connection(("127.0.0.1", door.source.ports[0])) as sock:
+        await asyncio.to_thread(sock.sendall, events)
+    await until(lambda: door.spool.accounts.total("accepted") == 10_000, "all of it on disk", 20)
+
+    assert len(taken) > 10, "it came in large reads"
+    assert len(set(taken)) == len(taken)
+
+
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 @pytest.mark.parametrize("handshake", [b"", ACKS, b'{"acks":false}\n', b' {"acks" : true}\r\n', b"\xef\xbb\xbf" + ACKS])
 async def test_lines_become_events(door, kind, handshake):

@@ -85,13 +85,16 @@ class Work(Struct):
     futures: list["asyncio.Future[None]"] = []
     settlements: list[Settlement] = []
 
-    def divided(self, max_bytes: int) -> tuple["Work", "Work"]:
-        """What brings at most so many bytes, or is one thing, and the rest. Settlements come first: they make room."""
+    def divided(self, max_bytes: int, max_new_bytes: int) -> tuple["Work", "Work"]:
+        """What brings at most so many bytes, and so many of new events, or is one thing, and the rest.
+
+        Settlements come first: they make room.
+        """
         came = [settlement.came_bytes for settlement in self.settlements]
         settled, taken = _as_many(came, max_bytes), 0
         left = max_bytes - sum(came)
         if settled == len(came) and (left > 0 or not came):
-            taken = _as_many([intaken.size for intaken in self.intaken], left)
+            taken = _as_many([intaken.size for intaken in self.intaken], min(left, max_new_bytes))
         return (
             Work(self.intaken[:taken], self.futures[:taken], self.settlements[:settled]),
             Work(self.intaken[taken:], self.futures[taken:], self.settlements[settled:]),

@@ -236,7 +236,7 @@ def _fill(db: sqlite3.Connection, pages: Pages, names: Mapping[int, str], found:
         if table == "segments":
             segment = Segment(*row)
             if _is_new(db, "segments", segment.id):
-                tables.insert_segment(db, segment)
+                tables.insert_segments(db, [segment])
                 accounts.add("waiting", segment.codes)
                 segments += 1
         elif table == "dead_letters":
@@ -352,8 +352,8 @@ def repair(db: sqlite3.Connection, found: Found) -> None:
         # Books that don't balance although nothing is damaged are a bug, which must be seen.
         lost, surplus = correct(books) if blocks else (Counter[int](), Counter[int]())
         tables.insert_letters(db, _letters_of(blocks, list(lost.elements()), names, now))
+        tables.insert_segments(db, strays)
         for segment in strays:
-            tables.insert_segment(db, segment)
             books.add("accepted", segment.codes)
         tables.insert_letters(db, [row[1:] for row in letters])
         refused = bytes([row[5] for row in letters])

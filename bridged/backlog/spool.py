@@ -32,7 +32,7 @@ from bridged.backlog.company import Company
 from bridged.backlog.presence import Presence
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
 from bridged.backlog.reserve import Reserve, reserve_of
-from bridged.backlog.segment import Batch, Segment, cut, pack, pack_all
+from bridged.backlog.segment import Batch, Packer, Segment, cut
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
 from bridged.errors import SpoolError, SpoolFull
@@ -43,7 +43,9 @@ log = structlog.get_logger()
 
 _IDLE_S = 1.0
 _MOMENT_S = 0.001  # as fine as the loop's clock
-# What is waiting for the writer, beyond which the doors pause: two or three commits' worth.
+# New events of one commit, if more are waiting: few enough that it is done before the doors fill what may wait meanwhile.
+_COMMIT_BYTES = 8 * 2**20
+# What is waiting for the writer, beyond which the doors pause: the commit that is being written, and more than the next.
 _MAX_PENDING_BYTES = 24 * 2**20
 # Free space kept in the file, for the next burst; and what is given back at a time, while nothing else is to be done.
 _KEPT_FREE_PAGES = 16 * 2**20 // tables.PAGE_BYTES
@@ -113,6 +115,7 @@ class Spool:
         self._moved_bytes = 0  # what came and went since the file was measured
         # The connection's thread alone changes it, with each commit: the next one must know what the last one left.
         self._letters = NONE
+        self._packer = Packer(options.max_segment_bytes)
         self._letters_cap = Letters(options.max_dead_letters, options.max_bytes // _LETTERS_SHARE)
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -359,15 +362,13 @@ class Spool:
             timer.cancel()
 
     def _next(self) -> Work:
-        """What one commit takes: all there is, or as much as the reserve has room for.
+        """What one commit takes: all there is, or as much as is good for one, and as the reserve has room for.
 
         A disk can become full between a commit and the checkpoint that brings it into the file. The ballast must be enough
         for that, or the WAL could never be made short again, and nothing be settled.
         """
-        work, self._work = self._work, Work()
         self._company.leave(time.monotonic())
-        if self.pending_bytes + self.unsettled_bytes > self._reserve.commit_bytes:
-            work, self._work = work.divided(self._reserve.commit_bytes)
+        work, self._work = self._work.divided(self._reserve.commit_bytes, _COMMIT_BYTES)
         return work
 
     async def _woken_within(self, seconds: float) -> bool:
@@ -461,12 +462,14 @@ class Spool:
         started = time.perf_counter()
         now = self._clock()
         groups = cut(batches, self._options.max_segment_events, self._max_segment_bytes)
-        segments = pack_all(self.last_id + 1, now, groups)
+        segments = self._packer.pack_all(self.last_id + 1, now, groups)
         # Parts aren't joined again, or a segment that was too large would come back as it was.
         parts = [(part, settled.segments[0]) for settled in work.settlements for part in settled.parts]
         behind = self.last_id + 1 + len(segments)
         # A part is as old as what it is part of: splitting must not put off its expiry.
-        segments += [pack(id_, of.created_at, part.ndjson, part.codes) for id_, (part, of) in enumerate(parts, behind)]
+        segments += [
+            self._packer.pack(at, of.created_at, p.ndjson, p.codes) for at, (p, of) in enumerate(parts, behind)
+        ]
         letters = [letter for intaken in work.intaken for letter in intaken.dead_letters]
         letters += [letter for settlement in work.settlements for letter in settlement.dead_letters]
         gone = [segment for settlement in work.settlements for segment in settlement.segments]
@@ -487,8 +490,7 @@ class Spool:
                 again = bytes([replayed[id_].code for id_ in there])
                 change.remove("accepted", again)
                 change.remove("dead_lettered", again)
-            for segment in segments:
-                tables.insert_segment(db, segment)
+            tables.insert_segments(db, segments)
             if letters:
                 rows = [(now, now, 1, d.stage, d.code, d.event_type, d.reason[:1000], d.event) for d in letters]
                 tables.insert_letters(db, rows)

@@ -9,6 +9,7 @@ that is newer than this version knows is not touched.
 
 import contextlib
 import errno
+import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ CREATE TABLE event_types (code INTEGER PRIMARY KEY, name TEXT NOT NULL);
 CREATE TABLE books (id INTEGER PRIMARY KEY CHECK (id = 1), body BLOB NOT NULL, checksum INTEGER NOT NULL);
 """
 SEGMENT_COLUMNS: Final = "id, created_at, raw_bytes, raw_crc32, codes, block, checksum"
+_ROWS: Final = 16  # of segments, in one statement
 _NEVER_RIGHT: Final = -1  # as a checksum
 
 
@@ -269,10 +271,15 @@ def write_books(db: sqlite3.Connection, body: bytes, types: int) -> None:
     db.execute("UPDATE books SET body = ?, checksum = ?", (body, books_checksum(body, types)))
 
 
-def insert_segment(db: sqlite3.Connection, s: Segment) -> None:
-    """A row."""
-    row = (s.id, s.created_at, s.raw_bytes, s.raw_crc32, s.codes, s.block, s.checksum)
-    db.execute(f"INSERT INTO segments ({SEGMENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+def insert_segments(db: sqlite3.Connection, segments: Sequence[Segment]) -> None:
+    """Rows, many in one statement: each one gives the interpreter's lock away, and has to win it back."""
+    for at in range(0, len(segments), _ROWS):
+        rows = [
+            (s.id, s.created_at, s.raw_bytes, s.raw_crc32, s.codes, s.block, s.checksum)
+            for s in segments[at : at + _ROWS]
+        ]
+        places = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows))
+        db.execute(f"INSERT INTO segments ({SEGMENT_COLUMNS}) VALUES {places}", [*itertools.chain(*rows)])
 
 
 def insert_letters(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:

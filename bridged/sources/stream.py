@@ -41,6 +41,7 @@ _KEPT_OF_OVERSIZED = 4096
 _FINISH_S = 5.0
 _LINGER_S = 0.5
 _LOOK_S = 1.0
+_MUCH_BYTES = 128 * 1024
 # Who came just now isn't slow; who has sent no line for so long may be closed when others need the place.
 _NEW_S = 1.0
 _SPARE_S = 10.0
@@ -298,6 +299,14 @@ class _Connection(asyncio.Protocol):
             self._tail = b""
         if self._tail or self.unfinished:
             self._weigh()
+        if len(data) >= _MUCH_BYTES and self._resuming is None and not self._finishing:
+            # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds.
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self._resuming is None and not self._finishing and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _lengthen(self, data: bytes) -> None:
         """One more piece of a line: in place, since adding bytes would copy the line for each piece."""
@@ -334,6 +343,7 @@ class _Connection(asyncio.Protocol):
         """Hands on whole lines, in order. The first may be the handshake, or the end of an oversized one."""
         if self._oversized:
             head, self._oversized = self._oversized, b""
+            self._acks = self._acks or False  # if it was the first line, it was no handshake
             del lines[0]
             self._accept([head], oversized=True)
         if self._acks is None and lines:
