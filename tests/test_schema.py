@@ -308,7 +308,7 @@ def test_the_scanner_finds_the_events_of_a_body(
     found = _scanned(body)
     assert found is not None
     assert [json.loads(each) for each in found if each.strip()] == events
-    elements = SCHEMA._elements(body)
+    elements = SCHEMA.elements(body)
     assert [each.strip() for each in elements or []] == [each.strip() for each in found if each.strip()]
 
 

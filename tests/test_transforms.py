@@ -192,5 +192,6 @@ def test_without_rules_nothing_is_wrapped():
         EVENT_TYPES, MappingSettings(transform={"users.messages.email.Send": {"email_address": "hash"}})
     )
     codes = {row.event_type: code for code, row in enumerate(EVENT_TYPES)}
-    names = {name: getattr(with_rule._forms[code], "__qualname__", "") for name, code in codes.items()}
+    by_code = dict(with_rule._forms.values())
+    names = {name: getattr(by_code[code], "__qualname__", "") for name, code in codes.items()}
     assert [name for name, form in names.items() if "transforming" in form] == ["users.messages.email.Send"]

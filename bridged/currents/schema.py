@@ -183,11 +183,12 @@ class Schema:
         try:
             events = self._body.decode(data).events
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            originals = self._elements(data)
+            originals = self.elements(data)
             return None if originals is None else self.lines(originals)
-        return Decoded(events, lambda: self._elements(data) or [], [], [])
+        return Decoded(events, lambda: self.elements(data) or [], [], [])
 
-    def _elements(self, data: bytes) -> Sequence[bytes] | None:
+    def elements(self, data: bytes) -> Sequence[bytes] | None:
+        """The events of a Custom HTTP body as they came. None: it isn't JSON."""
         data = data.removeprefix(_UTF8_BOM).strip()
         if not data:
             return []

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Raw, Struct, field
 
 from bridged.currents.schema import (
     UNKNOWN_CODE,
@@ -56,9 +56,7 @@ _ENVELOPE: Final[list[tuple[Any, ...]]] = [
     ("distinct_id", Any, None),
     ("insert_id", Any, field(default=None, name="$insert_id")),
     ("time", Any, None),
-    ("token", Any, None),
-    ("partner_id", Any, field(default=None, name="$partner_id")),
-    ("ip", Any, None),
+    ("ip", Any, None),  # and the constants that follow it: see `_constants`
     ("device_id", Any, None),
 ]
 
@@ -132,8 +130,9 @@ class EventMapping:
     def __init__(self, rows: Sequence[EventType], settings: MappingSettings) -> None:
         structs, forms = zip(*(_struct(row, code, settings) for code, row in enumerate(rows)), strict=True)
         self.schema = Schema(rows, structs)
-        # By code: what makes decoded properties into what is encoded for Mixpanel.
-        self._forms: tuple[Any, ...] = forms
+        # By the type of a decoded event: its code, and what makes its properties into what is encoded for Mixpanel.
+        self._forms: dict[type[Event], tuple[int, Any]] = dict(zip(structs, enumerate(forms), strict=True))
+        self._constants = _constants(settings)
         self._settings = settings
         self._rows = rows
         self._deselected = frozenset(code for code, row in enumerate(rows) if not selected(row, settings))
@@ -177,12 +176,12 @@ class EventMapping:
         skips: list[Skip] = []
         refusals = list(decoded.refusals)
         originals: Sequence[bytes] = ()
-        token, partner_id = self._settings.token or None, self._settings.partner_id or None
-        make, special = self._forms, self._special
+        forms_of, special, constants = self._forms, self._special, self._constants
         latest_s = int(now_s)  # compared with integers, which costs half of what a float does
         plain_ids = _are_plain([event.id for event in decoded.events])
         for index, event in enumerate(decoded.events):
-            user, code = event.user, event.code
+            code, form = forms_of[type(event)]
+            user, properties = event.user, event.properties
             if (
                 user.external_user_id in _ODD_DISTINCT_IDS
                 or not EARLIEST_TIME_S <= event.time <= latest_s
@@ -199,10 +198,9 @@ class EventMapping:
                 if outcome is not None:
                     _file(outcome, code, forms, codes, skips, refusals)
                     continue
-            properties = event.properties
             if type(properties) is dict:
                 try:
-                    forms.append(make[code](properties, event))
+                    forms.append(form(properties, event))
                     codes.append(code)
                 except Refused as reason:
                     originals = originals or decoded.originals()
@@ -212,11 +210,9 @@ class EventMapping:
             properties.distinct_id = user.external_user_id
             properties.insert_id = event.id
             properties.time = event.time
-            properties.token = token
-            properties.partner_id = partner_id
-            properties.ip = 0
+            properties.ip = constants
             properties.device_id = user.device_id
-            forms.append(make[code](properties))
+            forms.append(form(properties))
             codes.append(code)
         for event_type, unknown, original in decoded.unknown:
             outcome = self._whole(event_type, unknown, original, now_s)
@@ -367,6 +363,13 @@ def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[
     return event_struct(row, code, properties, field(default_factory=properties)), form
 
 
+def _constants(settings: MappingSettings) -> Raw:
+    """`ip`, and behind it the other members that are the same for every event, encoded once: msgspec writes a Raw as it is."""
+    members = {"token": settings.token, "$partner_id": settings.partner_id}
+    others = msgspec.json.encode({key: value for key, value in members.items() if value})[1:-1]
+    return Raw(b"0," + others if others else b"0")
+
+
 def _renaming(renames: list[tuple[str, str]], form: _Form) -> _Form:
     def renamed(properties: Any) -> Struct:
         for old, new in renames:
@@ -384,8 +387,8 @@ def _custom_form(
     prefixes = _Prefixes(prefix)
     member = CUSTOM_MEMBERS[row.custom]
     is_event = row.custom == "event"
-    constants = {"token": settings.token, "$partner_id": settings.partner_id, "ip": 0}
-    constants = {key: value for key, value in constants.items() if value != ""}
+    constants = _constants(settings)
+    most = MAX_PROPERTIES - bool(settings.token) - bool(settings.partner_id)
 
     def form(properties: dict[str, Any], event: Event) -> Struct:
         event_name = name
@@ -394,7 +397,7 @@ def _custom_form(
             if not own_name or own_name.isspace():
                 raise Refused("properties.name, the custom event's name, is missing or blank")
             event_name += own_name
-        custom = properties.pop(member, None)
+        custom = properties.pop(member, None) or {}
         if None in properties.values():
             properties = {key: value for key, value in properties.items() if value is not None}
         for key, renamed in renames.items():
@@ -404,21 +407,25 @@ def _custom_form(
         properties["distinct_id"] = user.external_user_id
         properties["$insert_id"] = event.id
         properties["time"] = event.time
-        properties |= constants
+        properties["ip"] = constants
         if user.device_id is not None:
             properties["device_id"] = user.device_id
-        for key, value in (custom or {}).items():
-            if value.__class__ in _ODD_VALUES:
-                if value is None:
-                    continue
-                if problem := nested_problem(value):
-                    raise Refused(f"property {key!r} is {problem}")
-            properties[prefixes[key]] = value
-        if len(properties) > MAX_PROPERTIES:
-            raise Refused(f"{len(properties)} properties; Mixpanel takes {MAX_PROPERTIES}")
+        if not _ODD_VALUES.isdisjoint(map(type, custom.values())):
+            custom = _without_odd(custom)
+        properties.update(zip(map(prefixes.__getitem__, custom), custom.values(), strict=True))
+        if len(properties) > most:
+            raise Refused(f"{len(properties) + MAX_PROPERTIES - most} properties; Mixpanel takes {MAX_PROPERTIES}")
         return _NamedForm(event_name, properties)
 
     return form
+
+
+def _without_odd(custom: dict[str, Any]) -> dict[str, Any]:
+    """Properties without those that are null. Raises Refused for one that Mixpanel would not take."""
+    for key, value in custom.items():
+        if value.__class__ in _NESTED and (problem := nested_problem(value)):
+            raise Refused(f"property {key!r} is {problem}")
+    return {key: value for key, value in custom.items() if value is not None}
 
 
 class _Prefixes(dict[str, str]):
