@@ -1,6 +1,7 @@
 """Damage: whatever happens to the spool's files, it starts, delivers what is intact, counts the rest, and deletes nothing."""
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
@@ -313,3 +314,30 @@ async def test_pages_reads_what_sqlite_reads(tmp_path):
         read.close()
     for table, rows in zip(("segments", "dead_letters", "books", "event_types"), by_sql, strict=True):
         assert sorted(row for name, row in found if name == table) == rows
+
+
+@pytest.mark.parametrize("count", [3, 60, 400])
+async def test_a_start_reads_the_leaves_ahead(tmp_path, monkeypatch, count):
+    """All leaves of the segments are asked for at once, and nothing else; a file whose pages point in a circle ends it, too."""
+    path = tmp_path / "spool.db"
+    async with Spool(options(tmp_path, max_segment_bytes=20_000), NAMES) as spool:
+        for n in range(count):
+            await spool.append(Intaken([batch(f"{n}-{m}", size=20) for m in range(50)]))
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'segments'").fetchone()
+    read = pages.Pages(path)
+    leaves = {n for n in range(1, read.count + 1) for table, _ in read._rows_of(read.page(n), n) if table == "segments"}
+    read.close()
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, at, size, _advice: asked.append(at // size + 1))
+    pages.read_ahead(path, root)
+
+    assert sorted(asked) == (sorted(leaves) if leaves != {root} else [])
+
+    cells = (pages.PAGE_BYTES - 12) // 2 - 2  # all of them the same one
+    page = b"\x05\0\0" + cells.to_bytes(2, "big") + b"\0\0\0" + root.to_bytes(4, "big")
+    page += (pages.PAGE_BYTES - 4).to_bytes(2, "big") * cells
+    with path.open("r+b") as file:
+        file.seek((root - 1) * pages.PAGE_BYTES)
+        file.write(page.ljust(pages.PAGE_BYTES - 4, b"\0") + root.to_bytes(4, "big"))
+    pages.read_ahead(path, root)
