@@ -226,12 +226,19 @@ class _Never:
         pass
 
 
+class _Source(StreamSource):
+    """Connections that nobody has to be read from."""
+
+    def read_on_after(self, seconds: float, connection: _Connection) -> None:
+        pass
+
+
 class _Framed:
     """The framer, with an intake that only writes down what it is given."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[bytes, bool]] = []
-        self.source = StreamSource(StreamOptions(max_line=MAX_LINE), cast("Intake", self), cast("Spool", _Room()))
+        self.source = _Source(StreamOptions(max_line=MAX_LINE), cast("Intake", self), cast("Spool", _Room()))
         self._connection = _Connection(self.source)
         self._connection.connection_made(_Transport())
 
@@ -259,6 +266,9 @@ class _Transport(asyncio.Transport):
         pass
 
     def close(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
         pass
 
     def write(self, data: object) -> None:

@@ -38,11 +38,18 @@ class Accounts:
             counts[code] = counts.get(code, 0) - n
 
     def after(self, change: Self) -> Self:
-        """These books with the changes of a commit; they themselves stay as they are."""
+        """These books with the changes of a commit; they themselves stay as they are, and what didn't change is theirs, too."""
         then = type(self)()
-        for kind, counts in then.counts.items():
-            counts.update(self.counts[kind])
-            counts.update(change.counts[kind])  # a Counter's adds
+        for kind, changed in change.counts.items():
+            counts = self.counts[kind]
+            if changed:
+                before, counts = counts, Counter()
+                dict.update(
+                    counts, before
+                )  # a Counter's own takes ten times as long, and this is done for every commit
+                for code, n in changed.items():
+                    counts[code] = counts.get(code, 0) + n
+            then.counts[kind] = counts
         return then
 
     def total(self, kind: str) -> int:
@@ -75,8 +82,8 @@ class Accounts:
         kept = [self.counts[kind] for kind in ("accepted", *ENDS)]
         codes = sorted(set().union(*kept))
         rows = zip(*[map(counts.get, codes, repeat(0)) for counts in kept], strict=True)
-        named = {names.get(code) or f"({code})": row for code, row in zip(codes, rows, strict=True) if any(row)}
-        return msgspec.json.encode(named)
+        named = [names.get(code) or f"({code})" for code in codes]
+        return msgspec.json.encode(dict(zip(named, rows, strict=True)))
 
     def load(self, data: bytes, codes: Mapping[str, int]) -> None:
         """Reads what `dump` wrote; a type that no longer exists is accounted as unknown."""

@@ -42,6 +42,7 @@ _FINISH_S = 5.0
 _LINGER_S = 0.5
 _LOOK_S = 1.0
 _MUCH_BYTES = 128 * 1024
+_MOMENT_S = 0.004  # as long as a commit waits for company
 # Who came just now isn't slow; who has sent no line for so long may be closed when others need the place.
 _NEW_S = 1.0
 _SPARE_S = 10.0
@@ -191,6 +192,10 @@ class StreamSource:
             chosen = min(slow, key=lambda c: c.since) if slow else max(self.connections, key=lambda c: c.unfinished)
             chosen.refuse("too many lines without an end, or too many that wait for room")
 
+    def read_on_after(self, seconds: float, connection: "_Connection") -> None:
+        """Reads on from a connection in a moment; 0: at the loop's next turn."""
+        asyncio.get_running_loop().call_later(seconds, connection.read_on)
+
     def _look_at_all(self) -> None:
         """Once a second: ends connections whose clients are gone. Those that are paused don't read, and so don't see it."""
         loop = asyncio.get_running_loop()
@@ -299,12 +304,15 @@ class _Connection(asyncio.Protocol):
             self._tail = b""
         if self._tail or self.unfinished:
             self._weigh()
-        if len(data) >= _MUCH_BYTES and self._resuming is None and not self._finishing:
-            # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds.
+        much = len(data) >= _MUCH_BYTES
+        if (much or self._pending > 1) and self._resuming is None and not self._finishing:
+            # Much: libuv would read on, up to 32 times, and commits, acks and everybody else would wait for as many
+            # milliseconds. Little, and the client doesn't wait for acks: reading it bit by bit costs twice as much.
             self._transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._read_on)
+            self._source.read_on_after(0 if much else _MOMENT_S, self)
 
-    def _read_on(self) -> None:
+    def read_on(self) -> None:
+        """Unless something else is in its way, or it has ended meanwhile."""
         if self._resuming is None and not self._finishing and not self._transport.is_closing():
             self._transport.resume_reading()
 
