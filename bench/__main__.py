@@ -25,6 +25,7 @@ QUESTIONS = {
     "crash": "what SIGKILL loses: the daemon dies again and again under load, and a ledger outside counts",
     "powercut": "what a power cut loses: the same on a file system that loses what wasn't synced (root)",
     "disk": "what a bad disk loses: full to the last byte, and failing at its k-th write and fsync (root, fiu-utils)",
+    "outage": "what an outage costs that outlasts what is kept: expiry to the second, the archive, the file, and the way back",
     "peers": "bridged beside what a user would pick instead, on the same events and the same sink",
     "page": "what an open page costs: the daemon's CPU an event with and without a browser that shows it",
     "images": "what a power cut could leave: a recorded write log, replayed with unsynced writes dropped and torn",

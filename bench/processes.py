@@ -127,6 +127,10 @@ class Loader(Child):
     def load(self, timeout_s: float) -> LoaderReport:
         """Sends everything; returns when everything is acked."""
         self.say()
+        return self.loaded(timeout_s)
+
+    def loaded(self, timeout_s: float) -> LoaderReport:
+        """What it did, once it was told to start."""
         return msgspec.json.decode(self.hear(timeout_s), type=LoaderReport)
 
 
@@ -215,6 +219,7 @@ class Daemon(Child):
         python: Sequence[str] = (),
         flush_interval: str = "200ms",
         ceilings: bool = False,
+        probe_interval: str = "60s",
         more: str = "",
     ) -> None:
         """`python`: options of the interpreter; `more`: further tables of the configuration."""
@@ -235,6 +240,7 @@ token = "0123456789abcdef0123456789abcdef"
 path = "spool.db"
 [delivery]
 {limits}flush_interval = "{flush_interval}"
+probe_interval = "{probe_interval}"
 [admin]
 listen = "127.0.0.1:{self.admin_port}"
 [log]

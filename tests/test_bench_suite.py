@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_bench import bench, finished
 
-from bench import data, latency, memory, openloop, page, scale
+from bench import data, latency, memory, openloop, outage, page, scale
 from bench.openloop import percentile
 from bench.processes import Daemon, OpenLoader, Sink, get
 from bench.sink import Arrival
@@ -94,6 +94,15 @@ def test_memory_soaks_and_loses_nothing(ran):
     assert soak["events"] == soak["delivered"] == 1800
     assert len(soak["samples"]) >= 5
     assert "MB/h" in out
+
+
+def test_an_outage_ends_in_the_archive_and_comes_back(tmp_path, monkeypatch):
+    """Every event expires, none before its time, all are in the archive, and a replay delivers each of them."""
+    monkeypatch.chdir(tmp_path)
+    run = outage.measure(5_000, 3, 60)
+
+    assert run.problems == []
+    assert (run.archived, run.distinct, run.delivered) == (5_000, 5_000, 5_000)
 
 
 def test_pace_prints_its_goals(ran):

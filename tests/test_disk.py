@@ -7,6 +7,8 @@ process by libfiu (Debian's fiu-utils), under SQLite and not in its place.
 import asyncio
 import contextlib
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -430,3 +432,35 @@ def test_a_disk_that_is_full_and_one_that_fails_at_its_kth_call(tmp_path):
 def delivered(emulator):
     """The $insert_ids that Mixpanel has."""
     return {event["properties"]["$insert_id"] for event in emulator.events()}
+
+
+async def test_a_limit_on_the_size_of_files_is_a_cap(tmp_path, emulator, client):
+    """`ulimit -f` below spool.max_bytes: 503 before the limit, never a write that fails; what waits drains with the limit there."""
+    daemon = Process(tmp_path, "http://127.0.0.1:9")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32 * MIB, before[1]))
+    try:
+        await daemon.up()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert '"event":"file_size_limited"' in daemon.said().replace(": ", ":")
+    acked, status, noise = set(), 200, random.Random(5)
+    while status == 200:
+        name = f"e{len(acked)}"
+        event = currents("users.behaviors.CustomEvent", id=name)
+        event["properties"] = {"name": "n", "custom_properties": {"text": noise.randbytes(200_000).hex()}}
+        status = await daemon.post([event])
+        acked |= {name} if status == 200 else set()
+    assert status == 503
+    assert len(acked) > 50
+    assert (tmp_path / "spool.db").stat().st_size < 32 * MIB
+
+    await daemon.end(signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32 * MIB, before[1]))
+    try:
+        await daemon.up(mixpanel__url=emulator.url)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    await until(lambda: acked <= delivered(emulator), "what was acked to be delivered", 30)
+    assert await daemon.post([currents(id="again")]) == 200
+    assert await daemon.end() == 0

@@ -113,7 +113,7 @@ class _BridgedCollector(Collector):
     def _spool(self) -> Iterator[Metric]:
         spool, ring = self._app.spool, self._app.backlog.ring
         yield _gauge("spool_bytes", "What everything in the spool takes.", spool.used_bytes)
-        yield _gauge("spool_max_bytes", "What the spool may take.", self._app.config.spool.max_bytes)
+        yield _gauge("spool_max_bytes", "What the spool may take.", spool.max_bytes)
         yield _gauge(
             "spool_near_cap", "1 while new events are refused because the spool is near its cap.", spool.near_cap
         )

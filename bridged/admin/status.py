@@ -219,7 +219,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
         damaged=spool.damaged,
         missing=spool.missing,
         used_bytes=spool.used_bytes,
-        max_bytes=int(config.spool.max_bytes),
+        max_bytes=spool.max_bytes,
         spool_share=config.alerts.spool_share,
         refusing=spool.near_cap,
         skew_s=app.transport.clock_skew_s,
@@ -316,7 +316,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         spool=SpoolStatus(
             path=config.spool.path,
             bytes=spool.used_bytes,
-            max_bytes=int(config.spool.max_bytes),
+            max_bytes=spool.max_bytes,
             near_cap=spool.near_cap,
             disk_free_bytes=spool.free_bytes,
             segments=spool.segments,

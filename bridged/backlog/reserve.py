@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Final
@@ -34,6 +35,19 @@ _NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 def reserve_of(max_bytes: int) -> int:
     """What is kept of a file, or of a disk, that may hold so many bytes."""
     return min(64 * _MIB, max(4 * _MIB, max_bytes // 10))
+
+
+def within_file_limit(max_bytes: int) -> int:
+    """What a file may take, if it may take so much: `ulimit -f`, systemd's LimitFSIZE, bounds each file of a process.
+
+    Reached, it would look like a disk that fails; known, it is a cap like ours.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit == resource.RLIM_INFINITY or limit >= max_bytes:
+        return int(max_bytes)  # a configured size is a kind of its own
+    hint = "the limit is taken for the cap; raise it (ulimit -f, LimitFSIZE=), or set spool.max_bytes below it"
+    log.warning("file_size_limited", limit_bytes=limit, max_bytes=max_bytes, hint=hint)
+    return limit
 
 
 def room_to_open(spool: Path) -> None:

@@ -24,14 +24,14 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import aiosqlite
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts, changes
 from bridged.backlog.company import Company
 from bridged.backlog.presence import Presence
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
-from bridged.backlog.reserve import Reserve, reserve_of
+from bridged.backlog.reserve import Reserve, reserve_of, within_file_limit
 from bridged.backlog.segment import Batch, Packer, Segment, cut
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
@@ -101,7 +101,7 @@ class Spool:
         self.unsettled_bytes = 0  # settled, not committed: on a full disk that may take long
         self.room = asyncio.Event()  # set: the doors may read on
         self.room.set()
-        self._options = options
+        self._options = options = structs.replace(options, max_bytes=within_file_limit(options.max_bytes))
         self._names = names
         self._clock = clock
         self._max_segment_bytes = options.max_segment_bytes
@@ -253,6 +253,11 @@ class Spool:
     def failed(self) -> bool:
         """Whether the writer has died: nothing can be taken any more, and the process is about to end."""
         return self._failure is not None
+
+    @property
+    def max_bytes(self) -> int:
+        """What its file may take: as configured, or less where the process may write no larger files."""
+        return self._options.max_bytes
 
     @property
     def dead_letters(self) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import NoneType
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -47,7 +48,6 @@ from bridged.mixpanel.limits import (
 )
 
 _NESTED: Final = frozenset({dict, list})
-_ODD_VALUES: Final = _NESTED | {type(None)}
 _INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 _ODD_DISTINCT_IDS: Final = REFUSED_IDS | {None, ""}
@@ -410,22 +410,19 @@ def _custom_form(
         properties["ip"] = constants
         if user.device_id is not None:
             properties["device_id"] = user.device_id
-        if not _ODD_VALUES.isdisjoint(map(type, custom.values())):
-            custom = _without_odd(custom)
+        kinds = set(map(type, custom.values()))
+        if not kinds.isdisjoint(_NESTED):
+            for key, value in custom.items():
+                if value.__class__ in _NESTED and (problem := nested_problem(value)):
+                    raise Refused(f"property {key!r} is {problem}")
+        if NoneType in kinds:
+            custom = {key: value for key, value in custom.items() if value is not None}
         properties.update(zip(map(prefixes.__getitem__, custom), custom.values(), strict=True))
         if len(properties) > most:
             raise Refused(f"{len(properties) + MAX_PROPERTIES - most} properties; Mixpanel takes {MAX_PROPERTIES}")
         return _NamedForm(event_name, properties)
 
     return form
-
-
-def _without_odd(custom: dict[str, Any]) -> dict[str, Any]:
-    """Properties without those that are null. Raises Refused for one that Mixpanel would not take."""
-    for key, value in custom.items():
-        if value.__class__ in _NESTED and (problem := nested_problem(value)):
-            raise Refused(f"property {key!r} is {problem}")
-    return {key: value for key, value in custom.items() if value is not None}
 
 
 class _Prefixes(dict[str, str]):
