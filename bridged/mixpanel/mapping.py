@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import NoneType
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -48,6 +47,7 @@ from bridged.mixpanel.limits import (
 )
 
 _NESTED: Final = frozenset({dict, list})
+_ODD_VALUES: Final = _NESTED | {type(None)}
 _INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 _ODD_DISTINCT_IDS: Final = REFUSED_IDS | {None, ""}
@@ -410,14 +410,13 @@ def _custom_form(
         properties["ip"] = constants
         if user.device_id is not None:
             properties["device_id"] = user.device_id
-        kinds = set(map(type, custom.values()))
-        if not kinds.isdisjoint(_NESTED):
-            for key, value in custom.items():
-                if value.__class__ in _NESTED and (problem := nested_problem(value)):
+        for key, value in custom.items():
+            if value.__class__ in _ODD_VALUES:
+                if value is None:
+                    continue
+                if problem := nested_problem(value):
                     raise Refused(f"property {key!r} is {problem}")
-        if NoneType in kinds:
-            custom = {key: value for key, value in custom.items() if value is not None}
-        properties.update(zip(map(prefixes.__getitem__, custom), custom.values(), strict=True))
+            properties[prefixes[key]] = value
         if len(properties) > most:
             raise Refused(f"{len(properties) + MAX_PROPERTIES - most} properties; Mixpanel takes {MAX_PROPERTIES}")
         return _NamedForm(event_name, properties)
