@@ -36,6 +36,8 @@ class Soak(Struct, kw_only=True):
     first_mb: float  # at the end of the warm-up
     last_mb: float
     peak_mb: float
+    ack_p50_ms: float  # from when a request was due
+    ack_p99_ms: float
     daemon_us: float  # of CPU an event
     other_cores: float
     samples: list[tuple[float, float]]
@@ -103,6 +105,8 @@ def soak(arguments: argparse.Namespace) -> Soak:
             first_mb=warm[0][1] if warm else 0.0,
             last_mb=samples[-1][1] if samples else 0.0,
             peak_mb=peak_mb,
+            ack_p50_ms=loaded.p50_ms,
+            ack_p99_ms=loaded.p99_ms,
             daemon_us=used[0] / max(1, loaded.events) * 1e6,
             other_cores=other_cores,
             samples=samples,
@@ -151,7 +155,8 @@ def main(argv: Sequence[str]) -> int:
             f"\nsoak: {soaked.rate:,.0f} events/s for {soaked.seconds / 60:.0f} min, {soaked.events:,} events: "
             f"{soaked.first_mb:.1f} MB after {soaked.warm_up_s / 60:.0f} min, {soaked.last_mb:.1f} at the end, peak "
             f"{soaked.peak_mb:.1f}; {soaked.slope_mb_per_h:+.2f} MB/h, goal < {GOAL_SLOPE:g}: {verdict}; "
-            f"{soaked.daemon_us:.1f} us of CPU an event"
+            f"{soaked.daemon_us:.1f} us of CPU an event; acks after {soaked.ack_p50_ms:.1f} ms (p50), "
+            f"{soaked.ack_p99_ms:.1f} ms (p99)"
         )
     report.caution([*others, *([soaked.other_cores] if soaked else [])])
     for failure in failures:
