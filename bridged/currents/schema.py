@@ -7,8 +7,8 @@ ones are decoded all the same, and each bad one becomes a `Refusal` with its own
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Final, NamedTuple, TypedDict, Union, cast, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Final, NamedTuple, Union, cast, get_type_hints
 
 import msgspec
 from msgspec import Raw, Struct, ValidationError, field
@@ -98,16 +98,6 @@ def properties_struct(row: EventType, own: list[tuple[Any, ...]]) -> type[Struct
     return msgspec.defstruct("Properties", [*own, *fields], omit_defaults=True, gc=False)
 
 
-def properties_dict(row: EventType, own: dict[str, Any]) -> Any:
-    """A dict of a row's properties, for events that also carry properties of names that nobody knows beforehand.
-
-    It is as strict as `properties_struct`, but for one thing: what is null stays in it.
-    """
-    fields = {name: _PYTHON_TYPES[PROPERTY_TYPES[name]] for name in row.properties}
-    make: Any = TypedDict  # a type of computed members is no type to a type checker
-    return make("Properties", own | fields, total=False)
-
-
 def event_struct(row: EventType, code: int, properties: Any, default: Any) -> type[Event]:
     """A row's `Event`, with its properties typed."""
     struct: Any = msgspec.defstruct(
@@ -137,7 +127,7 @@ class Schema:
         self._unknown = msgspec.json.Decoder(UnknownEvent)
         self._codes = {row.event_type: code for code, row in enumerate(rows)}
         self._known_fields = {
-            code: frozenset(_names(get_type_hints(struct)["properties"]))
+            code: frozenset(each.encode_name for each in msgspec.structs.fields(get_type_hints(struct)["properties"]))
             for code, struct in enumerate(structs)
             if rows[code].properties or rows[code].custom
         }
@@ -239,13 +229,6 @@ class Schema:
             return [name for name in properties if known is not None and name not in known]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
             return []
-
-
-def _names(properties: Any) -> Iterable[str]:
-    """What the members of decoded properties are called in JSON."""
-    if isinstance(properties, type) and issubclass(properties, Struct):
-        return [field.encode_name for field in msgspec.structs.fields(properties)]
-    return get_type_hints(properties)
 
 
 _HALF_A_PAIR = 'half of a surrogate pair, as in "\\ud83d": a character that was cut in two'

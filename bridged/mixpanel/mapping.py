@@ -23,7 +23,6 @@ from bridged.currents.schema import (
     Refusal,
     Schema,
     event_struct,
-    properties_dict,
     properties_struct,
 )
 from bridged.currents.table import (
@@ -61,10 +60,8 @@ _ENVELOPE: Final[list[tuple[Any, ...]]] = [
 ]
 
 
-# From properties that were decoded into a Struct, with the envelope set in them ...
+# From decoded properties with the envelope set in them. Raises Refused.
 _Form: TypeAlias = Callable[[Any], Struct]
-# ... or into a dict, without it.
-_CustomForm: TypeAlias = Callable[[dict[str, Any], Event], Struct]
 
 
 class MappingSettings(Struct, frozen=True, kw_only=True):
@@ -131,7 +128,7 @@ class EventMapping:
         structs, forms = zip(*(_struct(row, code, settings) for code, row in enumerate(rows)), strict=True)
         self.schema = Schema(rows, structs)
         # By the type of a decoded event: its code, and what makes its properties into what is encoded for Mixpanel.
-        self._forms: dict[type[Event], tuple[int, Any]] = dict(zip(structs, enumerate(forms), strict=True))
+        self._forms: dict[type[Event], tuple[int, _Form]] = dict(zip(structs, enumerate(forms), strict=True))
         self._constants = _constants(settings)
         self._settings = settings
         self._rows = rows
@@ -198,22 +195,18 @@ class EventMapping:
                 if outcome is not None:
                     _file(outcome, code, forms, codes, skips, refusals)
                     continue
-            if type(properties) is dict:
-                try:
-                    forms.append(form(properties, event))
-                    codes.append(code)
-                except Refused as reason:
-                    originals = originals or decoded.originals()
-                    event_type = self._rows[code].event_type
-                    refusals.append(Refusal(code, event_type, str(reason), originals[index].strip()))
-                continue
             properties.distinct_id = user.external_user_id
             properties.insert_id = event.id
             properties.time = event.time
             properties.ip = constants
             properties.device_id = user.device_id
-            forms.append(form(properties))
-            codes.append(code)
+            try:
+                forms.append(form(properties))
+                codes.append(code)
+            except Refused as reason:
+                originals = originals or decoded.originals()
+                event_type = self._rows[code].event_type
+                refusals.append(Refusal(code, event_type, str(reason), originals[index].strip()))
         for event_type, unknown, original in decoded.unknown:
             outcome = self._whole(event_type, unknown, original, now_s)
             _file(outcome, UNKNOWN_CODE, forms, codes, skips, refusals)
@@ -334,7 +327,7 @@ def _properties_problem(properties: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[Event], _Form | _CustomForm]:
+def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[Event], _Form]:
     """A row's Event, as configured, and its form."""
     if not (row.properties or row.custom):
         # What comes is forwarded as it is; so its transformations are made in `_whole`.
@@ -342,23 +335,21 @@ def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[
     current = settings.naming == "current" or row.seed_name is None
     spelling = CURRENT_PROPERTY_NAMES if current else SEED_PROPERTY_NAMES
     renames = {name: spelling[name] for name in row.properties if name in spelling}
-    name = mixpanel_name(row, settings)
-    if row.custom:
-        member = CUSTOM_MEMBERS[row.custom]
-        members: dict[str, Any] = {member: dict[str, Any] | None}
-        if row.custom == "event":
-            members["name"] = str | None
-        prefix = CUSTOM_PROPERTY_PREFIX if row.custom == "event" else PURCHASE_PROPERTY_PREFIX
-        custom_form = _custom_form(row, name, prefix, renames, settings)
-        if rules := settings.transform.get(row.event_type):
-            custom_form = transforms.of_dict(custom_form, rules, member)
-        return event_struct(row, code, properties_dict(row, members), field(default_factory=dict)), custom_form
+    name, rules = mixpanel_name(row, settings), settings.transform.get(row.event_type)
     own = [*_ENVELOPE, *((f"renamed_{old}", Any, field(default=None, name=new)) for old, new in renames.items())]
+    if row.custom:
+        own.append(("custom", dict[str, Any] | None, field(default=None, name=CUSTOM_MEMBERS[row.custom])))
+        own += [("name", str | None, None)] if row.custom == "event" else []
     properties = properties_struct(row, own)
-    form: _Form = msgspec.defstruct("Form", [("properties", Any)], tag_field="event", tag=name, gc=False)
+    form: _Form
+    if row.custom:
+        form = _custom_form(row.custom, name, len(properties.__struct_fields__), settings)
+        form = transforms.of_custom(form, rules) if rules else form
+    else:
+        form = msgspec.defstruct("Form", [("properties", Any)], tag_field="event", tag=name, gc=False)
     if renames:
         form = _renaming([(old, f"renamed_{old}") for old in renames], form)
-    if rules := settings.transform.get(row.event_type):
+    if rules:
         form = transforms.of_struct(form, rules)
     return event_struct(row, code, properties, field(default_factory=properties)), form
 
@@ -380,45 +371,41 @@ def _renaming(renames: list[tuple[str, str]], form: _Form) -> _Form:
     return renamed
 
 
-def _custom_form(
-    row: EventType, name: str, prefix: str, renames: Mapping[str, str], settings: MappingSettings
-) -> _CustomForm:
-    """The form of a type that carries properties of the customer's own: they get a prefix, their values stay."""
-    prefixes = _Prefixes(prefix)
-    member = CUSTOM_MEMBERS[row.custom]
-    is_event = row.custom == "event"
-    constants = _constants(settings)
-    most = MAX_PROPERTIES - bool(settings.token) - bool(settings.partner_id)
+def _custom_form(custom: str, name: str, fields: int, settings: MappingSettings) -> _Form:
+    """The form of a type that carries properties of the customer's own: they get a prefix, their values stay.
 
-    def form(properties: dict[str, Any], event: Event) -> Struct:
+    They are encoded by themselves, and follow the constants.
+    """
+    is_event = custom == "event"
+    prefixes = _Prefixes(CUSTOM_PROPERTY_PREFIX if is_event else PURCHASE_PROPERTY_PREFIX)
+    constants = bytes(_constants(settings))
+    encode = msgspec.json.Encoder().encode
+    others = bool(settings.token) + bool(settings.partner_id)
+    surely_few = MAX_PROPERTIES - fields - others
+
+    def form(properties: Any) -> Struct:
         event_name = name
         if is_event:
-            own_name = properties.pop("name", None)
-            if not own_name or own_name.isspace():
+            if not properties.name or properties.name.isspace():
                 raise Refused("properties.name, the custom event's name, is missing or blank")
-            event_name += own_name
-        custom = properties.pop(member, None) or {}
-        if None in properties.values():
-            properties = {key: value for key, value in properties.items() if value is not None}
-        for key, renamed in renames.items():
-            if key in properties:
-                properties[renamed] = properties.pop(key)
-        user = event.user
-        properties["distinct_id"] = user.external_user_id
-        properties["$insert_id"] = event.id
-        properties["time"] = event.time
-        properties["ip"] = constants
-        if user.device_id is not None:
-            properties["device_id"] = user.device_id
-        for key, value in custom.items():
+            event_name += properties.name
+            properties.name = None
+        own, properties.custom = properties.custom, None
+        prefixed = {}
+        for key, value in (own or {}).items():
             if value.__class__ in _ODD_VALUES:
                 if value is None:
                     continue
                 if problem := nested_problem(value):
                     raise Refused(f"property {key!r} is {problem}")
-            properties[prefixes[key]] = value
-        if len(properties) > most:
-            raise Refused(f"{len(properties) + MAX_PROPERTIES - most} properties; Mixpanel takes {MAX_PROPERTIES}")
+            prefixed[prefixes[key]] = value
+        if prefixed:
+            if len(prefixed) > surely_few:
+                documented = [getattr(properties, each) for each in properties.__struct_fields__]
+                count = len(prefixed) + others + len(documented) - documented.count(None)
+                if count > MAX_PROPERTIES:
+                    raise Refused(f"{count} properties; Mixpanel takes {MAX_PROPERTIES}")
+            properties.ip = Raw(constants + b"," + encode(prefixed)[1:-1])
         return _NamedForm(event_name, properties)
 
     return form

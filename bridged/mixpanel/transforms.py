@@ -71,22 +71,14 @@ def of_struct(form: Callable[[Any], Any], rules: Rules) -> Callable[[Any], Any]:
     return transforming
 
 
-def of_dict(
-    form: Callable[[dict[str, Any], Any], Any], rules: Rules, member: str
-) -> Callable[[dict[str, Any], Any], Any]:
-    """The same for an event with properties of the customer's own, which stand in `member`."""
+def of_custom(form: Callable[[Any], Any], rules: Rules) -> Callable[[Any], Any]:
+    """The same for properties of the customer's own; the others are those of `of_struct`."""
     own = {name.removeprefix(OWN_PREFIX): rule for name, rule in rules.items() if name.startswith(OWN_PREFIX)}
-    plain = {name: rule for name, rule in rules.items() if not name.startswith(OWN_PREFIX) and name not in USER_FIELDS}
 
-    def transforming(properties: dict[str, Any], event: Any) -> Any:
-        in_place(properties, plain)
-        if custom := properties.get(member):
-            in_place(custom, own)
-        user = event.user
-        user.external_user_id = identity(user.external_user_id, rules)
-        if "device_id" in rules:
-            user.device_id = transformed(user.device_id, rules["device_id"])
-        return form(properties, event)
+    def transforming(properties: Any) -> Any:
+        if properties.custom:
+            in_place(properties.custom, own)
+        return form(properties)
 
     return transforming
 
