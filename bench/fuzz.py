@@ -229,7 +229,7 @@ class _Never:
 class _Source(StreamSource):
     """Connections that nobody has to be read from."""
 
-    def read_on_after(self, seconds: float, connection: _Connection) -> None:
+    def read_on_next_turn(self, connection: _Connection) -> None:
         pass
 
 

@@ -87,7 +87,7 @@ def measure(events: int, max_age_s: int, shrink_s: float) -> Run:
                 daemon.stop()
                 arrived = sink.report()
     early_s = max([0.0, *[_accepted_at(accepted, count) + max_age_s - at for at, count in expired if count]])
-    problems = []
+    problems = [] if not done.returncode else [f"replay ended with {done.returncode}: {done.stderr[-500:]}"]
     if not expired or expired[-1][1] != events:
         problems.append(f"{events} events accepted, {expired[-1][1] if expired else 0} expired")
     if archived != events:
@@ -102,7 +102,9 @@ def measure(events: int, max_age_s: int, shrink_s: float) -> Run:
         events=events,
         max_age_s=max_age_s,
         early_s=early_s,
-        late_s=max(0.0, all_expired_at - min(at for at, known in accepted if known >= events) - max_age_s),
+        late_s=max(
+            0.0, all_expired_at - min([at for at, known in accepted if known >= events] or [all_expired_at]) - max_age_s
+        ),
         archived=archived,
         files=len(archive),
         peak_mb=peak_mb,

@@ -73,13 +73,15 @@ class Intake:
         if len(data) > _LARGE_BODY_BYTES and _too_many_pieces(data):
             # Nobody's events look like this; telling each element apart would keep everybody else waiting.
             raise TooLarge("the body has too many elements", "split it")
-        elements = self._schema.elements(data) if len(data) > _SLICED_BODY_BYTES else None
-        if elements is not None:
-            return self._spool.append(self._sliced(elements), sender)
-        decoded = self._schema.body(data)
-        if decoded is None:
+        if len(data) > _SLICED_BODY_BYTES:
+            elements = self._schema.elements(data)
+            intaken = None if elements is None else self._sliced(elements)
+        else:
+            decoded = self._schema.body(data)
+            intaken = None if decoded is None else self._intaken(decoded)
+        if intaken is None:
             raise BadRequest("the body is not JSON", 'Braze posts {"events": [...]}')
-        return self._spool.append(self._intaken(decoded), sender)
+        return self._spool.append(intaken, sender)
 
     def accept_oversized(self, head: bytes, limit: int) -> "asyncio.Future[None]":
         """A line that was longer than the door takes, of which only the beginning is left."""

@@ -917,6 +917,21 @@ async def test_both_doors_speak_tls(tmp_path, certificate):
         assert await doors.events() == 61
 
 
+async def test_tls_is_never_paused_between_reads(tmp_path, certificate, monkeypatch):
+    """Uvloop drops what is still encrypted when a client ends while reading is paused: only want of room is worth that."""
+    keys, trust = certificate
+    turns = []
+    monkeypatch.setattr(StreamSource, "read_on_next_turn", lambda _source, connection: turns.append(connection))
+    lines = ndjson([currents(seed=seed) for seed in range(100)]) * 20
+    async with opened(tmp_path, stream=keys) as doors:
+        reader, writer = await asyncio.open_connection("127.0.0.1", doors.stream.ports[0], ssl=trust)
+        writer.write(ACKS + lines)
+        while await asyncio.wait_for(reader.readline(), 20) != b'{"acked":2000}\n':
+            pass
+        writer.close()
+    assert turns == []
+
+
 async def test_the_doors_take_a_renewed_certificate_over(tmp_path):
     """After a reload new connections get the new certificate, old ones live on; files that can't be used change nothing."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

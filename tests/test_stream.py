@@ -21,7 +21,6 @@ from bridged.currents.table import EVENT_TYPES
 from bridged.errors import ListenError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
-from bridged.sources import stream
 from bridged.sources.stream import StreamOptions, StreamSource
 
 MAX_LINE = 5_000
@@ -114,48 +113,6 @@ def reset(writer):
     sock = writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
-
-
-async def test_who_waits_for_acks_is_never_kept_waiting(door, monkeypatch):
-    """A client that sends the next line when the last one is acked has each of them read at once."""
-    monkeypatch.setattr(stream, "_MOMENT_S", 3600)
-    reader, writer = await door.connect()
-    writer.write(ACKS)
-    for n, event in enumerate(batch(20), 1):
-        writer.write(ndjson([event]))
-        assert acked(await asyncio.wait_for(reader.readline(), 20)) == [n]
-    writer.write_eof()
-    assert await reader.read() == b""
-    await goodbye(writer)
-
-
-async def test_who_doesnt_is_read_in_larger_pieces(door, monkeypatch):
-    """Lines that come one by one while the first is being committed are taken together; all of them, and the end, too."""
-    monkeypatch.setattr(stream, "_MOMENT_S", 0.2)
-    calls, accept = [], door.source.intake.accept_lines
-    monkeypatch.setattr(
-        door.source.intake, "accept_lines", lambda lines, sender: calls.append(len(lines)) or accept(lines, sender)
-    )
-    commit = asyncio.Event()
-    run = door.spool.run
-
-    async def held(function, *args):
-        await commit.wait()
-        return await run(function, *args)
-
-    monkeypatch.setattr(door.spool, "run", held)
-    reader, writer = await door.connect()
-    writer.write(ACKS)
-    for event in batch(40):
-        writer.write(ndjson([event]))
-        await asyncio.sleep(0.001)
-    commit.set()
-    writer.write_eof()
-    assert acked(await asyncio.wait_for(reader.read(), 20))[-1] == 40
-    await goodbye(writer)
-
-    assert sum(calls) == 40
-    assert len(calls) < 20
 
 
 async def test_a_handshake_is_the_first_line_or_none(door):

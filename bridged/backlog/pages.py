@@ -22,7 +22,7 @@ _FRAME: Final = _FRAME_HEADER + PAGE_BYTES
 _INDEX_HEADER: Final = 48  # twice, then how much of the WAL is in the file
 _MAGIC: Final = {0x377F0682: "<", 0x377F0683: ">"}
 _LEAF: Final = 0x0D
-_INTERIOR: Final = b"\x05"
+_INTERIOR: Final = 0x05
 _FREE_PAGE: Final = 2  # in a pointer map
 _MAX_PAYLOAD: Final = 2**27
 
@@ -183,6 +183,32 @@ class Pages:
         self.damaged = 0
         return sorted(segments, key=lambda segment: segment.id), sorted(letters, key=lambda row: row[0])
 
+    def read_ahead(self, root: int) -> None:
+        """Has the system read the leaves of a table, all at once; `root` is its first page.
+
+        A start goes through all of them, and asked for one after the other each costs the disk's whole latency: with 10
+        million events waiting 0.7 s in all instead of 0.1. Only a hint: what the WAL holds, or is damaged, doesn't matter.
+        """
+        level = [root]
+        for _ in range(4):  # nobody's table is higher; a damaged one may be endless
+            below: list[int] = []
+            for number in level:
+                page = self.page(number)
+                if len(page) < PAGE_BYTES or page[0] != _INTERIOR:
+                    return
+                count = min(int.from_bytes(page[3:5], "big"), PAGE_BYTES // 2 - 6)
+                cells = struct.unpack_from(f">{count}H", page, 12)
+                below += [int.from_bytes(page[at : at + 4], "big") for at in cells] + [
+                    int.from_bytes(page[8:12], "big")
+                ]
+            if len(below) > self.count:
+                return
+            for number in below:
+                with contextlib.suppress(OSError):
+                    at = max(0, number - 1) * PAGE_BYTES
+                    os.posix_fadvise(self._file, at, PAGE_BYTES, os.POSIX_FADV_WILLNEED)
+            level = below
+
     def _free(self) -> set[int]:
         """The pages of the free list; if that is damaged, those that the pointer map calls free."""
         head = self.page(1)[32:40]
@@ -247,32 +273,6 @@ class Pages:
                 missing -= len(parts[-1])
                 following = int.from_bytes(overflow[:4], "big")
         return id_, b"".join(parts)
-
-
-def read_ahead(path: Path, root: int) -> None:
-    """Has the system read the leaves of a table, all at once; `root` is its first page.
-
-    A start goes through all of them, and asked for one after the other each costs the disk's whole latency: with 10 million
-    events waiting 0.7 s in all instead of 0.1. Only a hint: it doesn't matter what the WAL holds, or what is damaged.
-    """
-    with contextlib.suppress(OSError, struct.error), path.open("rb", buffering=0) as file:
-        level, most = [root], os.fstat(file.fileno()).st_size // PAGE_BYTES
-        for _ in range(4):  # nobody's table is higher; a damaged one may be endless
-            below: list[int] = []
-            for number in level:
-                page = os.pread(file.fileno(), PAGE_BYTES, (number - 1) * PAGE_BYTES)
-                if page[:1] != _INTERIOR:
-                    return
-                count = min(int.from_bytes(page[3:5], "big"), PAGE_BYTES // 2 - 6)
-                cells = struct.unpack_from(f">{count}H", page, 12)
-                below += [int.from_bytes(page[at : at + 4], "big") for at in cells] + [
-                    int.from_bytes(page[8:12], "big")
-                ]
-            if len(below) > most:
-                return
-            for number in below:
-                os.posix_fadvise(file.fileno(), max(0, number - 1) * PAGE_BYTES, PAGE_BYTES, os.POSIX_FADV_WILLNEED)
-            level = below
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from bridged.backlog import tables
 from bridged.backlog.accounts import ENDS, Accounts
-from bridged.backlog.pages import Pages, Row, read_ahead
+from bridged.backlog.pages import Pages, Row
 from bridged.backlog.reserve import room_to_open
 from bridged.backlog.segment import Segment
 from bridged.backlog.tables import MIGRATIONS, PAGE_BYTES, SEGMENT_COLUMNS
@@ -76,7 +76,7 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
             found.strays, found.letters = pages.strays()
         reason = ""
         if (size := path.stat().st_size) >= PAGE_BYTES:
-            reason = _examine(path, found, in_full=known.startswith(DISTRUSTED))
+            reason = _examine(path, pages, found, in_full=known.startswith(DISTRUSTED))
         elif size or pages.wal.frames or known:
             # SQLite would take it for a new one, and delete its WAL.
             reason = f"it has only {size} bytes"
@@ -133,7 +133,7 @@ def set_aside_files(path: Path) -> list[str]:
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 
-def _examine(path: Path, found: Found, *, in_full: bool) -> str:
+def _examine(path: Path, pages: Pages, found: Found, *, in_full: bool) -> str:
     """Why the file can't be used; empty if it can. Reads it as SQLite does, and changes nothing.
 
     Raises SpoolError if it was written by a newer version.
@@ -158,15 +158,17 @@ def _examine(path: Path, found: Found, *, in_full: bool) -> str:
                 in_full = False
             if in_full and (problem := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 return f"SQLite: {problem}"
-            return _examine_rows(path, db, found, in_full=in_full)
+            return _examine_rows(pages, db, found, in_full=in_full)
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
             if tables.is_corrupt(error) or code == sqlite3.SQLITE_ERROR:
                 return f"SQLite: {error}"
             raise SpoolError(f"can't open the spool {path}: {error}") from error
+        except UnicodeDecodeError as error:
+            return f"SQLite quotes what is no text any more: {error}"
 
 
-def _examine_rows(path: Path, db: sqlite3.Connection, found: Found, *, in_full: bool) -> str:
+def _examine_rows(pages: Pages, db: sqlite3.Connection, found: Found, *, in_full: bool) -> str:
     theirs = dict(db.execute("SELECT code, name FROM event_types").fetchall())
     (body, checksum), *others = db.execute("SELECT body, checksum FROM books").fetchall() or [(b"", 0)]
     if others or type(body) is not bytes or checksum != tables.books_checksum(body, tables.types_checksum(theirs)):
@@ -174,8 +176,8 @@ def _examine_rows(path: Path, db: sqlite3.Connection, found: Found, *, in_full: 
     kinds = "typeof(event) != 'blob' OR typeof(reason) != 'text' OR code NOT BETWEEN 0 AND 255"
     if db.execute(f"SELECT count(*) FROM dead_letters WHERE {kinds}").fetchone()[0]:
         return "its dead letters are damaged"
-    root = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'segments'").fetchone()
-    read_ahead(path, *root)
+    if root := db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'segments'").fetchone():
+        pages.read_ahead(*root)
     last, where = None, "" if in_full else "WHERE typeof(codes) != 'blob'"
     for row in db.execute(f"SELECT {SEGMENT_COLUMNS} FROM segments {where}"):
         if last is not None and row[0] <= last:

@@ -42,7 +42,6 @@ _FINISH_S = 5.0
 _LINGER_S = 0.5
 _LOOK_S = 1.0
 _MUCH_BYTES = 128 * 1024
-_MOMENT_S = 0.004  # as long as a commit waits for company
 # Who came just now isn't slow; who has sent no line for so long may be closed when others need the place.
 _NEW_S = 1.0
 _SPARE_S = 10.0
@@ -192,9 +191,9 @@ class StreamSource:
             chosen = min(slow, key=lambda c: c.since) if slow else max(self.connections, key=lambda c: c.unfinished)
             chosen.refuse("too many lines without an end, or too many that wait for room")
 
-    def read_on_after(self, seconds: float, connection: "_Connection") -> None:
-        """Reads on from a connection in a moment; 0: at the loop's next turn."""
-        asyncio.get_running_loop().call_later(seconds, connection.read_on)
+    def read_on_next_turn(self, connection: "_Connection") -> None:
+        """Reads on from a connection when the loop has turned."""
+        asyncio.get_running_loop().call_soon(connection.read_on)
 
     def _look_at_all(self) -> None:
         """Once a second: ends connections whose clients are gone. Those that are paused don't read, and so don't see it."""
@@ -248,6 +247,7 @@ class _Connection(asyncio.Protocol):
         self._finishing = False  # no more lines are taken: close when everything is on disk
         self._dropped = False  # something came when no more was taken
         self._stopped = False  # it is we who end it
+        self._is_tls = False
         self.told_the_end = False  # the last ack and the end of our side are written
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -257,6 +257,7 @@ class _Connection(asyncio.Protocol):
             self._source.refused += self._client is None
             self._cut_off()
             return
+        self._is_tls = transport.get_extra_info("sslcontext") is not None
         # Acks that aren't read stay few: the next one says more.
         self._transport.set_write_buffer_limits(high=1024)
         sock = transport.get_extra_info("socket")
@@ -304,12 +305,11 @@ class _Connection(asyncio.Protocol):
             self._tail = b""
         if self._tail or self.unfinished:
             self._weigh()
-        much = len(data) >= _MUCH_BYTES
-        if (much or self._pending > 1) and self._resuming is None and not self._finishing:
-            # Much: libuv would read on, up to 32 times, and commits, acks and everybody else would wait for as many
-            # milliseconds. Little, and the client doesn't wait for acks: reading it bit by bit costs twice as much.
+        if len(data) >= _MUCH_BYTES and not self._is_tls and self._resuming is None and not self._finishing:
+            # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds. (Not
+            # over TLS: uvloop drops what is still encrypted when the end comes while reading is paused.)
             self._transport.pause_reading()
-            self._source.read_on_after(0 if much else _MOMENT_S, self)
+            self._source.read_on_next_turn(self)
 
     def read_on(self) -> None:
         """Unless something else is in its way, or it has ended meanwhile."""
@@ -345,7 +345,7 @@ class _Connection(asyncio.Protocol):
             self._take([bytes(line)])
             self._weigh()
         self.finish()
-        return self._transport.get_extra_info("sslcontext") is None
+        return not self._is_tls
 
     def _take(self, lines: list[bytes]) -> None:
         """Hands on whole lines, in order. The first may be the handshake, or the end of an oversized one."""
