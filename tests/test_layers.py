@@ -139,7 +139,7 @@ MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
     "sources/stream.py": (
-        525,
+        520,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
