@@ -7,9 +7,11 @@ import sqlite3
 import threading
 
 import pytest
-from conftest import NAMES, until
+from conftest import NAMES, SLOW, until
 from structlog.testing import capture_logs
 
+from bridged.backlog import company
+from bridged.backlog import spool as spool_module
 from bridged.backlog.segment import Batch, lines
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Settlement, Spool, SpoolOptions
 from bridged.errors import SpoolError, SpoolFull
@@ -255,6 +257,19 @@ async def test_a_purge_and_a_commit_that_follow_each_other_at_once(tmp_path):
 
         assert [row.event for row in await letters_of(spool)] == [b"c", b"d", b"e", b"f"]
         assert (spool.dead_letters, spool.dropped_dead_letters) == (4, 0)
+
+
+async def test_the_end_waits_for_no_company(tmp_path, monkeypatch):
+    """A commit that waits for those who are about to join it begins when the spool is closed: nobody will."""
+    monkeypatch.setattr(spool_module, "_MOMENT_S", 3600)
+    monkeypatch.setattr(company, "_SPACING_S", 3600)
+    async with asyncio.timeout(30 * SLOW):
+        async with Spool(options(tmp_path), NAMES) as spool:
+            await spool.append(Intaken([batch("first")]), 1)
+            futures = [spool.append(Intaken([batch(f"e{n}")]), 1) for n in range(5)]
+            await asyncio.sleep(0.05)
+            assert not any(future.done() for future in futures), "nothing waits: this shows nothing"
+        assert all(future.done() and future.exception() is None for future in futures)
 
 
 async def test_settling_twice_is_noticed(spool):

@@ -226,6 +226,7 @@ class Spool:
         """Commits what is left, closes the file. Whoever cancels this waits for it: the writer is never cancelled."""
         self._closing = True
         self._wake.set()
+        _end(self._gathered)
         closing = asyncio.create_task(self._close(), name="spool closing")
         cancelled = None
         while not closing.done():
