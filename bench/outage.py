@@ -59,8 +59,7 @@ def measure(events: int, max_age_s: int, shrink_s: float) -> Run:
             with Child("emulator", refusing, temporary) as emulator:
                 emulator.hear(30)
                 options = path.loader_options(path.CELLS["stream"], daemon, temporary / "events.ndjson", events=events)
-                began = time.monotonic()
-                accepted: list[tuple[float, int]] = [(began, 0)]
+                accepted: list[tuple[float, int]] = [(time.monotonic(), 0)]
                 expired: list[tuple[float, int]] = []
                 with Loader(temporary, options) as loader:
                     loader.ready()
@@ -73,6 +72,7 @@ def measure(events: int, max_age_s: int, shrink_s: float) -> Run:
                 while (not expired or expired[-1][1] < events) and time.monotonic() < until:
                     _look(daemon, accepted, expired)
                 all_expired_at = time.monotonic()
+                all_accepted_at = min([at for at, known in accepted if known >= events], default=all_expired_at)
             shrunk_s = _shrunk(temporary, empty_bytes, shrink_s)
             final_bytes, peak_mb = spool_bytes(temporary), daemon.memory_mb("VmHWM")
             archive = sorted((temporary / "archive").glob("*.gz"))
@@ -102,9 +102,7 @@ def measure(events: int, max_age_s: int, shrink_s: float) -> Run:
         events=events,
         max_age_s=max_age_s,
         early_s=early_s,
-        late_s=max(
-            0.0, all_expired_at - min([at for at, known in accepted if known >= events] or [all_expired_at]) - max_age_s
-        ),
+        late_s=max(0.0, all_expired_at - all_accepted_at - max_age_s),
         archived=archived,
         files=len(archive),
         peak_mb=peak_mb,

@@ -43,10 +43,9 @@ class Accounts:
         for kind, changed in change.counts.items():
             counts = self.counts[kind]
             if changed:
-                before, counts = counts, Counter()
-                dict.update(
-                    counts, before
-                )  # a Counter's own takes ten times as long, and this is done for every commit
+                counts = Counter()
+                # A Counter's own update takes ten times as long, and this is done for every commit.
+                dict.update(counts, self.counts[kind])
                 for code, n in changed.items():
                     counts[code] = counts.get(code, 0) + n
             then.counts[kind] = counts

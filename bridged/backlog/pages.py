@@ -198,9 +198,8 @@ class Pages:
                     return
                 count = min(int.from_bytes(page[3:5], "big"), PAGE_BYTES // 2 - 6)
                 cells = struct.unpack_from(f">{count}H", page, 12)
-                below += [int.from_bytes(page[at : at + 4], "big") for at in cells] + [
-                    int.from_bytes(page[8:12], "big")
-                ]
+                below += [int.from_bytes(page[at : at + 4], "big") for at in cells]
+                below.append(int.from_bytes(page[8:12], "big"))
             if len(below) > self.count:
                 return
             for number in below:
