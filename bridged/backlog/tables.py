@@ -9,7 +9,6 @@ that is newer than this version knows is not touched.
 
 import contextlib
 import errno
-import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -274,12 +273,11 @@ def write_books(db: sqlite3.Connection, body: bytes, types: int) -> None:
 def insert_segments(db: sqlite3.Connection, segments: Sequence[Segment]) -> None:
     """Rows, many in one statement: each one gives the interpreter's lock away, and has to win it back."""
     for at in range(0, len(segments), _ROWS):
-        rows = [
-            (s.id, s.created_at, s.raw_bytes, s.raw_crc32, s.codes, s.block, s.checksum)
-            for s in segments[at : at + _ROWS]
-        ]
-        places = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows))
-        db.execute(f"INSERT INTO segments ({SEGMENT_COLUMNS}) VALUES {places}", [*itertools.chain(*rows)])
+        some, values = segments[at : at + _ROWS], []
+        for s in some:
+            values += [s.id, s.created_at, s.raw_bytes, s.raw_crc32, s.codes, s.block, s.checksum]
+        places = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(some))
+        db.execute(f"INSERT INTO segments ({SEGMENT_COLUMNS}) VALUES {places}", values)
 
 
 def insert_letters(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
