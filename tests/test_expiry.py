@@ -252,7 +252,8 @@ async def test_a_file_that_cannot_be_brought_to_disk(tmp_path, emulator, clock, 
         await until(lambda: path.delivery.archived_in_vain, "the failure")
         await path.looked()
         assert (path.expired, path.backlog.events) == (0, 2)
-        assert left and not any(left)
+        assert left
+        assert not any(left)
         assert os.strerror(number) in path.delivery.archived_in_vain
         broken = False
         await until(lambda: path.expired == 2, "the expiry")
