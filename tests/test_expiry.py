@@ -168,6 +168,25 @@ async def test_what_came_back_from_a_refusal_expires_in_the_order_of_its_age(tmp
         assert path.archived() == ["i-0", "i-1", "i-2", "i-3"]
 
 
+async def test_what_was_split_expires_by_its_own_age(tmp_path, emulator, clock):
+    """A request of an old segment and a young one is refused as a whole: its halves don't become as old as its oldest event."""
+    emulator.script([{"status": 400, "body": "no", "times": 1}, {"status": 401}])
+    began = clock.now
+    async with Road(tmp_path, emulator.url, clock, max_age_s=100.0, flush_interval_s=40.0) as path:
+        await path.put(1)
+        clock.now = began + 50.0  # both are due
+        await path.put(2)
+        await until(lambda: path.delivery.verdicts["halt"] == 2, "the refusals")
+        clock.now = began + 100.5
+        await until(lambda: path.expired == 1, "the first expiry")
+        await path.looked()
+        assert (path.expired, path.archived()) == (1, ["i-1"])
+        clock.now = began + 150.5
+        await until(lambda: path.expired == 2, "the second expiry")
+
+        assert path.archived() == ["i-1", "i-2"]
+
+
 async def test_a_single_event_that_is_kept_aside_expires_too(tmp_path, emulator, clock):
     """Refused incomprehensibly while nothing else succeeds: it waits for a success, but not for ever."""
     emulator.script([{"status": 400, "body": "no", "times": 1}, {"status": 401}])

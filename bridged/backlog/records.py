@@ -66,7 +66,7 @@ class Settlement(Struct, gc=False):
     delivered: bytes = b""  # an event a byte: the codes
     expired: bytes = b""
     dead_letters: Sequence[DeadLetter] = ()
-    parts: Sequence[Batch] = ()  # of a segment that was too large
+    parts: Sequence[Batch] = ()  # of one segment that was refused as a whole; they are as old as it is
 
     size: int = 0  # what it keeps in memory until it is committed, in bytes
     came_bytes: int = 0  # of that, what takes the segments' place on disk, at most

@@ -311,19 +311,26 @@ class Delivery:
         self._backlog.settle(Settlement(parcel.segments, delivered=delivered, dead_letters=letters))
 
     def _split(self, parcel: Parcel, reason: str, *, too_large: bool = False) -> None:
-        events, codes = segments.lines(parcel.segments), parcel.codes
-        if len(events) == 1 and not (too_large or self._takes_others()):
+        """Tries the halves of a parcel: of its segments while it has several, whose ages differ, then of the events of one."""
+        if parcel.events > 1:
+            self.happened("split", f"A request was split: {reason}", events=parcel.events, raw_bytes=parcel.raw_bytes)
+            log.info("parcel_split", events=parcel.events, raw_bytes=parcel.raw_bytes, reason=reason)
+        if len(parcel.segments) > 1:
+            half = len(parcel.segments) // 2
+            self._backlog.again(Parcel(parcel.segments[:half]))
+            self._backlog.again(Parcel(parcel.segments[half:]))
+            return
+        if parcel.events == 1 and not (too_large or self._takes_others()):
             # A refusal for anything but its size says nothing about the event while everything is refused: it is tried
             # again after a success.
             self._aside.append(parcel)
             return
+        events, codes = segments.lines(parcel.segments), parcel.codes
         if len(events) == 1:
             letter = DeadLetter(codes[0], self._names(codes[0]), "mixpanel", reason, events[0])
             log.warning("event_rejected", reason=reason)
             self._backlog.settle(Settlement(parcel.segments, dead_letters=[letter]))
             return
-        self.happened("split", f"A request was split: {reason}", events=len(events), raw_bytes=parcel.raw_bytes)
-        log.info("parcel_split", events=len(events), raw_bytes=parcel.raw_bytes, reason=reason)
         half = len(events) // 2
         parts = [Batch(b"\n".join([*events[at:to], b""]), codes[at:to]) for at, to in ((0, half), (half, len(events)))]
         self._backlog.settle(Settlement(parcel.segments, parts=parts))
