@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 
 import jsonschema_rs
 import msgspec
@@ -18,6 +19,7 @@ from bridged.admin.openapi import document
 
 # Ten find what is wrong often enough; a nightly run may try thousands.
 EXAMPLES = int(os.environ.get("BRIDGED_SCHEMATHESIS_EXAMPLES", "10"))
+TRIED = Counter()  # requests, by method and path; `pytest -s` tells
 SCHEMA = schemathesis.openapi.from_dict(document())
 DOOR = "/v1/currents"
 COHORTS = "/v1/cohorts/mixpanel"
@@ -83,6 +85,7 @@ def real():
             poison = [currents(seed=seed) | {"time": -seed} for seed in range(1, 20)] + ["text", 17, {}]
             post(running.http_port, msgspec.json.encode({"events": [*poison, currents()]}))
             yield running
+            print(f"{TRIED.total():,} requests to {len(TRIED)} operations")
             # Whatever was asked of it, it is well.
             assert get(running.admin_port, "/readyz")
             assert running.process.poll() is None
@@ -113,6 +116,7 @@ def test_what_it_says_is_true(real, method, path):
     checks = CHECKS.get_by_names(list(names))
 
     def attempt(case):
+        TRIED[method, path] += 1
         response = case.call(base_url=base, timeout=20)
         assert response.status_code < 500 or response.status_code == 503
         case.validate_response(response, checks=checks)
