@@ -4,7 +4,7 @@ One dispatcher owns the pace and the order; each parcel in flight is a task of i
 
     Delivered   settle
     Reject      settle; the refused ones become dead letters with Mixpanel's words
-    Split       its halves replace the parcel's segments in the spool; a single event becomes a dead letter
+    Split       its halves are tried, those of a single segment replace it in the spool; a single event becomes a dead letter
     Retry       the same bytes again, when the pace says so
     Halt        everything is kept, and one parcel a minute asks whether the credential works again
 """
