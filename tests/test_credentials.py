@@ -119,10 +119,10 @@ async def test_a_credential_that_changes_all_the_time_is_no_storm(daemon, client
         await asyncio.sleep(0.02)
         if time.monotonic() - started > 1.2:
             break
-    times = [at for at, _, _ in emulator.calls[before:]]
+    probes, took_s = len(emulator.calls) - before, time.monotonic() - started
 
-    assert 1 <= len(times) <= 3
-    assert all(later - earlier > 0.45 for earlier, later in itertools.pairwise(times))
+    assert n > 2 * probes
+    assert 1 <= probes <= took_s / 0.5 + 1
 
 
 async def test_an_answer_to_the_old_credential_says_nothing_about_the_new_one(daemon, client, emulator):
