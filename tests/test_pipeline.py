@@ -246,7 +246,7 @@ async def test_a_rate_limit_is_kept(daemon, emulator, client):
     events = [currents(seed=seed) for seed in range(800)]
     for at in range(0, 800, 100):
         await http(app, client, events[at : at + 100])
-    await until(lambda: app.delivery.verdicts["retry"] >= 1)
+    await until(lambda: app.delivery.verdicts["retry"] >= 1 and app.backlog.events == 300)
     async with watched(app):
         await asyncio.sleep(0.3)
 
