@@ -401,6 +401,33 @@ async def test_damage_found_while_it_runs(
     assert {user for user, names in braze.membership("mixpanel_cohorts").items() if names} == {"b"}
 
 
+async def test_files_that_are_removed_while_it_runs(
+    importer: Importer, braze: BrazeEmulator, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Cohorts end within a second or two, and say where what the file held was saved; the next start goes on from there."""
+    app = await importer()
+    await post(app, client, body("members", ["a", "b"]))
+    await synced(app)
+    stop = asyncio.Event()
+    running = asyncio.create_task(app.until(stop))
+    for suffix in ("", "-wal", "-shm", ".lock"):
+        (tmp_path / f"cohorts.db{suffix}").unlink()
+    await until(lambda: app.cohorts_problem)
+    assert (
+        f"was removed or replaced while bridged ran; what it held was saved in {tmp_path}/cohorts.db"
+        in app.cohorts_problem
+    )
+    status, _ = await post(app, client, body("members", ["c"], "s2"))
+    assert status == 503
+    stop.set()
+    await running
+    await app.__aexit__(None, None, None)
+    again = await importer()
+    await post(again, client, body("remove_members", ["a"], "s2"))
+    await synced(again)
+    assert {user for user, held in braze.membership("mixpanel_cohorts").items() if held} == {"b"}
+
+
 async def test_the_day_s_points_and_the_key_can_change_while_it_runs(
     importer: Importer, braze: BrazeEmulator, client: aiohttp.ClientSession
 ) -> None:

@@ -29,12 +29,13 @@ LADDER: dict[str, set[str]] = {
     "alarms": set(),
     "currents": set(),
     "mixpanel": {"currents"},
-    "backlog": {"errors"},
+    "presence": {"errors"},
+    "backlog": {"errors", "presence"},
     "delivery": {"backlog", "errors", "mixpanel", "redaction"},
     # Braze's answers are judged in the words of Mixpanel's, and asked for through the same kind of client.
     "braze": {"errors", "mixpanel", "delivery", "redaction"},
     # The way back: from Mixpanel's webhook to Braze.
-    "cohorts": {"errors", "braze", "mixpanel"},
+    "cohorts": {"errors", "braze", "mixpanel", "presence"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "memory", "redaction", "backlog", "intake", "cohorts"},
     # The configuration in each part's own terms.

@@ -29,13 +29,13 @@ from msgspec import Struct, structs
 from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts, changes
 from bridged.backlog.company import Company
-from bridged.backlog.presence import Presence
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
 from bridged.backlog.reserve import Reserve, reserve_of, within_file_limit
 from bridged.backlog.segment import Batch, Packer, Segment, cut
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
 from bridged.errors import SpoolError, SpoolFull
+from bridged.presence import Presence
 
 __all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "SpoolOptions", "Stage"]
 
@@ -171,7 +171,7 @@ class Spool:
             raise SpoolError(f"can't open the spool {path}: {error}", "is it a file, and writable?") from error
         try:
             await self.run(self._prepare)
-            self._presence = Presence(path)
+            self._presence = Presence(path, tables.copy, SpoolError)
         except BaseException as error:
             await self._db.close()
             if isinstance(error, sqlite3.Error | OSError):

@@ -28,6 +28,7 @@ from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refu
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
 from bridged.errors import MembershipDamaged, MembershipError
+from bridged.presence import Presence
 
 log = structlog.get_logger()
 
@@ -42,7 +43,8 @@ _MANY: Final = 500_000
 _MAX_PENDING_BYTES: Final = 32 * 2**20
 # New pages are refused beyond this share of the cap, so that what is here can be merged and settled.
 _SHARE: Final = 0.9
-_FULL_RETRY_S: Final = 1.0
+# So often it is looked whether there is room again, and whether the files are still there.
+_LOOK_S: Final = 1.0
 _PLAN_ROWS: Final = 100_000
 
 
@@ -117,9 +119,10 @@ class Membership:
             raise MembershipError(f"can't open the cohorts' file {path}: {error}", "see cohorts.path") from error
         try:
             await self.run(self._prepare)
+            self._presence = Presence(path, tables.copy, MembershipDamaged)
         except BaseException as error:
             await self._db.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | OSError):
                 why = f"can't open the cohorts' file {path}: {error}"
                 raise MembershipDamaged(why, tables.remedy(error, path)) from error
             raise
@@ -336,11 +339,16 @@ class Membership:
 
     async def _write(self) -> None:
         work = _Work()
+        looked_at = time.monotonic()
         try:
             while True:
                 work, self._work = self._work, _Work()
                 self._wake.clear()
-                self._demand_trust()
+                if self._distrusted is not None:
+                    raise self._distrusted  # noqa: TRY301  # what the handler below is for
+                if time.monotonic() - looked_at > _LOOK_S:
+                    await self.run(self._presence.demand)
+                    looked_at = time.monotonic()
                 if work.pages or work.results:
                     await self._commit(work)
                 if self._closing and not (self._work.pages or (self._work.results and not self.full)):
@@ -368,17 +376,11 @@ class Membership:
         if self._closing:
             raise MembershipError("the cohorts' file is closed: bridged is stopping")
 
-    def _demand_trust(self) -> None:
-        if self._distrusted is not None:
-            raise self._distrusted
-
-    def _linger_s(self) -> float | None:
-        """How long nothing is done if nothing comes; None: for ever."""
-        if self.full or self._work.results:
-            return _FULL_RETRY_S
-        if self._inbox_since is None:
-            return None
-        return max(0.0, self._merge_at(self._inbox_since) - asyncio.get_running_loop().time())
+    def _linger_s(self) -> float:
+        """How long nothing is done if nothing comes."""
+        if self.full or self._work.results or self._inbox_since is None:
+            return _LOOK_S
+        return min(_LOOK_S, max(0.0, self._merge_at(self._inbox_since) - asyncio.get_running_loop().time()))
 
     def _merge_at(self, since: float) -> float:
         """Loop time from which on pages are merged that have waited since then."""

@@ -1,4 +1,4 @@
-"""Whether the spool's files still have their names: one that was removed takes everything with it when the daemon ends.
+"""Whether an open SQLite file still has its names: one that was removed takes everything with it when the daemon ends.
 
 As long as the daemon runs the files are there, only nobody can find them: what they hold is copied to where it belongs.
 """
@@ -6,25 +6,29 @@ As long as the daemon runs the files are there, only nobody can find them: what 
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from bridged.backlog import tables
-from bridged.errors import SpoolError
+from bridged.errors import BridgedError
 
 _SUFFIXES: Final = ("", "-wal", ".lock")
 
 
 class Presence:
-    """Knows the files of an open spool. Used in the connection's thread, once a second."""
+    """Knows the files of an open database and its lock. Used in the connection's thread, once a second."""
 
-    def __init__(self, path: Path) -> None:
-        """The files are there. Raises OSError if they aren't."""
+    def __init__(
+        self, path: Path, copy: Callable[[sqlite3.Connection, Path], None], error: Callable[[str, str], BridgedError]
+    ) -> None:
+        """The files are there, `copy` makes others of them, and `error` is what is raised. Raises OSError if they aren't."""
         self._path = path
+        self._copy = copy
+        self._error = error
         self._files = {suffix: Path(f"{path}{suffix}").stat() for suffix in _SUFFIXES}
 
     def demand(self, db: sqlite3.Connection) -> None:
-        """Raises SpoolError if a file was removed or replaced. What the spool holds is in a file with a name by then."""
+        """Raises the error if a file was removed or replaced. What it held is in a file with a name by then."""
         gone = [f"{self._path}{suffix}" for suffix, known in self._files.items() if not self._is_there(suffix, known)]
         if not gone:
             return
@@ -32,9 +36,9 @@ class Presence:
         hint = "see what cleans up there, and start again"
         try:
             saved = self._save(db)
-        except (OSError, sqlite3.Error, SpoolError) as error:
-            raise SpoolError(f"{what}; what it held can't be saved: {error}", hint) from error
-        raise SpoolError(f"{what}; what it held was saved in {saved}", hint)
+        except (OSError, sqlite3.Error, BridgedError) as error:
+            raise self._error(f"{what}; what it held can't be saved: {error}", hint) from error
+        raise self._error(f"{what}; what it held was saved in {saved}", hint)
 
     def _is_there(self, suffix: str, known: os.stat_result) -> bool:
         try:
@@ -53,5 +57,5 @@ class Presence:
         target = self._path
         if target.exists():
             target = Path(f"{target}.displaced-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-        tables.copy(db, target)
+        self._copy(db, target)
         return target
