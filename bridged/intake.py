@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import msgspec
 from msgspec import Struct
@@ -27,6 +28,9 @@ _LARGE_BODY_BYTES = 256 * 1024
 # Events decoded, mapped and encoded at a time: what they are made into stays in the processor's cache. (8 % measured on reads
 # of a stream; 17 % on bodies of 1,000 events, although telling those apart beforehand costs something.)
 _SLICE_EVENTS = 100
+# An event of Currents is larger than this. Of smaller elements a body has few, or it is none.
+_LEAST_EVENT_BYTES = 64
+_FEW_ELEMENTS = 1000
 
 
 class _ArchivedProperties(Struct):
@@ -62,25 +66,51 @@ class Intake:
 
     def accept_lines(self, lines: Sequence[bytes], sender: int = 0) -> "asyncio.Future[None]":
         """NDJSON lines; `sender` is the number of their connection. Raises SpoolError when the spool can't take them."""
-        return self._spool.append(self._sliced(lines), sender)
+        return self._append(self._sliced(lines), sender)
 
     def accept_body(self, data: bytes, sender: int = 0) -> "asyncio.Future[None]":
         """A Custom HTTP body; `sender` is the number of its connection.
 
         Raises BadRequest if it isn't JSON at all, TooLarge if it must be split, SpoolError when the spool can't take it.
         """
-        if len(data) > _LARGE_BODY_BYTES:
-            if _too_many_pieces(data):
-                # Nobody's events look like this; telling each element apart would keep everybody else waiting.
-                raise TooLarge("the body has too many elements", "split it")
-            elements = self._schema.elements(data)
-            intaken = None if elements is None else self._sliced(elements)
-        else:
-            decoded = self._schema.body(data)
-            intaken = None if decoded is None else self._intaken(decoded)
+        intaken = self._whole(data) if len(data) <= _LARGE_BODY_BYTES else None
         if intaken is None:
+            intaken = self._sliced(self._elements(data))
+        return self._append(intaken, sender)
+
+    def _append(self, intaken: Intaken, sender: int) -> "asyncio.Future[None]":
+        written = self._spool.append(intaken, sender)
+        if intaken.reasons:
+            written.add_done_callback(partial(self._count, intaken.reasons))
+        return written
+
+    def _count(self, reasons: list[str], written: "asyncio.Future[None]") -> None:
+        """Why events were skipped, once they are in the books: what the spool couldn't take comes again."""
+        if not written.cancelled() and written.exception() is None:
+            self.reasons.update(reasons)
+
+    def _whole(self, data: bytes) -> Intaken | None:
+        """A body taken at once. None: its elements must be taken one by one."""
+        decoded = self._schema.plain_body(data)
+        try:
+            return None if decoded is None else self._intaken(decoded)
+        except Exception:  # a mistake of ours: `_slice` finds whose event it is, and tells
+            return None
+
+    def _elements(self, data: bytes) -> Sequence[bytes]:
+        """What a body is made of. Raises BadRequest, and TooLarge for what can't be events.
+
+        Nobody's look like this; telling each element apart would keep everybody else waiting.
+        """
+        too_large = TooLarge("the body has too many elements", "split it")
+        if len(data) > _LARGE_BODY_BYTES and _too_many_pieces(data):
+            raise too_large
+        elements = self._schema.elements(data)
+        if elements is None:
             raise BadRequest("the body is not JSON", 'Braze posts {"events": [...]}')
-        return self._spool.append(intaken, sender)
+        if len(elements) > max(_FEW_ELEMENTS, len(data) // _LEAST_EVENT_BYTES):
+            raise too_large
+        return elements
 
     def accept_oversized(self, head: bytes, limit: int) -> "asyncio.Future[None]":
         """A line that was longer than the door takes, of which only the beginning is left."""
@@ -159,9 +189,21 @@ class Intake:
     def _sliced(self, lines: Sequence[bytes]) -> Intaken:
         """What became of some events, a line each."""
         if len(lines) <= _SLICE_EVENTS:
-            return self._intaken(self._schema.lines(lines))
+            return self._slice(lines)
         slices = (lines[at : at + _SLICE_EVENTS] for at in range(0, len(lines), _SLICE_EVENTS))
-        return _joined([self._intaken(self._schema.lines(part)) for part in slices])
+        return _joined([self._slice(part) for part in slices])
+
+    def _slice(self, lines: Sequence[bytes]) -> Intaken:
+        """A few of them. What we fail on, by a mistake of ours, is a dead letter like any other, and costs only itself."""
+        try:
+            return self._intaken(self._schema.lines(lines))
+        except Exception as error:
+            if len(lines) > 1:
+                return _joined([self._slice([line]) for line in lines])
+            reason = f"bridged failed on it: {type(error).__name__}: {error}"
+            return Intaken(
+                dead_letters=[DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, lines[0].strip())]
+            )
 
     def _intaken(self, decoded: Decoded) -> Intaken:
         now_s = self._clock()
@@ -171,9 +213,9 @@ class Intake:
         batches = list(self._encoded(mapped.forms, mapped.codes, letters))
         if not letters and not mapped.refusals and not mapped.skips:
             return Intaken(batches)
-        self.reasons.update(skip.reason for skip in mapped.skips)
         letters += [DeadLetter(r.code, r.event_type, "door", r.reason, bytes(r.original)) for r in mapped.refusals]
-        return Intaken(batches, letters, bytes(skip.code for skip in mapped.skips))
+        reasons = [skip.reason for skip in mapped.skips]
+        return Intaken(batches, letters, bytes(skip.code for skip in mapped.skips), reasons)
 
     def _encoded(self, forms: Sequence[Struct], codes: bytes, letters: list[DeadLetter]) -> Iterator[Batch]:
         """The NDJSON of mapped events, in batches that fit a segment; events too large for Mixpanel become dead letters."""
@@ -236,6 +278,7 @@ def _joined(parts: Sequence[Intaken]) -> Intaken:
         [batch for part in parts for batch in part.batches],
         [letter for part in parts for letter in part.dead_letters],
         b"".join([part.skipped for part in parts]),
+        [reason for part in parts for reason in part.reasons],
     )
 
 

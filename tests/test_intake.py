@@ -19,7 +19,7 @@ from bridged.backlog.segment import lines as lines_of
 from bridged.backlog.spool import DeadLetterRow, Spool, SpoolOptions
 from bridged.currents.schema import UNDECODABLE_CODE, UNKNOWN_CODE
 from bridged.currents.table import EVENT_TYPES
-from bridged.errors import BadRequest, SpoolFull
+from bridged.errors import BadRequest, SpoolFull, TooLarge
 from bridged.intake import Intake
 from bridged.mixpanel.limits import MAX_EVENT_BYTES
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
@@ -193,6 +193,89 @@ async def test_an_event_at_the_limit_with_a_smaller_cap(mapping: EventMapping, t
         spool.cut_at(500_000)
         await Intake(mapping, spool).accept_body(msgspec.json.encode(large(MAX_EVENT_BYTES - 1)))
         assert totals(spool) == {"accepted": 1, "waiting": 1}
+
+
+# -- what nobody means well ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_body", [False, True])
+@pytest.mark.parametrize("depth", [300, 600, 900])
+async def test_a_transformed_value_nested_too_deep_costs_only_itself(spool: Spool, as_body: bool, depth: int) -> None:
+    """A rule walks through it before anybody asks how deep it is: one dead letter, and its neighbours wait."""
+    rules = {CUSTOM: {"properties.plan": "hash"}}
+    by = Intake(EventMapping(EVENT_TYPES, MappingSettings(token="t", transform=rules)), spool)
+    deep = msgspec.json.encode(
+        currents(CUSTOM, id="deep") | {"properties": {"name": "n", "custom_properties": {"plan": 0}}}
+    )
+    deep = deep.replace(b'"plan":0', b'"plan":' + b"[" * depth + b"]" * depth)
+    lines = [msgspec.json.encode(currents(CUSTOM, id="a")), deep, msgspec.json.encode(currents(CUSTOM, id="b"))]
+    if as_body:
+        await by.accept_body(b'{"events":[%s]}' % b",".join(lines))
+    else:
+        await by.accept_lines(lines)
+    assert totals(spool) == {"accepted": 3, "waiting": 2, "dead_lettered": 1}
+    assert [letter.event for letter in await letters(spool)] == [deep]
+
+
+@pytest.mark.parametrize("as_body", [False, True])
+async def test_a_mistake_of_ours_costs_only_the_event_that_meets_it(
+    intake: Intake, spool: Spool, monkeypatch: pytest.MonkeyPatch, as_body: bool
+) -> None:
+    """Whatever is raised: a sender would be answered 500 for ever, or be cut off, and its good events with it."""
+    really = EventMapping.map
+
+    def buggy(self: EventMapping, decoded: Any, now_s: float) -> Any:
+        if any(getattr(event, "id", "") == "bad" for event in decoded.events):
+            raise ZeroDivisionError("a bug")
+        return really(self, decoded, now_s)
+
+    monkeypatch.setattr(EventMapping, "map", buggy)
+    lines = [msgspec.json.encode(currents(OPEN, id=id_)) for id_ in ("a", "bad", "b")]
+    if as_body:
+        await intake.accept_body(b'{"events":[%s]}' % b",".join(lines))
+    else:
+        await intake.accept_lines(lines)
+    assert totals(spool) == {"accepted": 3, "waiting": 2, "dead_lettered": 1}
+    (letter,) = await letters(spool)
+    assert (letter.event, letter.reason) == (lines[1], "bridged failed on it: ZeroDivisionError: a bug")
+
+
+@pytest.mark.parametrize(("size", "pad"), [(200_000, b""), (200_000, b"      "), (2**22, b"      ")])
+async def test_a_body_of_crumbs_is_no_body(intake: Intake, spool: Spool, size: int, pad: bytes) -> None:
+    """Each would be a dead letter a hundred times as large as it is, and push out those of others: Braze splits a 413."""
+    crumb = b"1" + pad + b","
+    with pytest.raises(TooLarge, match="too many elements"):
+        intake.accept_body(b"[" + crumb * (size // len(crumb)) + b"1]")
+    assert totals(spool) == {}
+    await intake.accept_body(b"[" + crumb * 500 + b"1]")
+    assert totals(spool) == {"accepted": 501, "dead_lettered": 501}
+
+
+async def test_events_under_an_escaped_name_are_found_one_by_one(intake: Intake, spool: Spool) -> None:
+    """Every parser reads the name `events` there; one of them is nested too deep for any, and costs only itself."""
+    good = msgspec.json.encode(currents(OPEN))
+    for depth in range(970, 1000):
+        deep = b'{"event_type":"users.messages.email.Open","x":' + b"[" * depth + b"]" * depth + b"}"
+        await intake.accept_body(b'{"\\u0065vents":[%s,%s]}' % (good, deep))
+    assert totals(spool)["accepted"] == 60
+    assert totals(spool)["waiting"] >= 30
+
+
+async def test_skips_are_counted_with_the_books(intake: Intake, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the spool didn't take comes again: its reason counts then."""
+    anonymous = msgspec.json.encode(currents(OPEN, user={}))
+
+    def full(*_: Any) -> Any:
+        raise SpoolFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "append", full)
+        with pytest.raises(SpoolFull):
+            intake.accept_lines([anonymous])
+    assert intake.reasons == {}
+    await intake.accept_lines([anonymous])
+    assert intake.reasons == {"no external_user_id": 1}
+    assert totals(spool) == {"accepted": 1, "skipped": 1}
 
 
 # -- dead letters tried again ------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ A look costs a few sums, every five seconds; nothing is done per event. Promethe
 """
 
 import asyncio
+import math
+import struct
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple, get_args
 
 import structlog
@@ -33,6 +34,11 @@ class Totals(NamedTuple):
     ages: int
     waiting: int  # now
     latency_s: float | None  # now: the mean of requests to Mixpanel
+
+
+# A point's fields in their order. Points are bytes of one block: as objects, hundreds that live for an hour among those
+# that live for a moment would keep the heap from shrinking.
+_POINT: Final = struct.Struct("<3d2q2dq")
 
 
 class Point(NamedTuple):
@@ -67,15 +73,27 @@ class _Lane:
     """One span: its points, and the totals at the end of the last one."""
 
     def __init__(self) -> None:
-        self.points: deque[Point] = deque(maxlen=STEPS)
+        self._block = bytearray(STEPS * _POINT.size)
+        self._points = 0  # that there ever were; the last ones are in the block
         self._from: tuple[float, Totals] | None = None
+
+    def points(self) -> Iterator[Point]:
+        """Oldest first."""
+        for number in range(max(0, self._points - STEPS), self._points):
+            *before, latency_s, age_s, last = _POINT.unpack_from(self._block, number % STEPS * _POINT.size)
+            yield Point._make([*before, _known(latency_s), _known(age_s), last])
+
+    def _keep(self, point: Point) -> None:
+        values = [math.nan if value is None else value for value in point]
+        _POINT.pack_into(self._block, self._points % STEPS * _POINT.size, *values)
+        self._points += 1
 
     def add(self, now: float, at: float, totals: Totals) -> None:
         """Ends a step. The first look only begins one."""
         if self._from is not None and now > self._from[0]:
             took_s, before = now - self._from[0], self._from[1]
             ages = totals.ages - before.ages
-            self.points.append(
+            self._keep(
                 Point(
                     at=round(at, 1),
                     accepted_per_s=round(max(0, totals.accepted - before.accepted) / took_s, 1),
@@ -122,7 +140,11 @@ class History:
 
     def columns(self, span: str, since: float = 0.0) -> Columns:
         """The points of a span that ended later than `since`."""
-        points = [point for point in self._lanes[span].points if point.at > since]
+        points = [point for point in self._lanes[span].points() if point.at > since]
         columns: Sequence[Sequence[object]] = list(zip(*points, strict=True)) or [()] * len(Point._fields)
         lists = {name: list(column) for name, column in zip(Point._fields, columns, strict=True)}
         return Columns(span=span, step_s=STEP_S if span == "hour" else STEP_S * DAY_STEP, **lists)  # type: ignore[arg-type]  # columns of the fields' types
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -50,6 +50,7 @@ class Intaken(Struct, gc=False):
     batches: list[Batch] = []
     dead_letters: list[DeadLetter] = []
     skipped: bytes = b""  # an event a byte: the codes
+    reasons: list[str] = []  # why they were
     # Dead letters that this replays: they leave their table in the same commit, and are no new events.
     replayed: list[DeadLetterRow] = []
 

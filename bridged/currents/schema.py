@@ -170,11 +170,18 @@ class Schema:
 
     def body(self, data: bytes) -> Decoded | None:
         """The events of a Custom HTTP body `{"events": [...]}`; an array or a lone event will do. None: it isn't JSON."""
+        plain = self.plain_body(data)
+        if plain is not None:
+            return plain
+        originals = self.elements(data)
+        return None if originals is None else self.lines(originals)
+
+    def plain_body(self, data: bytes) -> Decoded | None:
+        """The same for a body with nothing odd in it, all at once. None: each of its elements must be looked at."""
         try:
             events = self._body.decode(data).events
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            originals = self.elements(data)
-            return None if originals is None else self.lines(originals)
+            return None
         return Decoded(events, lambda: self.elements(data) or [], [], [])
 
     def elements(self, data: bytes) -> Sequence[bytes] | None:
@@ -265,9 +272,7 @@ def _scanned(data: bytes) -> list[bytes] | None:
             if depth == 0 and end:
                 return None
             depth += 1
-            is_events = (
-                is_object and depth == 2 and previous == b'"events"' and data[end : match.start()].strip() == b":"
-            )
+            is_events = is_object and depth == 2 and _is_events(previous) and data[end : match.start()].strip() == b":"
             if token == b"[" and (depth == 1 or is_events):
                 # Of two members called events the last counts, as in every parser.
                 at_array, start, elements = depth, match.end(), []
@@ -285,6 +290,13 @@ def _scanned(data: bytes) -> list[bytes] | None:
     if depth != 0 or end != len(data):
         return None
     return [data] if elements is None else elements
+
+
+def _is_events(token: bytes) -> bool:
+    """Whether a token is the name "events", whatever escapes it is written with."""
+    if token[:1] != b'"' or b"\\" not in token:
+        return token == b'"events"'
+    return _is_json(token) and msgspec.json.decode(token) == "events"
 
 
 def _is_json(data: bytes) -> bool:

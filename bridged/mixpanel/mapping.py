@@ -39,6 +39,7 @@ from bridged.mixpanel.limits import (
     EARLIEST_TIME_S,
     INSERT_ID,
     MAX_AHEAD_S,
+    MAX_DEPTH,
     MAX_PROPERTIES,
     REFUSED_IDS,
     RESERVED_PROPERTIES,
@@ -47,6 +48,7 @@ from bridged.mixpanel.limits import (
 
 _NESTED: Final = frozenset({dict, list})
 _ODD_VALUES: Final = _NESTED | {type(None)}
+_TOO_DEEP: Final = f"nested deeper than {MAX_DEPTH}"
 _INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 _ODD_DISTINCT_IDS: Final = REFUSED_IDS | {None, ""}
@@ -203,10 +205,11 @@ class EventMapping:
             try:
                 forms.append(form(properties))
                 codes.append(code)
-            except Refused as reason:
+            except (Refused, RecursionError) as error:
+                reason = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
                 originals = originals or decoded.originals()
                 event_type = self._rows[code].event_type
-                refusals.append(Refusal(code, event_type, str(reason), originals[index].strip()))
+                refusals.append(Refusal(code, event_type, reason, originals[index].strip()))
         for event_type, unknown, original in decoded.unknown:
             outcome = self._whole(event_type, unknown, original, now_s)
             _file(outcome, UNKNOWN_CODE, forms, codes, skips, refusals)
