@@ -361,9 +361,11 @@ async def test_single_events_refused_with_all_others_are_kept(daemon, emulator, 
 
 
 async def test_size_alone_never_halts(daemon, emulator, client):
-    """A proxy that answers 413 without a number makes requests smaller, and nothing else."""
+    """A proxy that answers 413 without a number makes requests smaller, and nothing else: tests/test_stalls.py has one
+    that answers so to everything.
+    """
     app = await daemon()
-    emulator.script([{"status": 413, "body": "<html>too large</html>", "content_type": "text/html", "times": 60}])
+    emulator.script([{"status": 413, "body": "<html>too large</html>", "content_type": "text/html", "times": 30}])
     await post(client, app, batch(300))
     await settled(app)
 
@@ -377,7 +379,9 @@ async def test_a_lone_event_that_is_too_large_is_a_dead_letter(daemon, emulator,
     """Its size is reason enough: nobody waits for another request to succeed first."""
     app = await daemon()
     emulator.script([{"status": 413, "body": "too large"}])
-    await post(client, app, batch(1))
+    large = currents("users.behaviors.CustomEvent", id="large")
+    large["properties"] = {"name": "n", "custom_properties": {"text": "x" * 20_000}}
+    await post(client, app, [large])
     await settled(app)
 
     ((_, reason, _),) = await dead(app)

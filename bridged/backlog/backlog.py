@@ -20,12 +20,15 @@ from bridged.backlog.spool import Settlement, Spool
 
 # What is settled and can't be committed stays in memory: beyond so much, nothing new is leased.
 _MAX_UNSETTLED_BYTES: Final = 32 * 2**20
+# As many parcels that were tried in vain let others go before them, by turns. In an outage all are, and wait in memory.
+_MAX_IN_VAIN: Final = 32
 
 
 class Parcel(Struct, eq=False):
     """Segments that travel in one request: what is leased, sent, tried again and settled as one."""
 
     segments: list[Segment]
+    alone: bool = False  # a single event that was set aside: refused while everything was
 
     @property
     def events(self) -> int:
@@ -73,8 +76,12 @@ class Backlog:
         # The newest segment that is, or was, in the ring: what comes after it is on disk only.
         self._read_to = 0
         self._leased: dict[int, Segment] = {}
-        # Leased parcels that are to be sent again, and parts of ones that were split: they come before everything.
+        # Leased parcels that come before everything: halves of what was split, and what was held back.
         self._again: deque[Parcel] = deque()
+        # Leased parcels that were tried in vain. Others get their turn beside them: two requests that are never understood,
+        # and are never given up, would stop everything.
+        self._in_vain: deque[Parcel] = deque()
+        self._passed_over = False  # they: somebody else had his turn last
         # Parts that lie after `_read_to`: when it gets there, they were taken long ago.
         self._ahead: set[int] = set()
         self._changed = asyncio.Event()
@@ -124,12 +131,11 @@ class Backlog:
         """Each part travels alone: joined again, parts would be what was just refused, for ever."""
         for segment in segments:
             self._leased[segment.id] = segment
-            self._again.append(Parcel([segment]))
             if self._read_to == segment.id - 1:
                 self._read_to = segment.id
             else:
                 self._ahead.add(segment.id)
-        self._changed.set()
+        self.first([Parcel([segment]) for segment in segments])
 
     def _push(self, segment: Segment) -> None:
         self._ring.append(segment)
@@ -170,21 +176,27 @@ class Backlog:
             self._changed.clear()
             if self._again:
                 return self._again.popleft()
-            if self._spool.unsettled_bytes > _MAX_UNSETTLED_BYTES:
-                await self._wait(None)
-                continue
-            if self._behind and (self._ring_events < max_events and self._ring_raw_bytes < max_bytes):
-                await self._refill()
-            if self._ring:
-                age_s = self._clock() - self._ring[0].created_at
-                # A clock that was set back must not make anybody wait until it is there again.
-                wait_s = flush_interval_s - age_s if age_s >= 0 else 0.0
-                full = self._ring_events >= max_events or self._ring_raw_bytes >= max_bytes
-                if full or wait_s <= 0 or self._flushing:
-                    return self._lease(max_events, max_bytes)
-                await self._wait(wait_s)
-            elif not self._behind:
-                await self._wait(None)
+            if self._passed_over or len(self._in_vain) >= _MAX_IN_VAIN:
+                self._passed_over = False
+                if self._in_vain:
+                    return self._in_vain.popleft()
+            wait_s = None
+            if self._spool.unsettled_bytes <= _MAX_UNSETTLED_BYTES:
+                if self._behind and (self._ring_events < max_events and self._ring_raw_bytes < max_bytes):
+                    await self._refill()
+                if self._ring:
+                    age_s = self._clock() - self._ring[0].created_at
+                    # A clock that was set back must not make anybody wait until it is there again.
+                    wait_s = flush_interval_s - age_s if age_s >= 0 else 0.0
+                    full = self._ring_events >= max_events or self._ring_raw_bytes >= max_bytes
+                    if full or wait_s <= 0 or self._flushing:
+                        self._passed_over = True
+                        return self._lease(max_events, max_bytes)
+                elif self._behind:
+                    continue
+            if self._in_vain:
+                return self._in_vain.popleft()
+            await self._wait(wait_s)
 
     def _lease(self, max_events: int, max_bytes: int) -> Parcel:
         parcel = [self._pop()]
@@ -212,18 +224,28 @@ class Backlog:
         self._spool.settle(settlement)
 
     def again(self, parcel: Parcel) -> None:
-        """Puts a parcel that was taken back in the first place: `take` gives it, as it is, at once."""
+        """Puts a parcel that was taken back: `take` gives it, as it is, before what was never taken."""
         self._again.append(parcel)
+        self._changed.set()
+
+    def first(self, parcels: Sequence[Parcel]) -> None:
+        """Puts the halves of a parcel before everything: so what is refused for what is in it is soon alone."""
+        self._again.extendleft(reversed(parcels))
+        self._changed.set()
+
+    def in_vain(self, parcel: Parcel) -> None:
+        """Puts back what was tried in vain: `take` gives it by turns with others."""
+        self._in_vain.append(parcel)
         self._changed.set()
 
     @property
     def oldest_again(self) -> Parcel | None:
-        """The oldest of those that are to be sent again; None: there are none."""
-        return min(self._again, key=_accepted_at, default=None)
+        """The oldest of those that were taken and put back; None: there are none."""
+        return min((*self._again, *self._in_vain), key=_accepted_at, default=None)
 
     def exchange(self, wanted: Parcel, parcel: Parcel) -> None:
-        """Takes `wanted`, one of those to be sent again, and puts a parcel that was taken in their last place."""
-        self._again.remove(wanted)
+        """Takes `wanted`, one of those that were put back, and puts back a parcel that was taken."""
+        (self._again if wanted in self._again else self._in_vain).remove(wanted)
         self._again.append(parcel)
 
     def flush(self) -> None:

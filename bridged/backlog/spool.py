@@ -483,8 +483,7 @@ class Spool:
         change = changes(work.intaken, work.settlements)
         letter_bytes = sum(letter.size for letter in letters)
         came_bytes = sum(segment.size for segment in segments) + letter_bytes
-        went = dropped = NONE
-        settled = 0
+        went, settled = NONE, 0
 
         with tables.transaction(db):
             if gone:
@@ -497,12 +496,9 @@ class Spool:
                 change.remove("accepted", again)
                 change.remove("dead_lettered", again)
             tables.insert_segments(db, segments)
-            if letters:
-                rows = [(now, now, 1, d.stage, d.code, d.event_type, d.reason[:1000], d.event) for d in letters]
-                tables.insert_letters(db, rows)
-            kept = Letters(self._letters.rows + len(letters), self._letters.bytes + letter_bytes).less(went)
-            if kept.exceed(self._letters_cap):
-                dropped = tables.delete_oldest(db, kept.less(self._letters_cap))
+            rows = [(now, now, 1, d.stage, d.code, d.event_type, d.reason[:1000], d.event) for d in letters]
+            kept = self._letters.less(went).more(Letters(len(letters), letter_bytes))
+            dropped = tables.keep_letters(db, rows, kept, self._letters_room())
             accounts = self.accounts.after(change)
             tables.write_books(db, accounts.dump(self._names), self._types_checksum)
             went_bytes = sum(segment.size for segment in gone) + went.bytes + dropped.bytes
@@ -524,6 +520,12 @@ class Spool:
             dropped.rows,
             seconds,
         )
+
+    def _letters_room(self) -> Letters:
+        """What the dead letters may take: less than their share where it is needed to settle what waits. In the thread."""
+        options = self._options
+        left = options.max_bytes - reserve_of(options.max_bytes) // 2 - self.used_bytes + self._letters.bytes
+        return Letters(self._letters_cap.rows, max(0, min(self._letters_cap.bytes, left)))
 
     def _is_out_of_room(self, error: sqlite3.Error, size: int) -> bool:
         """Whether a write failed for want of room: SQLite tells a full disk from other errors, but not a full quota."""

@@ -63,6 +63,10 @@ class Letters(NamedTuple):
         """Without the others."""
         return Letters(self.rows - other.rows, self.bytes - other.bytes)
 
+    def more(self, other: "Letters") -> "Letters":
+        """With the others."""
+        return Letters(self.rows + other.rows, self.bytes + other.bytes)
+
     def exceed(self, cap: "Letters") -> bool:
         """Whether they are too many, or too large."""
         return self.rows > cap.rows or self.bytes > cap.bytes
@@ -287,6 +291,18 @@ def insert_letters(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Non
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         rows,
     )
+
+
+def keep_letters(db: sqlite3.Connection, rows: Sequence[Sequence[Any]], kept: Letters, cap: Letters) -> Letters:
+    """The same where no more than `cap` may be kept of `kept`, which counts the new ones. Gives those that had to go.
+
+    They are the oldest, and go first: there may be no room for both.
+    """
+    gone = delete_oldest(db, kept.less(cap)) if kept.exceed(cap) else NONE
+    if rows:
+        insert_letters(db, rows)
+    kept = kept.less(gone)
+    return gone.more(delete_oldest(db, kept.less(cap))) if kept.exceed(cap) else gone
 
 
 def delete_segments(db: sqlite3.Connection, segments: Sequence[Segment]) -> int:

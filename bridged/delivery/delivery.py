@@ -154,6 +154,7 @@ class Delivery:
         """Delivers until it is cancelled. A sender that dies of a bug takes the daemon down: start-up is recovery."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as senders:
+            senders.create_task(self._try_aside(), name="aside")
             while True:
                 parcel = await self._take()
                 if loop.time() > self._learned_until:
@@ -194,8 +195,9 @@ class Delivery:
         while True:
             self._answered.clear()
             if self.halted is not None:
-                while self._aside and self._too_old(self._aside[0]):
-                    self._backlog.again(self._aside.pop(0))
+                for parcel_aside in [each for each in self._aside if self._too_old(each)]:
+                    self._aside.remove(parcel_aside)
+                    self._backlog.again(parcel_aside)
                 oldest = self._backlog.oldest_again
                 if oldest is not None and self._too_old(oldest):
                     self._backlog.exchange(oldest, parcel)
@@ -242,12 +244,13 @@ class Delivery:
             case Reject(failures):
                 self._resume()
                 self._reject(parcel, failures)
-            case Split(too_large=True):
+            case Split(too_large=True) if parcel.raw_bytes >= _SMALLEST_CAP_BYTES:
                 if parcel.events > 1:
                     self._learn(verdict.max_bytes, parcel.raw_bytes)
                 self._split(parcel, verdict.reason, too_large=True)
             case Split(reason):
-                self._splits += 1
+                # Or a 413 for what is small: it can't be its size.
+                self._splits += not parcel.alone
                 if self._splits == _SPLITS_TO_HALT:
                     # No single poison event does this: something refuses everything, and dead letters would be all of it.
                     self._halt(Halt(0, f"every request is refused, whatever is in it: {reason}"))
@@ -256,12 +259,12 @@ class Delivery:
                 self._note(f"{verdict.kind}: {verdict.reason}")
                 if not outdated:
                     self._probe_at = asyncio.get_running_loop().time() + self._options.probe_interval_s
-                self._backlog.again(parcel)
+                self._backlog.in_vain(parcel)
             case Halt() if outdated:
                 self._backlog.again(parcel)
             case Halt():
                 self._halt(verdict)
-                self._backlog.again(parcel)
+                self._backlog.in_vain(parcel)
 
     def _too_old(self, parcel: Parcel) -> list[Segment]:
         """What of a parcel is older than it may get while nothing can be delivered."""
@@ -317,13 +320,12 @@ class Delivery:
             log.info("parcel_split", events=parcel.events, raw_bytes=parcel.raw_bytes, reason=reason)
         if len(parcel.segments) > 1:
             half = len(parcel.segments) // 2
-            self._backlog.again(Parcel(parcel.segments[:half]))
-            self._backlog.again(Parcel(parcel.segments[half:]))
+            self._backlog.first([Parcel(parcel.segments[:half]), Parcel(parcel.segments[half:])])
             return
         if parcel.events == 1 and not (too_large or self._takes_others()):
             # A refusal for anything but its size says nothing about the event while everything is refused: it is tried
-            # again after a success.
-            self._aside.append(parcel)
+            # again after a success, and now and then.
+            self._aside.append(Parcel(parcel.segments, alone=True))
             return
         events, codes = segments.lines(parcel.segments), parcel.codes
         if len(events) == 1:
@@ -334,6 +336,13 @@ class Delivery:
         half = len(events) // 2
         parts = [Batch(b"\n".join([*events[at:to], b""]), codes[at:to]) for at, to in ((0, half), (half, len(events)))]
         self._backlog.settle(Settlement(parcel.segments, parts=parts))
+
+    async def _try_aside(self) -> None:
+        """One of the events set aside asks now and then: there may be no other request whose success could tell."""
+        while True:
+            await asyncio.sleep(self._options.probe_interval_s)
+            if self._aside:
+                self._backlog.again(self._aside.pop(0))
 
     def _takes_others(self) -> bool:
         """Whether Mixpanel understands requests these days, so that one it refuses is refused for what is in it."""

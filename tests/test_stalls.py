@@ -1,0 +1,287 @@
+"""What keeps refusing stops nobody else, for ever or for hours: the path behind the doors, on a time that passes at once.
+
+Real: spool, backlog, delivery, pace, archive. Made up: the time, and Mixpanel, which answers by what is in a request.
+"""
+
+import asyncio
+import gzip
+import random
+import re
+
+import msgspec
+import pytest
+from conftest import NAMES
+from test_backlog_model import START_S, Loop
+
+from bridged.backlog.archive import Archive
+from bridged.backlog.backlog import Backlog
+from bridged.backlog.segment import Batch
+from bridged.backlog.spool import Intaken, Spool, SpoolOptions
+from bridged.clock import Clock
+from bridged.delivery.delivery import Delivery, DeliveryOptions
+from bridged.delivery.pacing import Pace, PaceLimits
+from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split
+
+CODE = 3
+NUMBER = re.compile(rb'"i-(\d+)"')
+HOUR_S = 3600.0
+POISON = (100_001, 100_002)
+
+
+def event(number, **more):
+    """A mapped event."""
+    properties = {"time": 1, "distinct_id": "ada", "$insert_id": f"i-{number}"} | more
+    return msgspec.json.encode({"event": "Email Open", "properties": properties}) + b"\n"
+
+
+class Mixpanel:
+    """In the transport's place. `answer` gives the verdict for the numbers of the events in a request."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.latency = lambda _: 0.1
+        self.target = object()
+        self.requests = 0
+        self.got = set()
+
+    async def send(self, body, _events, _insert_ids):
+        """A tenth of a second later, if nothing else is said."""
+        numbers = [int(found) for found in NUMBER.findall(gzip.decompress(body))]
+        await asyncio.sleep(self.latency(numbers))
+        self.requests += 1
+        verdict = self.answer(numbers)
+        if isinstance(verdict, Delivered):
+            self.got.update(numbers)
+        return verdict
+
+
+class Road:
+    """Spool to Mixpanel, on the loop's made-up time."""
+
+    def __init__(self, folder, answer, *, max_bytes=2**26, max_dead_letters=10**6, **options):
+        self.loop = loop = asyncio.get_running_loop()
+        clock = Clock(lambda: START_S + loop.time(), loop.time)
+        spool = SpoolOptions(
+            path=str(folder / "spool.db"), synchronous="OFF", max_bytes=max_bytes, max_dead_letters=max_dead_letters
+        )
+        self.spool = Spool(spool, NAMES, clock.latest)
+        self.backlog = Backlog(self.spool, 32 * 2**20, clock.latest)
+        self.mixpanel = Mixpanel(answer)
+        self.happened = []
+        self.delivery = Delivery(
+            self.backlog,
+            self.spool,
+            self.mixpanel,
+            Pace(PaceLimits(), random.Random(1)),
+            DeliveryOptions(**({"flush_interval_s": 0.0} | options)),
+            Archive(str(folder / "archive")),
+            lambda code: NAMES.get(code, ""),
+            clock.earliest,
+        )
+        self.delivery.happened = lambda kind, *_what, **_detail: self.happened.append(kind)
+
+    async def __aenter__(self):
+        run = self.spool.run
+
+        async def counted(function, *args):
+            with self.loop.working():
+                return await run(function, *args)
+
+        self.spool.run = counted
+        with self.loop.working():
+            await self.spool.__aenter__()
+        self.delivering = asyncio.create_task(self.delivery.run())
+        return self
+
+    async def __aexit__(self, *_exc):
+        assert self.spool.accounts.imbalance() == 0
+        self.delivering.cancel()
+        await asyncio.gather(self.delivering, return_exceptions=True)
+        with self.loop.working():
+            await self.spool.__aexit__(None, None, None)
+
+    async def put(self, *numbers):
+        """Events, as one segment."""
+        lines = b"".join(event(number) for number in numbers)
+        await self.spool.append(Intaken([Batch(lines, bytes([CODE] * len(numbers)))]))
+
+    async def at(self, seconds):
+        """Time passes until then."""
+        await asyncio.sleep(seconds - self.loop.time())
+
+    def books(self):
+        """Where events are, without the places that hold none."""
+        accounts = self.spool.accounts
+        return {kind: n for kind in accounts.counts if (n := accounts.total(kind))}
+
+
+@pytest.fixture
+def play():
+    """Runs a coroutine on a made-up time."""
+    loop = Loop()
+    yield loop.run_until_complete
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    "verdict", [Retry("server", "500: a bug"), Halt(403, "a rule of the edge")], ids=["500", "403"]
+)
+def test_two_requests_that_are_never_taken_stop_nobody(play, tmp_path, verdict):
+    """What came back goes before what is fresh, but by turns: all good events arrive, minutes later at most."""
+
+    async def scene():
+        async with Road(tmp_path, lambda numbers: verdict if set(POISON) & set(numbers) else Delivered()) as road:
+            for number in POISON:
+                await road.put(number)
+            await road.at(30)
+            for number in range(60):
+                await road.put(number)
+                await asyncio.sleep(30)
+            await road.at(HOUR_S)
+            assert road.mixpanel.got == set(range(60))
+            assert road.books() == {"accepted": 62, "delivered": 60, "waiting": 2}
+
+    play(scene())
+
+
+def test_an_outage_holds_little_in_memory(play, tmp_path):
+    """By turns with what came back, fresh requests are tried: a few, not the whole backlog."""
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Retry("server", "503")) as road:
+            for at in range(0, 20_000, 100):
+                await road.put(*range(at, at + 100))
+            await road.at(HOUR_S)
+            assert road.backlog.ring.leased * 100 <= 40 * 2000
+            road.mixpanel.answer = lambda _: Delivered()
+            await road.at(2 * HOUR_S)
+            assert road.books() == {"accepted": 20_000, "delivered": 20_000}
+
+    play(scene())
+
+
+def test_one_event_alone_asks_again(play, tmp_path):
+    """One odd answer, from a proxy, say, while nothing else is there: nobody's success could tell that it may go."""
+
+    async def scene():
+        odd = [Split("400 of a proxy")]
+        async with Road(tmp_path, lambda _: odd.pop() if odd else Delivered()) as road:
+            await road.put(1)
+            await road.at(10)
+            assert road.delivery.set_aside == 1
+            await road.at(130)
+            assert road.books() == {"accepted": 1, "delivered": 1}
+
+    play(scene())
+
+
+def test_a_poison_event_alone_asks_for_ever_and_halts_nothing(play, tmp_path):
+    """Nothing else comes for half a day: it is no proof that everything is refused."""
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Split("odd")) as road:
+            await road.put(1)
+            await road.at(12 * HOUR_S)
+            assert road.delivery.halted is None
+            assert road.books() == {"accepted": 1, "waiting": 1}
+
+    play(scene())
+
+
+def test_a_mixpanel_that_is_mended_gets_what_was_set_aside(play, tmp_path):
+    """All that waits was refused oddly, and delivery halted: it is tried again, and nothing expires."""
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Split("odd"), max_age_s=4 * HOUR_S) as road:
+            await road.put(*range(64))
+            await road.at(3 * HOUR_S)
+            assert road.delivery.halted is not None
+            road.mixpanel.answer = lambda _: Delivered()
+            await road.at(6 * HOUR_S)
+            assert road.delivery.halted is None
+            assert road.books() == {"accepted": 64, "delivered": 64}
+
+    play(scene())
+
+
+def test_whoever_is_aside_expires_by_his_own_age(play, tmp_path):
+    """The younger of two was set aside first, since its answer came sooner."""
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Split("odd"), max_age_s=100.0, probe_interval_s=HOUR_S) as road:
+            road.mixpanel.latency = lambda numbers: 20.0 if numbers == [1] else 0.1
+            await road.put(1)
+            await road.at(10)
+            await road.put(2)
+            await road.at(25)
+            assert road.delivery.set_aside == 2
+            road.mixpanel.answer = lambda _: Halt(401, "no")
+            await road.put(3)
+            await road.at(102)
+            assert road.books() == {"accepted": 3, "expired": 1, "waiting": 2}
+            await road.at(112)
+            assert road.books() == {"accepted": 3, "expired": 2, "waiting": 1}
+
+    play(scene())
+
+
+def test_size_is_no_reason_for_small_requests(play, tmp_path):
+    """A proxy that answers 413 to everything: it halts and keeps everything, as for a 400, and drops no dead letters."""
+
+    async def scene():
+        refusing = lambda _: Split("413 of a proxy", None, too_large=True)  # noqa: E731  # an answer like the others
+        async with Road(tmp_path, refusing, max_dead_letters=100) as road:
+            await road.put(*range(1000))
+            await road.at(HOUR_S)
+            assert road.delivery.halted is not None
+            assert road.books() == {"accepted": 1000, "waiting": 1000}
+            road.mixpanel.answer = lambda _: Delivered()
+            await road.at(2 * HOUR_S)
+            assert road.books() == {"accepted": 1000, "delivered": 1000}
+
+    play(scene())
+
+
+@pytest.mark.parametrize("poison", [64, 200])
+def test_many_poison_events_are_soon_told_from_a_refusal_of_everything(play, tmp_path, poison):
+    """Halves are tried depth first, so that something is understood soon: a few minutes, and only they are dead letters."""
+
+    async def scene():
+        bad = set(range(0, 2000, 2000 // poison))
+        async with Road(tmp_path, lambda numbers: Split("odd") if bad & set(numbers) else Delivered()) as road:
+            await road.put(*range(2000))
+            await road.at(600)
+            await road.put(9999)
+            await road.at(700)
+            assert road.mixpanel.got == set(range(2000)) - bad | {9999}
+            assert road.books() == {"accepted": 2001, "delivered": 2001 - len(bad), "dead_lettered": len(bad)}
+
+    play(scene())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_a_spool_near_its_cap_whose_events_are_refused_drains(play, tmp_path, share):
+    """Dead letters are larger than what they come from: the oldest go before they take the room to settle the others."""
+    rng = random.Random(1)
+
+    def refused(numbers):
+        bad = range(int(len(numbers) * share))
+        return Reject({at: Failure("properties", "no") for at in bad})
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Retry("server", "503"), max_bytes=40 * 2**20) as road:
+            number = 0
+            while not road.spool.near_cap:
+                lines = b"".join(event(number + at, x=f"{rng.getrandbits(1600):0400x}") for at in range(1000))
+                await road.spool.append(Intaken([Batch(lines, bytes([CODE] * 1000))]))
+                number += 1000
+            road.mixpanel.answer = refused
+            await road.at(road.loop.time() + HOUR_S)
+            books = road.books()
+            assert set(books) <= {"accepted", "delivered", "dead_lettered"}
+            assert books["dead_lettered"] == pytest.approx(number * share, rel=0.01)
+            assert road.spool.dead_letters + road.spool.dropped_dead_letters == books["dead_lettered"]
+            assert not road.spool.near_cap
+
+    play(scene())
