@@ -1,7 +1,9 @@
 """Expiry while halted: archived, dropped or kept, and the way back."""
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import aiohttp
@@ -25,6 +27,64 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
     assert gzip.decompress(Path(name).read_bytes()) == b'{"a":1}\n{"b":2}\n'
     assert [path.name for path in (tmp_path / "archive").iterdir()] == ["20260921T141320Z-0000000007-2.ndjson.gz"]
+
+
+def test_other_events_get_another_name(tmp_path: Path) -> None:
+    """Ids are given again after a restart: what an earlier life archived, or replayed, under the same name stays as it is."""
+    pack = Packer().pack
+    archive = Archive(str(tmp_path / "archive"))
+    bodies = [b'{"a":1}\n', b'{"b":2}\n', b'{"c":3333}\n', b'{"d":4}\n']
+    names = [Path(archive.write([pack(7, 1_790_000_000.0, body, b"\x01")])) for body in bodies[:3]]
+    names[0].rename(names[0].with_name(f"{names[0].name}.replayed"))
+    archive.write([pack(7, 1_790_000_000.0, bodies[3], b"\x01")])
+
+    stem = "20260921T141320Z-0000000007-1"
+    found = {file.name: gzip.decompress(file.read_bytes()) for file in (tmp_path / "archive").iterdir()}
+    endings = [".ndjson.gz.replayed", "-2.ndjson.gz", "-3.ndjson.gz", "-4.ndjson.gz"]
+    assert found == {f"{stem}{ending}": body for ending, body in zip(endings, bodies, strict=True)}
+
+
+def test_a_second_try_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a crash before the rows were gone the same events come again, and have their file: none of it is doubled or read in
+    vain, when a look at the size says that it is another.
+    """
+    pack = Packer().pack
+    archive = Archive(str(tmp_path / "archive"))
+    other, same = [pack(7, 1_790_000_000.0, body, b"\x01") for body in (b'{"other":1}\n', b'{"b":2}\n')]
+    names = [archive.write([other]), archive.write([same])]
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(str(path)), read_bytes(path))[1])
+
+    assert archive.write([same]) == names[1]
+    assert read == [names[1]]
+    assert sorted(map(str, (tmp_path / "archive").iterdir())) == sorted(names)
+
+
+@pytest.mark.parametrize("failing", ["archive", "outside"])
+def test_a_folder_that_cannot_be_brought_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """A file whose name may vanish isn't left as if it were archived, nor a folder; the second try makes both."""
+    segment = Packer().pack(7, 1_790_000_000.0, b'{"a":1}\n', b"\x01")
+    folder = tmp_path / "outside" / "archive"
+    folder.parent.mkdir()
+    fsync, broken, synced = os.fsync, True, []
+
+    def sync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        if broken and synced[-1] == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        Archive(str(folder)).write([segment])
+    assert not list(folder.parent.rglob("*.*"))
+    assert folder.exists() is (failing == "archive")
+    broken = False
+    synced.clear()
+
+    assert Path(Archive(str(folder)).write([segment])).exists()
+    assert ("outside" in synced) is (failing == "outside")
+    assert synced[-1] == "archive"
 
 
 async def _halted(daemon: Daemon, emulator: MixpanelEmulator, **overrides: str):

@@ -1,5 +1,6 @@
 """Where expired events go: gzip NDJSON files of Mixpanel events, which `bridged replay` sends when the credential works again."""
 
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -18,15 +19,22 @@ class Archive:
         """Writes some segments as one file; gives its name. Blocks until it is on disk. Raises OSError, and leaves nothing."""
         if not self._path.is_dir():
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _sync(self._path.parent)
-        accepted = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(segments[0].created_at))
-        events = sum(segment.events for segment in segments)
-        # The id makes the name unique within a spool, and a second try the same file.
-        target = self._path / f"{accepted}-{segments[0].id:010d}-{events}.ndjson.gz"
+            try:
+                _sync(self._path.parent)
+            except OSError:
+                # Found there at the next try, it would be taken for one that is on disk.
+                self._path.rmdir()
+                raise
+        body = request_body(segments)
+        target = self._target(segments, body)
+        if target.exists():
+            # A second try of what is there already.
+            _sync(self._path)
+            return str(target)
         partial = target.with_suffix(".partial")
         try:
             with os.fdopen(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(request_body(segments))
+                file.write(body)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
@@ -34,8 +42,42 @@ class Archive:
             # On a disk that is full, half a file would keep it so.
             partial.unlink(missing_ok=True)
             raise
-        _sync(self._path)
+        try:
+            _sync(self._path)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
         return str(target)
+
+    def _target(self, segments: Sequence[Segment], body: bytes) -> Path:
+        """The first name that no other events have, nor had before they were replayed.
+
+        A second try finds its own file. Ids alone don't tell: after a restart one may be given again, within the same second.
+        """
+        accepted = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(segments[0].created_at))
+        events = sum(segment.events for segment in segments)
+        stem = f"{accepted}-{segments[0].id:010d}-{events}"
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        targets = (self._path / f"{name}.ndjson.gz" for name in names)
+        return next(
+            target
+            for target in targets
+            if not (_is_other(target, body) or _is_other(target.with_name(f"{target.name}.replayed"), body))
+        )
+
+
+def _is_other(file: Path, body: bytes) -> bool:
+    """Whether a file is there, and holds something else. Mostly its size says so."""
+    try:
+        if file.stat().st_size != len(body):
+            return True
+    except FileNotFoundError:
+        return False
+    try:
+        return file.read_bytes() != body
+    except OSError:
+        # Whatever it holds: it stays.
+        return True
 
 
 def _sync(folder: Path) -> None:
