@@ -13,6 +13,7 @@ import pytest
 from conftest import NAMES, balanced, currents, free_port, ndjson, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from bridged.app import App
 from bridged.backlog.segment import lines as segment_lines
@@ -383,13 +384,14 @@ async def test_a_handshake_later_is_no_handshake(door):
 # -- clients that misbehave --------------------------------------------------------------------------------------------
 
 
-async def test_a_client_that_never_reads_its_acks(door):
-    """Everything it sends is taken; its acks are replaced by later ones and don't fill our memory."""
-    sock = socket.socket()
+async def choked(door, kind="tcp"):
+    """A client that asked for acks and has never read one, until its connection holds them back; and its count of lines."""
+    address = ("127.0.0.1", door.source.ports[0]) if kind == "tcp" else str(door.path / "s.sock")
+    sock = socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_UNIX)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.setblocking(False)
     loop = asyncio.get_running_loop()
-    await loop.sock_connect(sock, ("127.0.0.1", door.source.ports[0]))
+    await loop.sock_connect(sock, address)
     await until(lambda: door.source.connections)
     [connection] = door.source.connections
     transport = connection._transport
@@ -408,15 +410,82 @@ async def test_a_client_that_never_reads_its_acks(door):
         await loop.sock_sendall(sock, line)
         sent += 1
     await until(lambda: connection._committed == sent)
-    assert transport.get_write_buffer_size() < 4096
+    return sock, connection, sent
+
+
+async def read_to_the_end(sock):
+    """All that the door has to say until its orderly close."""
+    heard = b""
+    while part := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 65536), 20):
+        heard += part
+    sock.close()
+    return heard
+
+
+async def test_a_client_that_never_reads_its_acks(door):
+    """Everything it sends is taken; its acks are replaced by later ones and don't fill our memory."""
+    sock, connection, sent = await choked(door)
+    assert connection._transport.get_write_buffer_size() < 4096
 
     # It begins to read: the last ack comes, however many were left out.
     heard = b""
     while b'{"acked":%d}\n' % sent not in heard:
-        heard += await asyncio.wait_for(loop.sock_recv(sock, 65536), 20)
+        heard += await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 65536), 20)
     numbers = acked(heard)
     assert numbers == sorted(set(numbers))
     sock.close()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_who_reads_only_at_the_end_is_told_everything(door, kind):
+    """All sent, our acks not read yet, its own side closed: the last ack comes when it reads, and only then the end."""
+    sock, connection, sent = await choked(door, kind)
+    sock.shutdown(socket.SHUT_WR)
+    await until(lambda: connection._finishing, "the end of what it sends")
+
+    assert acked(await read_to_the_end(sock))[-1] == sent
+    await until(lambda: not door.source.connections)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+async def test_who_reads_during_the_stop_is_told_everything(door, monkeypatch, finished):
+    """A stop gives a client that is late with its acks the time that it gives everybody, and the last one in it."""
+    monkeypatch.setattr("bridged.sources.stream._LINGER_S", 60)
+    sock, connection, sent = await choked(door)
+    if finished:
+        sock.shutdown(socket.SHUT_WR)
+        await until(lambda: connection._finishing, "the end of what it sends")
+    stopping = asyncio.ensure_future(door.source.__aexit__(None, None, None))
+    await until(lambda: connection._finishing)
+
+    assert acked(await read_to_the_end(sock))[-1] == sent
+    await asyncio.wait_for(stopping, 20)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+async def test_who_never_reads_holds_up_no_stop(door, monkeypatch, finished):
+    """An ack that nobody reads is waited for as long as the client's own end, not as long as a commit."""
+    monkeypatch.setattr("bridged.sources.stream._FINISH_S", 3600)
+    sock, connection, _ = await choked(door)
+    if finished:
+        sock.shutdown(socket.SHUT_WR)
+        await until(lambda: connection._finishing, "the end of what it sends")
+
+    await asyncio.wait_for(door.source.__aexit__(None, None, None), 20)
+    await until(lambda: not door.source.connections)
+    sock.close()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_who_never_reads_and_goes_is_noticed(door, kind):
+    """A last ack that waits for its client keeps no connection of one that is gone."""
+    sock, connection, _ = await choked(door, kind)
+    sock.shutdown(socket.SHUT_WR)
+    await until(lambda: connection._finishing, "the end of what it sends")
+    assert door.source.connections
+    sock.close()  # with acks unread: a reset
+
+    await until(lambda: not door.source.connections, "the end of the connection")
 
 
 async def test_an_abrupt_end(door):
@@ -569,6 +638,56 @@ async def test_a_spool_that_fails_tells_the_clients(door):
 
     assert b"disk I/O error" in answer
     assert b"acked" not in answer
+
+
+@pytest.mark.parametrize("acks", [b"", ACKS])
+@pytest.mark.parametrize("ending", [b"\n", b""])
+async def test_a_mistake_of_ours_is_no_orderly_close(door, monkeypatch, ending, acks):
+    """What goes wrong where nothing should is told once, in the log; and to the client that its lines aren't on disk, by an
+    error where it reads acks, by a reset where it doesn't.
+    """
+
+    def broken(*_):
+        raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr(door.source.intake, "accept_lines", broken)
+    with capture_logs() as said:
+        reader, writer = await door.connect()
+        writer.write(acks + ndjson(batch(3)).removesuffix(b"\n") + ending)
+        if not ending:
+            writer.write_eof()
+        if acks:
+            assert set(msgspec.json.decode(await asyncio.wait_for(reader.read(), 20))) == {"error"}
+        else:
+            with pytest.raises(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 20) == b"no goodbye"
+        await until(lambda: not door.source.connections)
+    await goodbye(writer)
+    assert [entry["event"] for entry in said] == ["stream_failed"]
+    assert said[0]["exc_info"]
+    assert door.source.unfinished == 0
+
+
+async def test_a_mistake_of_ours_with_what_waited_for_room(tmp_path, monkeypatch):
+    """The same when there is room again: a client that has finished must not take the close for a yes."""
+    async with opened(tmp_path, max_bytes=16 * MIB) as door:
+        segments = await fill(door)
+        reader, writer = await door.connect()
+        writer.write(ndjson(batch(10)))
+        writer.write_eof()
+        await until(lambda: any(connection._held for connection in door.source.connections))
+
+        def broken(*_):
+            raise ZeroDivisionError("made up")
+
+        monkeypatch.setattr(door.source.intake, "accept_lines", broken)
+        with capture_logs() as said:
+            door.spool.settle(Settlement(segments, delivered=b"\x03" * len(segments)))
+            with pytest.raises(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 20) == b"no goodbye"
+            await until(lambda: not door.source.tasks)
+        await goodbye(writer)
+        assert [entry["event"] for entry in said] == ["stream_failed"]
 
 
 # -- the listeners -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ half-closed connections: a client that speaks it waits for its last ack before i
 """
 
 import asyncio
-import contextlib
 import io
 import os
 import select
@@ -33,6 +32,7 @@ from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
 from bridged.sources.clients import Clients
 from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
+from bridged.sources.unix import demand_nobody_listens, remove
 
 log = structlog.get_logger()
 
@@ -113,7 +113,7 @@ class StreamSource:
         loop = asyncio.get_running_loop()
         kind, _, rest = address.partition(":")
         if kind == "unix":
-            _demand_nobody_listens(rest)
+            demand_nobody_listens(rest)
             server = await loop.create_unix_server(partial(_Connection, self), rest, backlog=1024)
             os.chmod(rest, 0o660)  # noqa: PTH101  # at start-up, before anybody is served
             self._own[rest] = os.stat(rest).st_ino  # noqa: PTH116
@@ -146,7 +146,7 @@ class StreamSource:
             server.close()
         for address in self._options.listen:
             if address.startswith("unix:"):
-                _remove(address.removeprefix("unix:"), self._own)
+                remove(address.removeprefix("unix:"), self._own)
         for connection in list(self.connections):
             connection.stop()
         loop = asyncio.get_running_loop()
@@ -209,20 +209,6 @@ class StreamSource:
         self._look = loop.call_later(_LOOK_S, self._look_at_all)
 
 
-def _demand_nobody_listens(path: str) -> None:
-    """A socket that somebody answers at is another daemon's; one that nobody does is what a crash left behind."""
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-        probe.settimeout(1)
-        probe.connect(path)
-        raise FileExistsError(f"somebody listens at {path}")
-
-
-def _remove(path: str, own: dict[str, int]) -> None:
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_ino == own.get(path):  # noqa: PTH116
-            os.unlink(path)  # noqa: PTH108
-
-
 class _Connection(asyncio.Protocol):
     """One client. Owns its framing, its count of lines and its acks."""
 
@@ -246,9 +232,9 @@ class _Connection(asyncio.Protocol):
         self._choked = False  # the client doesn't read its acks
         self._finishing = False  # no more lines are taken: close when everything is on disk
         self._dropped = False  # something came when no more was taken
-        self._stopped = False  # it is we who end it
+        self._stopped = False  # it is we who end it, and its own end hasn't come
         self._is_tls = False
-        self.told_the_end = False  # the last ack and the end of our side are written
+        self.told_the_end = False  # the last ack and the end of our side are written, or wait for it to read
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream server makes nothing else
@@ -286,30 +272,32 @@ class _Connection(asyncio.Protocol):
     # -- framing ------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._finishing:
-            # Read already, but never to be taken: the end must not look as if it were on disk.
-            self._dropped = True
-            return
-        if (self._tail or self._oversized) and b"\n" not in data:
-            self._lengthen(data)
-        else:
-            # The fastest way to find the lines; a split would copy as much, and a count alone costs more.
-            lines = io.BytesIO(data).readlines()
-            if self._tail:
-                lines[0] = b"".join((self._tail, lines[0]))
-            self._tail = b"" if lines[-1].endswith(b"\n") else lines.pop()
-            if lines:
-                self._take(lines)
-        if len(self._tail) > self._source.max_line + 1:  # the one may be the \r of a line that isn't too long
-            self._oversized = bytes(self._tail[:_KEPT_OF_OVERSIZED])
-            self._tail = b""
-        if self._tail or self.unfinished:
-            self._weigh()
-        if len(data) >= _MUCH_BYTES and not self._is_tls and self._resuming is None and not self._finishing:
-            # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds. (Not
-            # over TLS: uvloop drops what is still encrypted when the end comes while reading is paused.)
-            self._transport.pause_reading()
-            self._source.read_on_next_turn(self)
+        try:
+            if self._finishing:
+                # Read already, but never to be taken: the end must not look as if it were on disk.
+                self._dropped = True
+                return
+            if (self._tail or self._oversized) and b"\n" not in data:
+                self._lengthen(data)
+            else:
+                # The fastest way to find the lines; a split would copy as much, and a count alone costs more.
+                lines = io.BytesIO(data).readlines()
+                if self._tail:
+                    lines[0] = b"".join((self._tail, lines[0]))
+                self._tail = b"" if lines[-1].endswith(b"\n") else lines.pop()
+                if lines:
+                    self._take(lines)
+            if len(self._tail) > self._source.max_line + 1:  # the one may be the \r of a line that isn't too long
+                self._oversized, self._tail = bytes(self._tail[:_KEPT_OF_OVERSIZED]), b""
+            if self._tail or self.unfinished:
+                self._weigh()
+            if len(data) >= _MUCH_BYTES and not self._is_tls and self._resuming is None and not self._finishing:
+                # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds.
+                # (Not over TLS: uvloop drops what is still encrypted when the end comes while reading is paused.)
+                self._transport.pause_reading()
+                self._source.read_on_next_turn(self)
+        except Exception as error:
+            self._mistaken(error)
 
     def read_on(self) -> None:
         """Unless something else is in its way, or it has ended meanwhile."""
@@ -340,11 +328,15 @@ class _Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """A last line may lack its newline. Keeps our side open until everything is on disk."""
-        if (self._tail or self._oversized) and not self._finishing:
-            line, self._tail = self._tail, b""
-            self._take([bytes(line)])
-            self._weigh()
-        self.finish()
+        self._stopped = False
+        try:
+            if (self._tail or self._oversized) and not self._finishing:
+                line, self._tail = self._tail, b""
+                self._take([bytes(line)])
+                self._weigh()
+            self.finish()
+        except Exception as error:
+            self._mistaken(error)
         return not self._is_tls
 
     def _take(self, lines: list[bytes]) -> None:
@@ -425,9 +417,11 @@ class _Connection(asyncio.Protocol):
             self._told = self._committed
             self._transport.write(b'{"acked":%d}\n' % self._told)
         if self._finishing and not self._pending and not self._held:
-            if (self._tail or self._oversized or self._dropped) and not self._acks:
+            if self._acks and self._told < self._committed:
+                self.told_the_end = True  # by `resume_writing`: it has yet to read what it was told before
+            elif (self._tail or self._oversized or self._dropped) and not self._acks:
                 self._cut_off()
-            elif self._stopped and self._acks and not self.told_the_end and self._transport.can_write_eof():
+            elif self._stopped and self._acks and self._transport.can_write_eof():
                 # Closing now, with something unread, would be a reset, and could take the last ack with it. (TLS has its own.)
                 self.told_the_end = True
                 self._transport.write_eof()
@@ -447,6 +441,11 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
         else:
             self._cut_off()
+
+    def _mistaken(self, error: Exception) -> None:
+        """A mistake of ours: left to the loop, it would be an orderly close."""
+        log.error("stream_failed", exc_info=error)
+        self._fail(SpoolError("internal error"))
 
     def _cut_off(self) -> None:
         """Resets the connection: an orderly close would say that everything is on disk. (Unix sockets know no reset.)"""
@@ -473,8 +472,11 @@ class _Connection(asyncio.Protocol):
                 await room.wait()
                 continue
             held, self._held, self._held_bytes = self._held, [], 0
-            for lines, oversized in held:
-                self._accept(lines, oversized=oversized)
+            try:
+                for lines, oversized in held:
+                    self._accept(lines, oversized=oversized)
+            except Exception as error:
+                self._mistaken(error)
             if not self._held and room.is_set():
                 break
         self._resuming = None
