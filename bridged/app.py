@@ -35,7 +35,7 @@ from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.writer import CohortWriter
-from bridged.config import NO_CREDENTIAL, has_credential, secret_files, value_at, with_credentials
+from bridged.config import NO_CREDENTIAL, demand_good, has_credential, secret_files, value_at, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery
@@ -282,8 +282,11 @@ class App:
         return changed
 
     def _demand_usable(self, config: Config) -> None:
-        """Raises ConfigError for what would stop a delivery that works."""
-        if has_credential(self._configured) and not has_credential(config):
+        """Raises ConfigError for what would stop a delivery that works, or can't be in force beside what needs a restart."""
+        before, _, _ = reloading.take_over(self.config, self._configured)
+        after, _, _ = reloading.take_over(self.config, config)
+        demand_good(after, "until a restart, with the keys that need one as they were")
+        if has_credential(before) and not has_credential(after):
             raise ConfigError(NO_CREDENTIAL)
 
     def _take_saved(self, values: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Final
 from bridged.config import keys, replaced, value_at
 from bridged.settings import Config
 
-# Sections, and single keys, that take effect at once.
+# Sections, and single keys, that take effect at once...
 _AT_ONCE: Final = (
     ("mixpanel",),
     ("events",),
@@ -32,6 +32,8 @@ _AT_ONCE: Final = (
         )
     ],
 )
+# ... but for these, which only the start reads.
+_AT_START: Final = (("mixpanel", "export"),)
 _LOOK_S: Final = 1.0
 # More is no secret; what is compared stays small.
 _MAX_SECRET_BYTES: Final = 64 * 1024
@@ -44,7 +46,7 @@ def take_over(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
         if value_at(old, key.path) == (value := value_at(new, key.path)):
             continue
         name = ".".join(key.path)
-        if any(key.path[: len(prefix)] == prefix for prefix in _AT_ONCE):
+        if key.path not in _AT_START and any(key.path[: len(prefix)] == prefix for prefix in _AT_ONCE):
             old = replaced(old, key.path, value)
             changed.append(name)
         else:

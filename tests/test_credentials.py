@@ -328,6 +328,63 @@ async def test_a_reload_names_what_needs_a_restart(daemon, client):
     assert app.restart_needed == []
 
 
+@pytest.mark.parametrize("export", ["true", "false"])
+async def test_what_is_exported_waits_for_the_restart(daemon, client, importing, export):
+    """Only the start opens what takes events and delivers them: until then nothing says that it does, or doesn't."""
+    app = await daemon(**importing, mixpanel__export=export)
+    said = replaced(app.config, ("mixpanel", "export"), export == "false")
+    app.reload(lambda: replaced(said, ("delivery", "timeout"), 7.0))
+
+    assert app.reload_problem == ""
+    assert app.restart_needed == ["mixpanel.export"]
+    assert app.config.mixpanel.export is (export == "true")
+    assert app.config.delivery.timeout == 7.0
+    assert "a restart is needed for mixpanel.export" in (await ask(client, app))["warnings"]
+    async with client.get(f"http://{app.config.admin.listen}/metrics") as response:
+        assert f"bridged_export {float(export == 'true')}" in (await response.text()).splitlines()
+    app.hurry.set()
+
+
+async def test_what_still_runs_keeps_its_credential(daemon, client, importing):
+    """Whoever switches the export off and takes its credential away at once would stop a delivery that goes on until the
+    restart; so would whoever does it in two steps. One that had none anyway isn't in the way of anything.
+    """
+    app = await daemon(**importing)
+    off = replaced(app.config, ("mixpanel", "export"), False)
+    app.reload(lambda: replaced(off, ("mixpanel", "token"), ""))
+    assert "no credential" in app.reload_problem
+    app.reload(lambda: off)
+    assert app.reload_problem == ""
+    app.reload(lambda: replaced(off, ("mixpanel", "token"), ""))
+    assert "no credential" in app.reload_problem
+    assert app.config.mixpanel.token == "example-token"
+
+
+async def test_what_never_had_a_credential_needs_none(daemon, client, importing):
+    """An export that waits for its credential can be switched off without one, and read again."""
+    app = await daemon(**importing, mixpanel__token="")
+    for _ in range(2):
+        app.reload(lambda: replaced(app.config, ("mixpanel", "export"), False))
+        assert app.reload_problem == ""
+        assert app.restart_needed == ["mixpanel.export"]
+
+
+async def test_a_token_stays_while_its_door_is_open_to_others(daemon, client, importing):
+    """What takes effect at once must fit what needs a restart: a door to other machines isn't left without its token."""
+    port = free_port()
+    app = await daemon(
+        **importing, sources__http__listen=f"0.0.0.0:{port}", sources__http__bearer_token="example-bearer"
+    )
+    said = replaced(app.config, ("sources", "http", "listen"), f"127.0.0.1:{port}")
+    app.reload(lambda: replaced(said, ("sources", "http", "bearer_token"), ""))
+
+    assert "sources.http.bearer_token" in app.reload_problem
+    assert "until a restart" in app.reload_problem
+    assert app.config.sources.http.bearer_token == "example-bearer"
+    app.reload(lambda: said)
+    assert (app.reload_problem, app.restart_needed) == ("", ["sources.http.listen"])
+
+
 async def test_ceilings_and_retention_change_while_it_runs(daemon, client, emulator, tmp_path):
     """The pace, the timeout, the age and the archive's place are those of the last configuration."""
     app = await halted(daemon, client, retention__on_expiry="keep", retention__max_age="0s")
