@@ -283,8 +283,7 @@ class App:
 
     def _demand_usable(self, config: Config) -> None:
         """Raises ConfigError for what would stop a delivery that works, or can't be in force beside what needs a restart."""
-        before, _, _ = reloading.take_over(self.config, self._configured)
-        after, _, _ = reloading.take_over(self.config, config)
+        before, after = (reloading.take_over(self.config, said)[0] for said in (self._configured, config))
         demand_good(after, "until a restart, with the keys that need one as they were")
         if has_credential(before) and not has_credential(after):
             raise ConfigError(NO_CREDENTIAL)
@@ -440,6 +439,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         )
         loop.add_signal_handler(signal.SIGHUP, read_again)
         service.ready(app.sentence())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one may have come since `cli` blocked them
         memory.settle()
         watching = asyncio.create_task(app.watch_secrets(reload), name="secrets")
         try:

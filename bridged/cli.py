@@ -138,7 +138,10 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     import asyncio  # noqa: PLC0415  # as everywhere here: other commands start faster without it
+    import signal  # noqa: PLC0415
 
+    # It would end the process as long as nobody listens. Kept by the kernel, until `app` can read the configuration again.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     from bridged import memory  # noqa: PLC0415
 
     memory.only_grows()

@@ -306,6 +306,38 @@ async def test_a_new_credential_is_taken_over_at_sighup(process, emulator):
     assert await process.end() == 0
 
 
+async def test_a_wish_during_the_start_is_granted_after_it(process):
+    """SIGHUP before the daemon is ready doesn't end it: what has changed since the start has read it is taken over."""
+    secret = process.folder / "token"
+    os.mkfifo(secret)
+    await process.start(mixpanel__token="", mixpanel__token_file=str(secret))
+
+    async def tell(token, number=0):
+        """Writes when somebody waits at the other end; sends a signal before."""
+        pipes = []
+
+        def opened():
+            with contextlib.suppress(OSError):
+                pipes.append(os.open(secret, os.O_WRONLY | os.O_NONBLOCK))
+            return pipes
+
+        await until(opened, f"whoever reads {token}", 30)
+        process.process.send_signal(number)
+        with os.fdopen(pipes[0], "w") as pipe:
+            pipe.write(token)
+
+    await tell("first", signal.SIGHUP)
+    await until(lambda: "ready" in process.said() or process.process.returncode, "the start", 30)
+    assert process.process.returncode is None
+    await tell("second")
+    await until(lambda: "reloaded" in process.said())
+
+    assert await process.end() == 0
+    events = [msgspec.json.decode(line) for line in process.said().splitlines()]
+    assert [event["event"] for event in events] == ["ready", "reloaded", "stopping", "stopped"]
+    assert events[1]["changed"] == ["mixpanel.token"]
+
+
 async def test_two_daemons_on_one_spool(process, tmp_path, emulator):
     """The second says so and ends; the first doesn't notice."""
     await process.up()
