@@ -1,6 +1,7 @@
 """What each answer of Mixpanel means: the recorded ones, the odd ones, and any answer at all."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridged.mixpanel import verdicts
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, Verdict, clean, judge
 
 ANSWERS = Path(__file__).parent / "answers"
@@ -398,6 +400,47 @@ def test_credentials_are_not_quoted(text: str) -> None:
         assert "redacted" in shown
         for secret in ("c2VjcmV0", "secret-secret", "user:secret", '"secret"', "=secret", "0123456789abcdef"):
             assert secret not in shown
+
+
+@given(st.text(alphabet="ab:/@ ", max_size=40))
+def test_whatever_could_be_a_password_is_hidden(text: str) -> None:
+    """Of `user:password@` and `//user@`, wherever they stand and whatever stands around them, nothing is left but colons."""
+    line = " ".join(text.split())
+    hidden = re.sub(r"[^/\s@:]+:[^/\s@]+@|(?<=//)[^/\s@]+@", "[redacted]@", line)
+
+    assert re.sub(r":*\[redacted\]", "[]", clean(text)) == re.sub(r":*\[redacted\]", "[]", hidden)
+
+
+class Reading:
+    """A pattern that counts what it may read: from each place where it can begin, as far as it gets."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self.pattern, self.texts, self.read = pattern, 0, 0
+
+    def sub(self, replacement: str, text: str) -> str:
+        # With what it looks for at the end: what it finds then is what it would have to read to find nothing.
+        sought = f"{text}:a@"
+        found = [(at, self.pattern.match(sought, at)) for at in range(len(sought))]
+        self.read += sum(1 if match is None else match.end() - at for at, match in found)
+        self.texts += len(sought)
+        assert self.read <= 3 * self.texts
+        return self.pattern.sub(replacement, text)
+
+
+@pytest.mark.parametrize("unit", ["a", "a:", ":", "a.", "://", "//a:"])
+def test_a_megabyte_of_messages_is_read_once(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    """Messages without a space, in each of many failed records: whoever looks for a user and a password in them reads each
+    character once, and not all that follows it again from each. The event loop waits meanwhile.
+    """
+    [position] = [at for at, (pattern, _) in enumerate(verdicts._SECRETS) if pattern.search("//ada:secret@")]
+    secrets: list[Any] = list(verdicts._SECRETS)
+    reading = Reading(secrets[position][0])
+    secrets[position] = (reading, secrets[position][1])
+    monkeypatch.setattr(verdicts, "_SECRETS", secrets)
+    records = [record(index, unit * (8000 // len(unit))) for index in range(132)]
+
+    assert isinstance(say(400, refuse(records, 0), events=132), Reject)
+    assert reading.texts > 2**20
 
 
 def test_quotation_is_short_and_printable() -> None:

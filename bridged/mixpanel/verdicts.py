@@ -111,7 +111,8 @@ _TAG: Final = re.compile(r"<[^<>]*>")
 # letters and digits, while ids with hyphens stay readable.
 _SECRETS: Final = (
     (re.compile(r"(?i)\b(basic|bearer)\s+[\w+/=.~-]{6,}"), r"\1 [redacted]"),
-    (re.compile(r"[^/\s@:]+:[^/\s@]+@|(?<=//)[^/\s@]+@"), "[redacted]@"),
+    # From the beginning of a run, so that one without an @ is read to its end once and not from each of its characters.
+    (re.compile(r"(?<![^/\s@]):*+[^/\s@:]++:[^/\s@]++@|(?<=//)[^/\s@]++@"), "[redacted]@"),
     (
         re.compile(
             r"(?i)((?:token|secret|password|api_?key|authorization))(\\?[\"']?\s*[:=]\s*)\\?[\"']?[^\s\"'\\&,;}]+"
