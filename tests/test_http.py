@@ -312,6 +312,31 @@ async def test_405(door, client, method):
     assert headers["Server"] == "bridged", "which versions we run is nobody's business"
 
 
+async def test_what_is_no_http_is_told_so(door):
+    """400, in our words, and without a word about what we run."""
+    head, _, said = (await door.raw(b"nonsense\r\n\r\n")).partition(b"\r\n\r\n")
+
+    assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
+    assert "error" in msgspec.json.decode(said)
+    assert b"\r\nServer: bridged" in head
+    assert b"aiohttp" not in head
+
+
+async def test_every_answer_is_ours(door):
+    """Also those that are made without a handler, for what is too slow, too large or too much."""
+    assert all(b"\r\nServer: bridged\r\n" in answer for answer in door.source.connections.refusals.values())
+
+
+async def test_a_bug_of_ours_is_told_so(door, monkeypatch):
+    """500, and without a word about what we run."""
+    monkeypatch.setattr(Intake, "accept_body", lambda *_: 1 / 0)
+    head, _, _ = (await door.raw(request(body(batch(1))))).partition(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 500 ")
+    assert b"\r\nServer: bridged" in head
+    assert b"aiohttp" not in head
+
+
 def chunked(payload, size=16_000, *headers):
     """A request with a chunked body."""
     head = ["POST /v1/currents HTTP/1.1", "Host: x", "Connection: close", "Transfer-Encoding: chunked", *headers]

@@ -36,13 +36,14 @@ from bridged.redaction import redacted
 from bridged.sources import cohorts
 from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
-from bridged.sources.http_connections import RETRY_AFTER_S, HttpConnection, HttpConnections, HttpLimits
+from bridged.sources.http_connections import HttpConnection, HttpConnections, HttpLimits
 from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
 
 log = structlog.get_logger()
 
 PATH = "/v1/currents"
 _OK = b'{"status":"ok"}\n'
+_RETRY_AFTER_S = 30
 # What makes a body, or its answer, more than plain bytes.
 _UNUSUAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade")
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
@@ -85,7 +86,7 @@ class _Ok(web.StreamResponse):
         now_s = time.monotonic() // 1
         if now_s != self._made_at:
             self._made_at = now_s
-            self._answer = _bytes(200, _OK, {"Date": formatdate(usegmt=True), "Server": "bridged"})
+            self._answer = _bytes(200, _OK, {"Date": formatdate(usegmt=True)})
         return self._answer
 
     async def prepare(self, request: web.BaseRequest) -> None:
@@ -99,9 +100,27 @@ class _Ok(web.StreamResponse):
 
 def _bytes(status: int, body: bytes, headers: dict[str, str]) -> bytes:
     """A whole answer, written without aiohttp."""
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json"]
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json", "Server: bridged"]
     lines += [f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     return "\r\n".join(lines).encode() + body
+
+
+def _refusal(status: int, why: str) -> bytes:
+    """The answer to what isn't there to be handled: too slow, too large, too much. It is a connection's last one."""
+    retry = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else {}
+    body = msgspec.json.encode({"error": why, "hint": ""}) + b"\n"
+    return _bytes(status, body, {**retry, "Connection": "close"})
+
+
+_REFUSALS = {
+    status: _refusal(status, why)
+    for status, why in (
+        (408, "the request didn't come in time"),
+        (413, "the request is larger than can be taken"),
+        (431, "the request's head is too large"),
+        (503, "too much is coming in at once"),
+    )
+}
 
 
 class _Nobody(web.StreamResponse):
@@ -156,7 +175,7 @@ class HttpSource:
         self._tls = tls = server_context("sources.http", options.tls_cert, options.tls_key)
         # As it came and expanded, and some for the head and the sizes of chunks.
         limits = msgspec.structs.replace(options.limits, max_request=2 * options.max_body + 2**21)
-        self.connections = HttpConnections(self._handle, self, limits, self.answers)
+        self.connections = HttpConnections(self._handle, self, limits, self.answers, _REFUSALS)
         wheres: list[dict[str, Any]] = [{"sock": sock} for sock in self._sockets]
         try:
             for where in wheres or [{"host": options.host, "port": options.port, "reuse_address": True}]:
@@ -388,7 +407,7 @@ class HttpSource:
         )
 
     def _headers_of(self, error: BridgedError, challenge: str) -> dict[str, str]:
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else {}
+        headers = {"Retry-After": str(_RETRY_AFTER_S)} if error.http_status == 503 else {}
         if error.http_status == 401:
             headers["WWW-Authenticate"] = challenge
         return headers
@@ -418,7 +437,7 @@ class HttpSource:
         if not isinstance(error, BridgedError):
             raise error
         self.answers[error.http_status] += 1
-        headers = {"Retry-After": str(RETRY_AFTER_S), "Connection": "close"}
+        headers = {"Connection": "close", **self._headers_of(error, "")}
         return _bytes(error.http_status, _said(error), headers), True
 
 

@@ -30,7 +30,6 @@ from msgspec import Struct, json
 from bridged import memory
 from bridged.sources.clients import Clients
 
-RETRY_AFTER_S: Final = 30
 # Who came just now isn't slow.
 _NEW_S: Final = 1.0
 # An idle connection for so long may be closed when others need it.
@@ -40,26 +39,6 @@ _MUCH_BYTES: Final = 8 * 2**20
 # Of a head. aiohttp bounds each line and their number, which makes 1 MiB.
 _MAX_HEAD_BYTES: Final = 64 * 2**10
 _MAX_UNWANTED_BYTES: Final = 64 * 2**20
-_WHY: Final = {
-    400: "this is not HTTP as it should be",
-    408: "the request didn't come in time",
-    413: "the request is larger than can be taken",
-    431: "the request's head is too large",
-    503: "too much is coming in at once",
-}
-
-
-def _canned(status: int, why: str) -> bytes:
-    body = json.encode({"error": why, "hint": ""}) + b"\n"
-    retry = f"Retry-After: {RETRY_AFTER_S}\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n{retry}"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-_CANNED: Final = {status: _canned(status, why) for status, why in _WHY.items()}
 
 
 class HttpLimits(Struct, frozen=True, kw_only=True):
@@ -89,9 +68,12 @@ class Repeats(Protocol):
 class HttpConnections(web.Server):
     """All connections of the door. Owns the sum of what they hold, and the clock that they are judged by."""
 
-    def __init__(self, handler: Any, repeats: Repeats, limits: HttpLimits, answers: Counter[int]) -> None:
+    def __init__(
+        self, handler: Any, repeats: Repeats, limits: HttpLimits, answers: Counter[int], refusals: dict[int, bytes]
+    ) -> None:
         super().__init__(handler)
         self.repeats = repeats
+        self.refusals = refusals  # whole answers, by status
         self.limits = limits
         self.clients = Clients(limits.max_connections_per_client)
         self.answers = answers  # by status
@@ -107,7 +89,7 @@ class HttpConnections(web.Server):
         """The protocol of a new connection."""
         if len(self.alive) >= self.limits.max_connections and not self._spare_one():
             self.refused += 1
-            return _Refusal()
+            return _Refusal(self.refusals[503])
         connection = HttpConnection(self, self._loop)
         self.alive[connection] = None
         return connection
@@ -415,7 +397,7 @@ class HttpConnection(RequestHandler):
         if transport is not None:
             if status is not None:
                 self._room.answers[status] += 1
-                transport.write(_CANNED[status])
+                transport.write(self._room.refusals[status])
             self.force_close()
             if transport.get_write_buffer_size():
                 transport.abort()
@@ -440,30 +422,28 @@ class HttpConnection(RequestHandler):
         self._room.alive.pop(self, None)
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """The answer to what is no HTTP, or to a bug of ours. aiohttp would log and repeat the bytes of the former."""
         self._room.answers[status] += 1
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return super().handle_error(request, status, exc, message)
-        if exc is not None:
-            exc.__traceback__ = None  # it holds the connection, which holds it, until the next collection of garbage
-        response = web.Response(
-            status=status,
-            body=json.encode({"error": _WHY[400], "hint": type(exc).__name__}) + b"\n",
-            content_type="application/json",
-        )
-        response.force_close()
+            response = super().handle_error(request, status, exc, message)
+        else:
+            # Its traceback holds the connection, which holds it, until the next collection of garbage.
+            exc = exc and exc.with_traceback(None)
+            said = json.encode({"error": "this is not HTTP as it should be", "hint": type(exc).__name__}) + b"\n"
+            response = web.Response(status=status, body=said, content_type="application/json")
+            response.force_close()
+        response.headers["Server"] = "bridged"
         return response
 
 
 class _Refusal(asyncio.Protocol):
     """A connection too many: an answer, and the end."""
 
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.write(_CANNED[503])  # type: ignore[attr-defined]  # a stream server makes nothing else
+        transport.write(self._answer)  # type: ignore[attr-defined]  # a stream server makes nothing else
         transport.close()
