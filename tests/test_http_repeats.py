@@ -93,6 +93,23 @@ def ids(*seeds):
     return [currents(seed=seed)["id"] for seed in seeds]
 
 
+def committing_waits(monkeypatch, error=None):
+    """From now on no commit is told of before the event that this gives; then, if there is one, of the error instead."""
+    go, accept_body = asyncio.Event(), Intake.accept_body
+
+    async def told(written):
+        await go.wait()
+        await written
+        if error is not None:
+            raise error
+
+    def accept(*args):
+        return asyncio.ensure_future(told(accept_body(*args)))
+
+    monkeypatch.setattr(Intake, "accept_body", accept)
+    return go
+
+
 def request(payload, *headers, method="POST", path="/v1/currents"):
     """A request as bytes, by default a good one."""
     head = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(payload)}", *(headers or (GOOD,))]
@@ -207,6 +224,30 @@ async def test_a_repeat_whose_commit_fails(door):
     assert await door.reader.read() == b""
     assert door.by_parser == 1
     assert door.source.answers == {200: 1, 503: 1}
+
+
+async def test_a_bug_of_ours_is_answered(door, monkeypatch):
+    """A repeat that trips over one takes the long way, where it gets its 500: no connection that just closes."""
+    assert await door.ask(request(body(0))) == 200
+    monkeypatch.setattr(Intake, "accept_body", lambda *_: 1 / 0)
+    await door.send(request(body(1)))
+
+    assert (await asyncio.wait_for(door.reader.read(), 30)).startswith(b"HTTP/1.1 500 ")
+    assert door.by_parser == 2
+    assert door.source.answers == {200: 1, 500: 1}
+
+
+async def test_a_bug_of_ours_while_it_is_committed(door, monkeypatch):
+    """What became of it nobody knows, so it is 500 as well, and the last answer; the connection doesn't wait for ever."""
+    assert await door.ask(request(body(0))) == 200
+    go = committing_waits(monkeypatch, ZeroDivisionError())
+    await door.send(request(body(1)))
+    go.set()
+
+    assert (await asyncio.wait_for(door.reader.read(), 30)).startswith(b"HTTP/1.1 500 ")
+    assert door.by_parser == 1
+    assert door.source.answers == {200: 1, 500: 1}
+    assert not door.source._busy
 
 
 async def test_the_last_repeat_is_told(tmp_path):

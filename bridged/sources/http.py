@@ -421,7 +421,8 @@ class HttpSource:
             return None
         try:
             written = self._intake.accept_body(body, sender)
-        except BridgedError:
+        except Exception:
+            # A refusal, or a bug of ours: that is answered by 500 where it happens again.
             return None
         self.requests += 1
         self._busy += 1
@@ -435,7 +436,8 @@ class HttpSource:
             self.answers[200] += 1
             return self._ok.whole() if not self._stopping else _bytes(200, _OK, {"Connection": "close"}), self._stopping
         if not isinstance(error, BridgedError):
-            raise error
+            log.error("request_failed", exc_info=error)
+            error = BridgedError("a bug of the bridge", "its log says more")
         self.answers[error.http_status] += 1
         headers = {"Connection": "close", **self._headers_of(error, "")}
         return _bytes(error.http_status, _said(error), headers), True
