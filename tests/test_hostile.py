@@ -336,6 +336,135 @@ async def test_huge_heads_are_refused(doors):
     assert statuses(await doors.raw(b"POST /" + b"a" * 20_000))[:1] == [400]
 
 
+# -- bodies that break off ---------------------------------------------------------------------------------------------
+
+CHUNKED = b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def handling_waits(doors, monkeypatch):
+    """No request is looked at before the event that this gives."""
+    go, accept = asyncio.Event(), doors.http._accept
+
+    async def wait(*args):
+        await go.wait()
+        await accept(*args)
+
+    monkeypatch.setattr(doors.http, "_accept", wait)
+    return go
+
+
+@pytest.mark.parametrize("begun", [b"", b"5\r\nhello\r\n", b"186a0\r\n" + b" " * 100_000 + b"\r\n"], ids=len)
+@pytest.mark.parametrize("end", ["waits", "half-closed", "gone"])
+async def test_a_chunk_that_is_none_ends_its_request(tmp_path, monkeypatch, begun, end):
+    """However much of the body had come: one 400 at once, the last answer, also to a client that has half-closed. And
+    nothing is held for one that has gone.
+    """
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        reader, writer = await doors.connect()
+        go = handling_waits(doors, monkeypatch)
+        if end != "half-closed":
+            go.set()
+        writer.write(b"POST /v1/currents HTTP/1.1\r\n" + CHUNKED + begun)
+        await until(lambda: doors.http._busy)
+        (connection,) = doors.http.connections.alive
+        writer.write(b"ZZ\r\n")
+        if end == "half-closed":
+            writer.write_eof()
+            # Of a large body the rest isn't read before somebody wants it, nor is the end.
+            await until(
+                lambda: connection._half_closed or not (connection.transport and connection.transport.is_reading())
+            )
+            go.set()
+        if end == "gone":
+            writer.close()
+        else:
+            answer = await asyncio.wait_for(read_all(reader), 20)
+            assert statuses(answer) == [400]
+            assert b"Connection: close\r\n" in answer
+            writer.close()
+        await until(lambda: not doors.http.connections.alive)
+        await until(lambda: not doors.http._busy)
+        assert doors.http.connections.held == 0
+        assert doors.http.answers == {400: 1}
+
+
+@pytest.mark.parametrize("turns", range(7))
+@pytest.mark.parametrize(("target", "status"), [(b"/v1/currents", 400), (b"/nowhere", 404)])
+async def test_a_chunk_that_is_none_at_any_moment(tmp_path, turns, target, status, caplog):
+    """Its request may be in a queue, on its way to a handler, being handled or answered: it gets one answer, and the end."""
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        reader, writer = await doors.connect()
+        await until(lambda: doors.http.connections.alive)
+        (connection,) = doors.http.connections.alive
+        await until(lambda: connection._waiter is not None)
+        connection.data_received(b"POST " + target + b" HTTP/1.1\r\n" + CHUNKED + b"5\r\nhello\r\n")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        connection.data_received(b"ZZ\r\n")
+        assert statuses(await asyncio.wait_for(read_all(reader), 20)) == [status]
+        writer.close()
+        await until(lambda: not doors.http.connections.alive)
+        assert doors.http.connections.held == 0
+        assert caplog.records == []
+
+
+async def test_a_chunk_that_is_none_behind_other_requests(tmp_path, monkeypatch):
+    """They get their answers first, and it gets its own; what comes behind it is nobody's."""
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        go = handling_waits(doors, monkeypatch)
+        reader, writer = await doors.connect()
+        writer.write(request(body(), close=False) * 2 + b"POST /v1/currents HTTP/1.1\r\n" + CHUNKED + b"5\r\nhello\r\n")
+        await until(lambda: doors.http._busy)
+        (connection,) = doors.http.connections.alive
+        writer.write(b"ZZ\r\n")
+        await until(lambda: connection._request_count == 4)
+        writer.write(request(body(1, 1)))
+        await until(lambda: connection._request_count == 5)
+        go.set()
+        assert statuses(await asyncio.wait_for(read_all(reader), 20)) == [200, 200, 400]
+        writer.close()
+        await until(lambda: not doors.http.connections.alive)
+        assert doors.http.connections.held == 0
+        assert await doors.events() == 2
+
+
+async def test_a_chunk_that_is_none_of_a_body_that_has_its_answer(tmp_path, caplog):
+    """The rest was only read so that the answer arrives: the connection ends, and says nothing more."""
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        reader, writer = await doors.connect()
+        writer.write(b"POST /nowhere HTTP/1.1\r\n" + CHUNKED + b"5\r\nhello\r\n")
+        answer = await reader.readuntil(b"}")
+        writer.write(b"ZZ\r\n")
+        assert statuses(answer + await asyncio.wait_for(read_all(reader), 20)) == [404]
+        writer.close()
+        await until(lambda: not doors.http.connections.alive)
+        assert doors.http.answers == {404: 1}
+        assert caplog.records == []
+
+
+@pytest.mark.parametrize("target", [b"/v1/currents", b"/nowhere"])
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_chunk_that_is_none_leaves_no_garbage(tmp_path, target, gone):
+    """Neither the error nor the body keeps the connection until the next collection."""
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        gc.collect()
+        gc.disable()
+        try:
+            reader, writer = await doors.connect()
+            writer.write(b"POST " + target + b" HTTP/1.1\r\n" + CHUNKED + b"5\r\nhello\r\n")
+            await until(lambda: doors.http.requests)
+            writer.write(b"ZZ\r\n")
+            if gone:
+                writer.transport.abort()
+            else:
+                await asyncio.wait_for(read_all(reader), 20)
+                writer.close()
+            await until(lambda: not doors.http.connections.alive)
+            await until(lambda: not [of for of in gc.get_objects() if isinstance(of, HttpConnection)])
+        finally:
+            gc.enable()
+
+
 # -- bombs -------------------------------------------------------------------------------------------------------------
 
 

@@ -212,7 +212,6 @@ class HttpSource:
         self.requests += 1
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
-        connection.answered = False
         credential = self._credential
         response: web.StreamResponse | None = None
         try:
@@ -341,6 +340,8 @@ class HttpSource:
                 return request.content.read_nowait(-1)
             return await self._read_slowly(request)
         except (web.RequestPayloadError, HttpProcessingError) as error:
+            # Its frames hold the request, whose body holds it, until the next collection of garbage.
+            error.__traceback__ = None
             raise BadRequest(f"the body can't be read: {type(error).__name__}") from error
 
     async def _decoded(self, request: web.BaseRequest, connection: HttpConnection, body: bytes) -> bytes:

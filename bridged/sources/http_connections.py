@@ -23,8 +23,8 @@ from http import HTTPStatus
 from typing import Any, Final, Protocol
 
 from aiohttp import web
-from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from msgspec import Struct, json
 
 from bridged import memory
@@ -94,6 +94,11 @@ class HttpConnections(web.Server):
         self.alive[connection] = None
         return connection
 
+    def _make_request(self, message: Any, payload: Any, protocol: Any, *rest: Any) -> web.BaseRequest:
+        """Called when a request leaves the queue; until its handler's task begins, nothing else tells of it."""
+        protocol.payload, protocol.answered = payload, False
+        return super()._make_request(message, payload, protocol, *rest)
+
     def _spare_one(self) -> bool:
         """Ends a connection that nobody would miss."""
         spare = None
@@ -150,7 +155,7 @@ class HttpConnection(RequestHandler):
 
     __slots__ = (
         *("_aligned", "_behind", "_coming", "_committing", "_half_closed", "_head", "_known", "_missing", "_received"),
-        *("_client", "_room", "_unwanted", "answered", "held", "since"),
+        *("_client", "_room", "_unwanted", "answered", "held", "payload", "since"),
     )
 
     def __init__(self, room: HttpConnections, loop: asyncio.AbstractEventLoop) -> None:
@@ -168,7 +173,8 @@ class HttpConnection(RequestHandler):
         self.since = room.now  # connected, or the first byte of a head, or its last
         self._room = room
         self._client: str | None = None  # whose it is
-        self.answered = False  # its last request, whose body may still be coming
+        self.payload: StreamReader = EMPTY_PAYLOAD  # of the request that was taken last
+        self.answered = False  # that request, whose body may still be coming
         self._half_closed = False
         self._unwanted = 0  # bytes of a refused body
         self._aligned = True  # the parser's last request ended where the bytes did that it was given
@@ -205,10 +211,10 @@ class HttpConnection(RequestHandler):
     def _body_is_coming(self) -> bool:
         if self._coming:
             return True
-        payload = self._messages[-1][1] if self._messages else None
-        if payload is None and self._current_request is not None:
-            payload = self._current_request.content
-        return payload is not None and not payload.is_eof()
+        if self.answered and not self._messages:
+            return False
+        payload = self._messages[-1][1] if self._messages else self.payload
+        return not payload.is_eof() and payload.exception() is None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """One that is one too many of its client's is refused."""
@@ -242,11 +248,25 @@ class HttpConnection(RequestHandler):
         elif not self.hold(len(data)):
             return
         super().data_received(data)
+        if self._messages and isinstance(error := self._messages[-1][0], _ErrInfo):
+            self._break_off(error)
         if self._request_count != count:
             self.since = self._room.now
             self._unwanted = 0
         elif self.held > _MAX_HEAD_BYTES and self._waits_for_a_head():
             self.refuse(431)
+
+    def _break_off(self, error: _ErrInfo) -> None:
+        """What came is no HTTP. Amid a body its request says so, which aiohttp would let wait for the rest for ever."""
+        error.exc.__traceback__ = None  # as in `handle_error`, which may never get it
+        payload = self._messages[-2][1] if len(self._messages) > 1 else self.payload
+        if not payload.is_eof():
+            del self._messages[-1]
+            if self.answered and not self._messages:
+                payload.feed_eof()
+            else:
+                payload.set_exception(error.exc)
+                self._lingering_time = 0.0  # no rest will come that could be read
 
     def hold(self, size: int) -> bool:
         """Counts bytes. False: they are too many, the client has been told so, and the connection is closing."""
@@ -410,10 +430,11 @@ class HttpConnection(RequestHandler):
         super().connection_lost(exc)
 
     def _forget(self) -> None:
-        for payload in [message[1] for message in self._messages] + [r.content for r in (self._current_request,) if r]:
+        for payload in [message[1] for message in self._messages] + [self.payload]:
             # Nobody will read it, and aiohttp holds it until the next collection of garbage.
             if payload is not EMPTY_PAYLOAD:
                 payload._buffer.clear()  # noqa: SLF001  # nothing public drops what a reader holds
+        self.payload = EMPTY_PAYLOAD  # it knows the connection
         self._coming.clear()
         self._behind.clear()
         self._room.held -= self.held
