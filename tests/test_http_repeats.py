@@ -6,7 +6,7 @@ import gzip
 
 import msgspec
 import pytest
-from conftest import NAMES, currents
+from conftest import NAMES, currents, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -317,6 +317,30 @@ async def test_idle_after_repeats(tmp_path):
             await asyncio.sleep(0.3)
         assert door.by_parser == 1
         assert await asyncio.wait_for(door.reader.read(), 30) == b""
+
+
+@pytest.mark.parametrize("what", ["coming", "committing"])
+async def test_a_repeat_is_not_idle(door, monkeypatch, what):
+    """The end of the idle time in the middle of a repeat, which no handler has, doesn't close the connection."""
+    assert await door.ask(request(body(0))) == 200
+    (connection,) = door.source.connections.alive
+    go = committing_waits(monkeypatch)
+    data = request(body(1))
+    if what == "coming":
+        await door.send(data[:-9])
+        await until(lambda: connection.held)
+    else:
+        await door.send(data)
+        await until(lambda: door.source.requests == 2)
+    connection._next_keepalive_close_time = 0
+    connection._keepalive_handle.cancel()
+    connection._process_keepalive()
+    if what == "coming":
+        await door.send(data[-9:])
+    go.set()
+    assert (await door.answer())[0] == 200
+    assert door.by_parser == 1
+    assert connection._keepalive_handle is not None, "or it would never be idle again"
 
 
 KINDS = {

@@ -391,6 +391,12 @@ class HttpConnection(RequestHandler):
             self.release(self.held)
             self.data_received(b"".join(behind))
 
+    def _process_keepalive(self) -> None:
+        # aiohttp takes for idle whose handler waits, and of repeats no handler knows.
+        if self._coming or self._committing:
+            self._next_keepalive_close_time = self._loop.time() + self._room.limits.idle_s
+        super()._process_keepalive()
+
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def judge(self, now: float) -> None:
