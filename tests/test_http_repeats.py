@@ -266,6 +266,28 @@ async def test_the_last_repeat_is_told(tmp_path):
         assert await door.events() == ids(0, 1)
 
 
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_body_on_its_way_at_the_stop(tmp_path, monkeypatch, known):
+    """It is waited for, whether or not its head is known, longer than an idle connection is; then it is told the end."""
+    monkeypatch.setattr("bridged.sources.http._LINGER_S", 0)
+    async with opened(tmp_path) as door:
+        if known:
+            assert await door.ask(request(body(0))) == 200
+        data = request(body(1))
+        await door.send(data[:-9])
+        await until(lambda: door.source.connections.held)
+        assert door.by_parser == 1
+        closing = asyncio.create_task(door.source.__aexit__())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await door.send(data[-9:])
+        status, head = await door.answer()
+        assert status == 200
+        assert b"connection: close" in head
+        await closing
+        assert await door.events() == ids(*([0] if known else []), 1)
+
+
 async def test_half_closed_after_a_repeat(door):
     """A client that has said all it wants to say still gets its answer, and then the end."""
     assert await door.ask(request(body(0))) == 200

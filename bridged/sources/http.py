@@ -48,7 +48,7 @@ _RETRY_AFTER_S = 30
 _UNUSUAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade")
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
 _ROOM_S = 5.0
-# At the end: so long an idle connection is kept for a request that is on its way, and a busy one for its answer.
+# At the end: so long an idle connection is kept for a request that is on its way, and for one of which something came.
 _LINGER_S = 0.25
 _FINISH_S = 5.0
 
@@ -200,7 +200,11 @@ class HttpSource:
             server.close()
         loop = asyncio.get_running_loop()
         linger_until, finish_until = loop.time() + _LINGER_S, loop.time() + _FINISH_S
-        while self.connections.connections and loop.time() < (finish_until if self._busy else linger_until):
+        while self.connections.connections:
+            # What is held has no answer yet, and needn't have met the parser: the body of a repeat on its way.
+            busy = self._busy or self.connections.held
+            if loop.time() >= (finish_until if busy else linger_until):
+                break
             await asyncio.sleep(0.005)
         await self.connections.close(_LINGER_S)
 
