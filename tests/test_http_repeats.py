@@ -365,6 +365,62 @@ async def test_a_repeat_is_not_idle(door, monkeypatch, what):
     assert connection._keepalive_handle is not None, "or it would never be idle again"
 
 
+async def test_what_waits_behind_a_repeat_is_bounded(door, monkeypatch):
+    """Who doesn't wait for the answer to a repeat is read no further, and when it is answered all of it is taken."""
+    count = 4000
+    assert await door.ask(request(body(0))) == 200
+    (connection,) = door.source.connections.alive
+    go = committing_waits(monkeypatch)
+    await door.send(request(body(1)))
+    await until(lambda: door.source.requests == 2)
+    flood = request(body(2)) * count
+    door.writer.write(flood)
+    await until(lambda: not connection.transport.is_reading() or connection.held == len(flood))
+    # What is too much, and one read.
+    assert connection.held <= 128 * 2**10 + 256 * 2**10 < len(flood)
+
+    go.set()
+    for _ in range(count + 1):
+        assert (await door.answer())[0] == 200
+    assert len(await door.events()) == count + 2
+    assert door.source.connections.held == 0
+    assert connection.transport.is_reading()
+
+
+async def test_what_waits_behind_a_repeat_is_read_on(door, monkeypatch):
+    """Also when it is a repeat itself, and the parser with its own pauses never sees it before it is whole."""
+    assert await door.ask(request(body(0))) == 200
+    (connection,) = door.source.connections.alive
+    go = committing_waits(monkeypatch)
+    await door.send(request(body(1)))
+    await until(lambda: door.source.requests == 2)
+    door.writer.write(request(b" " * 600_000))
+    await until(lambda: not connection.transport.is_reading())
+    go.set()
+    assert (await door.answer())[0] == 200
+    assert (await door.answer())[0] == 413
+    assert door.by_parser == 2
+
+
+async def test_what_waits_behind_a_repeat_makes_room(tmp_path, monkeypatch):
+    """It counts as coming, and being the most it is what goes: not the body of whoever comes then."""
+    async with opened(tmp_path, HttpLimits(max_in_flight=200_000, look_s=3600)) as door:
+        assert await door.ask(request(body(0))) == 200
+        go = committing_waits(monkeypatch)
+        await door.send(request(body(1)))
+        await until(lambda: door.source.requests == 2)
+        await door.send(b" " * 120_000)
+        await until(lambda: door.source.connections.held == 120_000)
+
+        reader, writer = await asyncio.open_connection("127.0.0.1", door.source.port)
+        writer.write(request(body(2)[:-1] + b" " * 90_000 + b"}"))
+        assert (await door.answer())[0] == 503
+        go.set()
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 30)
+        writer.close()
+        assert await door.events() == ids(0, 1, 2)
+
+
 KINDS = {
     "good": lambda n: (request(body(n)), 200, [n]),
     "two": lambda n: (request(body(n, n + 1000)), 200, [n, n + 1000]),

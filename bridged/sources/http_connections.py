@@ -38,6 +38,7 @@ _SPARE_S: Final = 10.0
 _MUCH_BYTES: Final = 8 * 2**20
 # Of a head. aiohttp bounds each line and their number, which makes 1 MiB.
 _MAX_HEAD_BYTES: Final = 64 * 2**10
+_MAX_BEHIND_BYTES: Final = 128 * 2**10  # a repeat, while it is being committed: then reading pauses
 _MAX_UNWANTED_BYTES: Final = 64 * 2**20
 
 
@@ -202,8 +203,6 @@ class HttpConnection(RequestHandler):
     @property
     def arriving(self) -> bool:
         """Whether a head or a body is on its way."""
-        if self._committing:
-            return False
         if self._messages or self._current_request is not None:
             return self._body_is_coming()
         return self.held > 0
@@ -354,6 +353,8 @@ class HttpConnection(RequestHandler):
             return
         if self._committing:
             self._behind.append(data)
+            if self.held > _MAX_BEHIND_BYTES:
+                self._pause_reading_for_buffer()
             return
         self._coming.append(data)
         self._missing -= len(data)
@@ -389,6 +390,8 @@ class HttpConnection(RequestHandler):
             self._forget()
         elif behind:
             self.release(self.held)
+            if self._buffer_paused:
+                self._resume_reading_for_buffer()
             self.data_received(b"".join(behind))
 
     def _process_keepalive(self) -> None:
