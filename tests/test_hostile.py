@@ -234,6 +234,26 @@ async def test_the_cap_holds_against_busy_ones(tmp_path):
             writer.close()
 
 
+async def test_who_is_slow_makes_room(tmp_path):
+    """At the cap, with a body coming on each connection, a newcomer takes the place of the one that has come for longest."""
+    limits = HttpLimits(max_connections=3, look_s=3600)
+    async with opened(tmp_path, limits=limits) as doors:
+        slow = []
+        for n in range(3):
+            slow.append(await doors.connect())
+            slow[-1][1].write(request(body(1, n), close=False)[:-5])
+            await until(lambda n=n: len(doors.http.connections.holding) == n + 1)
+        assert statuses(await doors.raw(request(body(1, 3)))) == [503]  # nobody has been slow for a second yet
+        doors.http.connections.now += 2
+        assert statuses(await doors.raw(request(body(1, 4)))) == [200]
+        assert statuses(await read_all(slow[0][0])) == [503]
+        slow[0][1].close()
+        for n, (reader, writer) in enumerate(slow[1:], 1):
+            writer.write(request(body(1, n), close=False)[-5:])
+            assert b"200 OK" in await reader.readuntil(b'{"status":"ok"}\n')
+            writer.close()
+
+
 async def test_the_sum_of_bodies_is_bounded(tmp_path):
     """Bodies that don't end fill the budget and no more; the slowest are refused, and an honest client isn't."""
     limits = HttpLimits(max_in_flight=2 * MIB, look_s=0.02, body_s=10)

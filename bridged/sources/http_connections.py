@@ -8,7 +8,7 @@ request: one look at every connection a second, at a clock that is as coarse.
     an answer  must be taken before as long has passed
     the sum    of all bytes that came and aren't handed on, compressed and expanded, is at most max_in_flight. Beyond it
                the body that has been coming for longest is refused: who is slow pays, not who comes last
-    the count  is at most max_connections. Beyond it a connection that has asked for nothing yet makes room
+    the count  is at most max_connections. Beyond it who has asked for nothing yet makes room, or is idle, or slow
     a client's count is at most max_connections_per_client
 
 A client's requests differ by their bodies: the same head again, but for its Content-Length, means what it meant the last
@@ -19,7 +19,6 @@ a request with one event costs 35 us instead of 60.
 import asyncio
 import hmac
 from collections import Counter
-from http import HTTPStatus
 from typing import Any, Final, Protocol
 
 from aiohttp import web
@@ -101,7 +100,7 @@ class HttpConnections(web.Server):
         return super()._make_request(message, payload, protocol, *rest)
 
     def _spare_one(self) -> bool:
-        """Ends a connection that nobody would miss."""
+        """Ends a connection that nobody would miss; if there is none, one whose request has been coming for long."""
         spare = None
         for connection in self.alive:
             if connection.unused and self.now - connection.since >= _NEW_S:
@@ -109,11 +108,13 @@ class HttpConnections(web.Server):
                 break
             if spare is None and connection.idle and self.now - connection.since >= _SPARE_S:
                 spare = connection
-        if spare is None:
-            return False
-        self.refused += 1
-        spare.refuse(None)
-        return True
+        spare = spare or next(
+            (each for each in self.holding if self.now - each.since >= _NEW_S and each.arriving), None
+        )
+        if spare is not None:
+            self.refused += 1
+            spare.refuse(503 if spare.held and not spare.unused else None)
+        return spare is not None
 
     def make_room(self, asking: "HttpConnection") -> bool:
         """Refuses whose body has been coming for longest, or if nobody is slow whose is largest, until there is room.
@@ -456,7 +457,7 @@ class HttpConnection(RequestHandler):
     ) -> web.StreamResponse:
         """The answer to what is no HTTP, or to a bug of ours. aiohttp would log and repeat the bytes of the former."""
         self._room.answers[status] += 1
-        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if status >= 500:
             response = super().handle_error(request, status, exc, message)
         else:
             # Its traceback holds the connection, which holds it, until the next collection of garbage.
