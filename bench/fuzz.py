@@ -124,6 +124,13 @@ TOKENS: Final = (
 )
 
 
+class _Never:
+    """A commit that never comes: nothing is acked."""
+
+    def add_done_callback(self, callback: object) -> None:
+        pass
+
+
 class Ledger:
     """Takes the place of the spool: what a commit would hold, without the disk."""
 
@@ -136,6 +143,7 @@ class Ledger:
     def append(self, intaken: Intaken, _sender: int = 0) -> Any:
         """Keeps it; the future is nobody's here."""
         self.taken.append(intaken)
+        return _Never()
 
 
 class Broken(AssertionError):
@@ -180,6 +188,7 @@ class Fuzzer:
             skipped += len(taken.skipped)
             for letter in taken.dead_letters:
                 _demand(bool(letter.reason), "a dead letter without a reason")
+                _demand(not letter.reason.startswith("bridged failed"), letter.reason)
             for batch in taken.batches:
                 events += len(batch.codes)
                 lines = batch.ndjson.split(b"\n")
@@ -217,13 +226,6 @@ class _Room:
         @staticmethod
         def is_set() -> bool:
             return True
-
-
-class _Never:
-    """A commit that never comes: nothing is acked."""
-
-    def add_done_callback(self, callback: object) -> None:
-        pass
 
 
 class _Source(StreamSource):
@@ -272,7 +274,7 @@ class _Transport(asyncio.Transport):
         pass
 
     def write(self, data: object) -> None:
-        pass
+        _demand(b'{"error"' not in cast("bytes", data), "a mistake of ours, in the log")
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
