@@ -254,6 +254,21 @@ async def test_who_is_slow_makes_room(tmp_path):
             writer.close()
 
 
+async def test_who_brings_a_large_body_at_once_pays_for_nobody(tmp_path):
+    """Many small pieces of bodies fill the budget within a second: an honest body, larger than any of them, is taken."""
+    limits = HttpLimits(max_in_flight=MIB, look_s=3600)
+    async with opened(tmp_path, limits=limits, max_body=MIB) as doors:
+        clients = [await doors.connect() for _ in range(20)]
+        for _, writer in clients:
+            writer.write(request(b"x" * 100_000)[:-50_000])
+        await until(lambda: doors.http.connections.held > 19 * 50_000)
+        large = body(1)[:-1] + b" " * 200_000 + b"}"
+        assert statuses(await doors.raw(request(large))) == [200]
+        assert doors.http.answers[503] >= 1
+        for _, writer in clients:
+            writer.close()
+
+
 async def test_the_sum_of_bodies_is_bounded(tmp_path):
     """Bodies that don't end fill the budget and no more; the slowest are refused, and an honest client isn't."""
     limits = HttpLimits(max_in_flight=2 * MIB, look_s=0.02, body_s=10)

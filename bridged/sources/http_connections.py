@@ -117,15 +117,14 @@ class HttpConnections(web.Server):
         return spare is not None
 
     def make_room(self, asking: "HttpConnection") -> bool:
-        """Refuses whose body has been coming for longest, or if nobody is slow whose is largest, until there is room.
+        """Refuses whose body has been coming for longest, until there is room. Whether `asking` may go on.
 
-        Whether `asking` may go on.
+        By a clock that is coarse many began at once: then who came first.
         """
         while self.held > self.limits.max_in_flight:
-            coming = [each for each in self.holding if each is asking or each.arriving]
-            slow = [each for each in coming if self.now - each.since >= _NEW_S]
-            chosen = min(slow, key=lambda each: each.since) if slow else max(coming, key=lambda each: each.held)
-            chosen.refuse(503)
+            min((each for each in self.holding if each is asking or each.arriving), key=lambda each: each.since).refuse(
+                503
+            )
         return asking.transport is not None
 
     def forget_heads(self) -> None:
