@@ -224,12 +224,20 @@ class _Memory:
             self.peak_mb = max(self.peak_mb, self._of.memory_mb("VmRSS"))
 
 
-def measure(connections: int, seconds: float, alone_s: float, rounds: int, kinds: Sequence[str] = KINDS) -> Report:
+def measure(
+    connections: int,
+    seconds: float,
+    alone_s: float,
+    rounds: int,
+    kinds: Sequence[str] = KINDS,
+    max_connections: int = 1000,
+) -> Report:
     """One run. Raises BenchError when a process doesn't do what it should."""
     attacks: Counter[str] = Counter()
     with folder() as at, folder() as beside, Sink(at, check=True) as sink:
         sink.ready()
-        with Daemon(at, sink.port) as daemon, Daemon(beside, sink.port) as neighbour:
+        one, other = (Daemon(where, sink.port, max_connections=max_connections) for where in (at, beside))
+        with one as daemon, other as neighbour:
             daemon.ready()
             neighbour.ready()
             _Honest(daemon.http_port, 0).post(0.5)  # warm
@@ -273,6 +281,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs it and says how it went; 1 when a bar was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench hostile", description=__doc__)
     parser.add_argument("--connections", type=int, default=1000, help="hostile ones, of all kinds alike (1000)")
+    parser.add_argument("--max-connections", type=int, default=1000, help="that the daemon takes at a door (1000)")
     parser.add_argument("--seconds", type=float, default=60.0, help="under attack (60)")
     parser.add_argument("--rounds", type=int, default=3, help="how often the attack and its control take turns (3)")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"which attacks, of: {', '.join(KINDS)}")
@@ -280,7 +289,8 @@ def main(argv: Sequence[str]) -> int:
     _allow_files(arguments.connections)
     seconds, rounds = arguments.seconds, arguments.rounds
     with ended_by_signals():
-        report = measure(arguments.connections, seconds, min(20.0, seconds), rounds, arguments.kinds.split(","))
+        attacks, most = arguments.kinds.split(","), arguments.max_connections
+        report = measure(arguments.connections, seconds, min(20.0, seconds), rounds, attacks, most)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report.attacks.items()))
     made, failed = sum(report.attacks.values()), len(report.failures)
     slower = report.p99_ms / report.control_p99_ms

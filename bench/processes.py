@@ -220,6 +220,7 @@ class Daemon(Child):
         flush_interval: str = "200ms",
         ceilings: bool = False,
         probe_interval: str = "60s",
+        max_connections: int = 1000,
         more: str = "",
     ) -> None:
         """`python`: options of the interpreter; `more`: further tables of the configuration."""
@@ -231,8 +232,10 @@ class Daemon(Child):
             f"""
 [sources.http]
 listen = "127.0.0.1:{self.http_port}"
+max_connections = {max_connections}
 [sources.stream]
 listen = ["tcp:127.0.0.1:{self.stream_port}"]
+max_connections = {max_connections}
 [mixpanel]
 url = "http://127.0.0.1:{sink_port}"
 token = "0123456789abcdef0123456789abcdef"
