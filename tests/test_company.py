@@ -29,6 +29,15 @@ def test_the_rest_of_a_crowd_is_waited_for():
     assert not company(1, 2, before=(4, 5)).more_to_come(100, 0.001), "but two are no crowd"
 
 
+def test_one_of_a_large_crowd_waits_for_the_others():
+    """Where so many have sent within a moment more are about to come, though only one waits; and nobody waits for none."""
+    many = tuple(range(10, 30))
+    assert company(1, before=many).more_to_come(100, 0.001)
+    assert not company(1, before=many).more_to_come(100, 0.0041)
+    assert not company(1, before=many[:8]).more_to_come(100, 0.001)
+    assert not company(before=many).more_to_come(0, 0.001)
+
+
 def test_who_sends_without_waiting_joins_more_than_once():
     """A stream brings more in a moment, whoever else waits."""
     assert company(1, 1, 1, before=(1,)).more_to_come(100, 0.001)

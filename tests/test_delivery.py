@@ -494,7 +494,7 @@ async def test_a_request_that_is_cut_off_by_the_stop_is_sent_again(config, emula
     emulator.script([{"action": "store_then_hang", "times": 1}])
     async with App(config(delivery__grace="0s", delivery__flush_interval="0s")) as app:
         await post(client, app, batch(5))
-        await until(lambda: len(emulator.bodies) == 1)
+        await until(lambda: arrived(emulator) == ids(batch(5)))
 
     async with App(config()) as again:
         assert again.backlog.events == 5

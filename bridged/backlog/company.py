@@ -8,8 +8,9 @@ but a few milliseconds, and only where there is a crowd. Pure: `now` is an argum
 import math
 from typing import Final
 
-# Fewer than these are committed at once.
+# Fewer calls than these are committed at once, unless so many have sent lately: some thousand calls a second.
 _CROWD: Final = 3
+_CROWD_LATELY: Final = 16
 # From the beginning of one commit to that of the next, at most.
 _SPACING_S: Final = 0.004
 # So much is worth a commit of its own.
@@ -45,6 +46,7 @@ class Company:
 
     def more_to_come(self, size: int, now: float) -> bool:
         """Whether the next commit, of so many bytes by now, should wait a moment."""
-        if self._calls < _CROWD or size >= _ENOUGH_BYTES or now - self._began >= _SPACING_S:
+        crowd = self._calls >= _CROWD or (self._calls > 0 and self._expected >= _CROWD_LATELY)
+        if not crowd or size >= _ENOUGH_BYTES or now - self._began >= _SPACING_S:
             return False
         return self._calls > len(self._waiting) or not self._waiting.issuperset(self._lately | self._before)
