@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from bridged import durable
 from bridged.errors import BridgedError
 
 _SUFFIXES: Final = ("", "-wal", ".lock")
@@ -18,12 +19,9 @@ _SUFFIXES: Final = ("", "-wal", ".lock")
 class Presence:
     """Knows the files of an open database and its lock. Used in the connection's thread, once a second."""
 
-    def __init__(
-        self, path: Path, copy: Callable[[sqlite3.Connection, Path], None], error: Callable[[str, str], BridgedError]
-    ) -> None:
-        """The files are there, `copy` makes others of them, and `error` is what is raised. Raises OSError if they aren't."""
+    def __init__(self, path: Path, error: Callable[[str, str], BridgedError]) -> None:
+        """The files are there, and `error` is what is raised when they aren't any more. Raises OSError."""
         self._path = path
-        self._copy = copy
         self._error = error
         self._files = {suffix: Path(f"{path}{suffix}").stat() for suffix in _SUFFIXES}
 
@@ -36,7 +34,7 @@ class Presence:
         hint = "see what cleans up there, and start again"
         try:
             saved = self._save(db)
-        except (OSError, sqlite3.Error, BridgedError) as error:
+        except (OSError, sqlite3.Error) as error:
             raise self._error(f"{what}; what it held can't be saved: {error}", hint) from error
         raise self._error(f"{what}; what it held was saved in {saved}", hint)
 
@@ -57,5 +55,5 @@ class Presence:
         target = self._path
         if target.exists():
             target = Path(f"{target}.displaced-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-        self._copy(db, target)
+        durable.copy(db, target)
         return target

@@ -29,8 +29,9 @@ LADDER: dict[str, set[str]] = {
     "alarms": set(),
     "currents": set(),
     "mixpanel": {"currents"},
-    "presence": {"errors"},
-    "backlog": {"errors", "presence"},
+    "durable": set(),
+    "presence": {"durable", "errors"},
+    "backlog": {"durable", "errors", "presence"},
     "delivery": {"backlog", "errors", "mixpanel", "redaction"},
     # Braze's answers are judged in the words of Mixpanel's, and asked for through the same kind of client.
     "braze": {"errors", "mixpanel", "delivery", "redaction"},

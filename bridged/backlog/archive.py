@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridged.backlog.segment import Segment, request_body
+from bridged.durable import sync
 
 
 class Archive:
@@ -20,7 +21,7 @@ class Archive:
         if not self._path.is_dir():
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
-                _sync(self._path.parent)
+                sync(self._path.parent)
             except OSError:
                 # Found there at the next try, it would be taken for one that is on disk.
                 self._path.rmdir()
@@ -29,7 +30,7 @@ class Archive:
         target = self._target(segments, body)
         if target.exists():
             # A second try of what is there already.
-            _sync(self._path)
+            sync(self._path)
             return str(target)
         partial = target.with_suffix(".partial")
         try:
@@ -43,7 +44,7 @@ class Archive:
             partial.unlink(missing_ok=True)
             raise
         try:
-            _sync(self._path)
+            sync(self._path)
         except OSError:
             target.unlink(missing_ok=True)
             raise
@@ -78,12 +79,3 @@ def _is_other(file: Path, body: bytes) -> bool:
     except OSError:
         # Whatever it holds: it stays.
         return True
-
-
-def _sync(folder: Path) -> None:
-    """Brings what is in a folder, as names, to the disk."""
-    opened = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -21,6 +21,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from bridged import durable
 from bridged.backlog import tables
 from bridged.backlog.accounts import ENDS, Accounts
 from bridged.backlog.pages import Pages, Row
@@ -208,7 +209,7 @@ def _salvage(path: Path, pages: Pages, names: Mapping[int, str], reason: str, fo
         os.close(os.open(partial, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         with contextlib.closing(sqlite3.connect(partial, isolation_level=None)) as db:
             report = _fill(db, pages, names, found, Path(aside).name)
-        tables.settle_file(partial, Path(f"{path}.salvaged-{stamp}"))
+        durable.settle_file(partial, Path(f"{path}.salvaged-{stamp}"))
         _finish(path)
     except (OSError, sqlite3.Error) as error:
         with contextlib.suppress(OSError):
@@ -327,7 +328,7 @@ def _finish(path: Path) -> None:
             damaged, aside = Path(f"{path}{suffix}"), Path(f"{path}.corrupt-{stamp}{suffix}")
             if damaged.exists() and not aside.exists():
                 damaged.replace(aside)
-        tables.settle_file(fresh, path)
+        durable.settle_file(fresh, path)
 
 
 # -- in a file that is whole otherwise ---------------------------------------------------------------------------------

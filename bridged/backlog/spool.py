@@ -171,7 +171,7 @@ class Spool:
             raise SpoolError(f"can't open the spool {path}: {error}", "is it a file, and writable?") from error
         try:
             await self.run(self._prepare)
-            self._presence = Presence(path, tables.copy, SpoolError)
+            self._presence = Presence(path, SpoolError)
         except BaseException as error:
             await self._db.close()
             if isinstance(error, sqlite3.Error | OSError):

@@ -9,7 +9,6 @@ that is newer than this version knows is not touched.
 
 import contextlib
 import errno
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from isal import isal_zlib
 
+from bridged import durable
 from bridged.backlog.records import DEAD_LETTER_BYTES
 from bridged.backlog.segment import Segment
 from bridged.errors import SpoolError
@@ -168,26 +168,14 @@ def _stamp(db: sqlite3.Connection, version: int) -> None:
 
 
 def copy(db: sqlite3.Connection, target: Path) -> None:
-    """A copy of the file as it is, complete or not there."""
-    partial = Path(f"{target}.partial")
+    """A copy of the file before it is changed. Raises SpoolError."""
     try:
-        partial.unlink(missing_ok=True)
-        os.close(os.open(partial, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        with contextlib.closing(sqlite3.connect(partial)) as copy:
-            db.backup(copy)
-        settle_file(partial, target)
+        durable.copy(db, target)
     except (OSError, sqlite3.Error) as error:
         raise SpoolError(
             f"can't copy the spool to {target} before it is changed: {error}",
             "make room for a second file of its size; nothing was changed",
         ) from error
-
-
-def settle_file(partial: Path, target: Path) -> None:
-    """Gives a complete file its name, for good. Raises OSError."""
-    _sync(partial)
-    partial.replace(target)
-    _sync(target.parent)
 
 
 def settle_folder(path: Path) -> None:
@@ -196,18 +184,10 @@ def settle_folder(path: Path) -> None:
     Raises SpoolError.
     """
     try:
-        _sync(path.parent)
+        durable.sync(path.parent)
     except OSError as error:
         if error.errno != errno.EINVAL:  # file systems that know no such thing
             raise SpoolError(f"can't write the folder {path.parent} of the spool: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def types_checksum(names: Mapping[int, str]) -> int:

@@ -119,7 +119,7 @@ class Membership:
             raise MembershipError(f"can't open the cohorts' file {path}: {error}", "see cohorts.path") from error
         try:
             await self.run(self._prepare)
-            self._presence = Presence(path, tables.copy, MembershipDamaged)
+            self._presence = Presence(path, MembershipDamaged)
         except BaseException as error:
             await self._db.close()
             if isinstance(error, sqlite3.Error | OSError):

@@ -147,16 +147,6 @@ def set_up(db: sqlite3.Connection, path: Path, max_bytes: int) -> None:
         db.execute(statement)
 
 
-def copy(db: sqlite3.Connection, target: Path) -> None:
-    """A copy of the file as it is, complete or not there. Raises OSError, sqlite3.Error."""
-    partial = Path(f"{target}.partial")
-    partial.unlink(missing_ok=True)
-    os.close(os.open(partial, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(sqlite3.connect(partial)) as saved:
-        db.backup(saved)  # which syncs what it has written
-    partial.replace(target)
-
-
 def is_full(error: Exception, path: Path) -> bool:
     """Whether an error says that there is no room. Without any, SQLite's index of the WAL fails with an error of I/O."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
