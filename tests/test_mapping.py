@@ -12,6 +12,7 @@ from conftest import ROWS
 from conftest import currents as currents_now
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_schema import body_of
 
 from bridged.currents.examples import example_event
 from bridged.currents.schema import UNDECODABLE_CODE, UNKNOWN_CODE, UNKNOWN_TYPE, Refusal
@@ -60,7 +61,7 @@ BY_NAMING = {"seed": DEFAULT, "current": made(naming="current")}
 def mapped(*events: Any, by: EventMapping = DEFAULT, as_body: bool = False) -> Outcome:
     """The outcome of events, each an object or its bytes, that come as lines or as one body."""
     raw = [event if isinstance(event, bytes) else msgspec.json.encode(event) for event in events]
-    decoded = by.schema.body(b'{"events":[%s]}' % b",".join(raw)) if as_body else by.schema.lines(raw)
+    decoded = body_of(by.schema, b'{"events":[%s]}' % b",".join(raw)) if as_body else by.schema.lines(raw)
     assert decoded is not None
     forms, codes, skips, refusals = by.map(decoded, NOW_S)
     return Outcome([msgspec.json.encode(form) for form in forms], codes, skips, refusals)
@@ -593,7 +594,7 @@ def test_a_broken_line_costs_only_itself(lines: list[bytes]) -> None:
 def test_a_poison_event_in_a_body_costs_only_itself(poison: bytes, bare: bool) -> None:
     """Braze must not have to send a hundred events one by one because no parser takes one of them."""
     array = b"[%s,%s,%s]" % (GOOD[0], poison, GOOD[2])
-    decoded = DEFAULT.schema.body(array if bare else b'{"events":%s}' % array)
+    decoded = body_of(DEFAULT.schema, array if bare else b'{"events":%s}' % array)
     assert decoded is not None
     outcome = DEFAULT.map(decoded, NOW_S)
     forms = [msgspec.json.encode(form) for form in outcome.forms]

@@ -168,16 +168,11 @@ class Schema:
         others = frozenset(bad)
         return Decoded(events, lambda: [line for at, line in enumerate(lines) if at not in others], refusals, unknown)
 
-    def body(self, data: bytes) -> Decoded | None:
-        """The events of a Custom HTTP body `{"events": [...]}`; an array or a lone event will do. None: it isn't JSON."""
-        plain = self.plain_body(data)
-        if plain is not None:
-            return plain
-        originals = self.elements(data)
-        return None if originals is None else self.lines(originals)
-
     def plain_body(self, data: bytes) -> Decoded | None:
-        """The same for a body with nothing odd in it, all at once. None: each of its elements must be looked at."""
+        """The events of a Custom HTTP body `{"events": [...]}` with nothing odd in it, all at once.
+
+        None: each of its `elements` must be looked at, as a line.
+        """
         try:
             events = self._body.decode(data).events
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -185,7 +180,7 @@ class Schema:
         return Decoded(events, lambda: self.elements(data) or [], [], [])
 
     def elements(self, data: bytes) -> Sequence[bytes] | None:
-        """The events of a Custom HTTP body as they came. None: it isn't JSON."""
+        """The events of a Custom HTTP body as they came; an array or a lone event will do. None: it isn't JSON."""
         data = data.removeprefix(_UTF8_BOM).strip()
         if not data:
             return []
