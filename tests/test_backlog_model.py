@@ -151,6 +151,13 @@ class PathModel(RuleBasedStateMachine):
         self.mixpanel = Mixpanel()
         self.run(self.open())
 
+    def copy_files(self):
+        """What a crash in this moment leaves. The ballast is only moved: it is large, and nothing is read from it."""
+        left = self.folder / str(self.generation + 1)
+        shutil.copytree(self.path.parent, left, ignore=shutil.ignore_patterns("*.reserve"))
+        for ballast in self.path.parent.glob("*.reserve"):
+            os.link(ballast, left / ballast.name)
+
     def run(self, awaitable):
         return self.loop.run_until_complete(awaitable)
 
@@ -397,7 +404,7 @@ class PathModel(RuleBasedStateMachine):
         """A crash is a copy of the files between two transactions: what is in memory is gone."""
 
         def copy(_db):
-            shutil.copytree(self.path.parent, self.folder / str(self.generation + 1))
+            self.copy_files()
 
         async def ended():
             if orderly:
@@ -419,7 +426,7 @@ class PathModel(RuleBasedStateMachine):
         def crash(*args):
             if committed:
                 transact(*args)
-            shutil.copytree(self.path.parent, self.folder / str(self.generation + 1))
+            self.copy_files()
             raise Crash
 
         async def crashed():
