@@ -220,7 +220,7 @@ class Daemon(Child):
         flush_interval: str = "200ms",
         ceilings: bool = False,
         probe_interval: str = "60s",
-        max_connections: int = 1000,
+        max_connections: int = 8000,
         more: str = "",
     ) -> None:
         """`python`: options of the interpreter; `more`: further tables of the configuration."""

@@ -80,7 +80,7 @@ class HttpSource(Section, frozen=True, kw_only=True):
     )
     max_connections: Annotated[
         int, Meta(ge=1, description="More are answered 503, unless one that asked for nothing yet can make room.")
-    ] = 1000
+    ] = 8000
     max_connections_per_client: Annotated[
         int,
         Meta(ge=0, description="The same of one address (IPv6: of one /64), unless it is this machine's. 0: no limit."),
@@ -110,7 +110,7 @@ class StreamSource(Section, frozen=True, kw_only=True):
     ] = False
     max_connections: Annotated[
         int, Meta(ge=1, description="More are closed at once, unless one that never sent a line can make room.")
-    ] = 1000
+    ] = 8000
     max_connections_per_client: Annotated[
         int,
         Meta(ge=0, description="The same of one address (IPv6: of one /64), unless it is this machine's. 0: no limit."),

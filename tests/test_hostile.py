@@ -234,6 +234,47 @@ async def test_the_cap_holds_against_busy_ones(tmp_path):
             writer.close()
 
 
+async def test_who_asks_again_and_again_is_not_idle(tmp_path):
+    """At the cap the place is that of a client that asked long ago, and not that of one that asked just now, once more."""
+    limits = HttpLimits(max_connections=2, look_s=3600)
+    async with opened(tmp_path, limits=limits) as doors:
+        connections = doors.http.connections
+        (busy, busy_writer), (silent, silent_writer) = [await doors.connect() for _ in range(2)]
+        for number, (reader, writer) in enumerate([(busy, busy_writer), (silent, silent_writer)]):
+            writer.write(request(body(1, number), close=False))
+            await reader.readuntil(b'{"status":"ok"}\n')
+        for number in range(2, 22):  # the same head again
+            connections.now += 1
+            busy_writer.write(request(body(1, number), close=False))
+            await busy.readuntil(b'{"status":"ok"}\n')
+        assert statuses(await doors.raw(request(body(1, 30)))) == [200]
+        assert await read_all(silent) == b""
+        busy_writer.write(request(body(1, 40)))
+        assert statuses(await read_all(busy)) == [200]
+        for writer in (busy_writer, silent_writer):
+            writer.close()
+
+
+async def test_thousands_that_are_too_slow_end_in_many_turns_of_the_loop(tmp_path):
+    """Whoever else has a connection isn't kept waiting until all of them are told: a few in each turn."""
+    async with opened(tmp_path, limits=HttpLimits(look_s=3600, head_s=1.0)) as doors:
+        connections = doors.http.connections
+        clients = [await doors.connect() for _ in range(300)]
+        await until(lambda: len(connections.alive) == 300)
+        connections._loop.call_later(0, connections._look_at_all)
+        for connection in connections.alive:
+            connection.since -= 60
+        alive = []
+        while connections.alive:
+            await asyncio.sleep(0)
+            alive.append(len(connections.alive))
+        assert max(before - after for before, after in zip([300, *alive], alive, strict=False)) <= 50
+        for reader, writer in clients:
+            assert await read_all(reader) == b""
+            writer.close()
+        assert statuses(await doors.raw(request(body()))) == [200]
+
+
 async def test_who_is_slow_makes_room(tmp_path):
     """At the cap, with a body coming on each connection, a newcomer takes the place of the one that has come for longest."""
     limits = HttpLimits(max_connections=3, look_s=3600)
@@ -899,7 +940,7 @@ async def test_endless_lines_cost_little(tmp_path):
         for _, each in [*clients, (reader, writer)]:
             each.transport.abort()
         await until(lambda: not doors.stream.connections)
-        assert doors.stream.unfinished == 0
+        assert doors.stream.unfinished == 0 and not doors.stream.holding
 
 
 @pytest.mark.parametrize("size", [1, 100])
@@ -959,7 +1000,7 @@ async def test_a_client_that_vanishes_while_paused_is_noticed(tmp_path):
         await until(lambda: not doors.stream.connections, "the connection's end")
         await until(lambda: not doors.stream.tasks, "its task's end")
         assert tasks
-        assert doors.stream.unfinished == 0
+        assert doors.stream.unfinished == 0 and not doors.stream.holding
 
 
 async def test_a_silent_client_is_kept(tmp_path):
@@ -993,7 +1034,7 @@ async def test_paused_clients_hold_a_bounded_sum(tmp_path):
         for _, writer in clients:
             reset(writer)
         await until(lambda: not doors.stream.connections)
-        assert doors.stream.unfinished == 0
+        assert doors.stream.unfinished == 0 and not doors.stream.holding
 
 
 # -- who ---------------------------------------------------------------------------------------------------------------

@@ -141,9 +141,10 @@ MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
     "sources/stream.py": (
-        520,
+        530,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
+    "sources/http_connections.py": (500, "the same for the HTTP door"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "backlog/spool.py": (
         660,

@@ -33,6 +33,7 @@ from bridged.sources.clients import Clients
 _NEW_S: Final = 1.0
 # An idle connection for so long may be closed when others need it.
 _SPARE_S: Final = 10.0
+_LOOKED_AT_ONCE: Final = 50
 # Who holds more than this at a look has much that is slow: what it leaves of the heap is given back.
 _MUCH_BYTES: Final = 8 * 2**20
 # Of a head. aiohttp bounds each line and their number, which makes 1 MiB.
@@ -44,7 +45,7 @@ _MAX_UNWANTED_BYTES: Final = 64 * 2**20
 class HttpLimits(Struct, frozen=True, kw_only=True):
     """What a connection and all of them may take: seconds and bytes."""
 
-    max_connections: int = 1000
+    max_connections: int = 8000
     max_connections_per_client: int = 0  # 0: no limit
     max_in_flight: int = 24 * 2**20
     max_request: int = 34 * 2**20  # of one request: its bytes as they came, and expanded
@@ -78,12 +79,15 @@ class HttpConnections(web.Server):
         self.clients = Clients(limits.max_connections_per_client)
         self.answers = answers  # by status
         self.alive: dict[HttpConnection, None] = {}  # oldest first
+        self.unused: dict[HttpConnection, None] = {}  # those that have never asked for anything
         self.holding: dict[HttpConnection, None] = {}  # those of which something came that isn't handed on
         self.held = 0
         self.refused = 0  # connections, for want of room
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time()
-        self._look = self._loop.call_later(limits.look_s, self._look_at_all)
+        self._idle: list[HttpConnection] = []  # for long, and which for longest is last
+        self._idle_at = self.now  # as of then
+        self._look: asyncio.Handle = self._loop.call_later(limits.look_s, self._look_at_all)
 
     def __call__(self) -> Any:
         """The protocol of a new connection."""
@@ -91,7 +95,7 @@ class HttpConnections(web.Server):
             self.refused += 1
             return _Refusal(self.refusals[503])
         connection = HttpConnection(self, self._loop)
-        self.alive[connection] = None
+        self.alive[connection] = self.unused[connection] = None
         return connection
 
     def _make_request(self, message: Any, payload: Any, protocol: Any, *rest: Any) -> web.BaseRequest:
@@ -101,20 +105,25 @@ class HttpConnections(web.Server):
 
     def _spare_one(self) -> bool:
         """Ends a connection that nobody would miss; if there is none, one whose request has been coming for long."""
-        spare = None
-        for connection in self.alive:
-            if connection.unused and self.now - connection.since >= _NEW_S:
-                spare = connection
-                break
-            if spare is None and connection.idle and self.now - connection.since >= _SPARE_S:
-                spare = connection
-        spare = spare or next(
-            (each for each in self.holding if self.now - each.since >= _NEW_S and each.arriving), None
-        )
+        spare = next(iter(self.unused), None)
+        if spare is None or self.now - spare.since < _NEW_S:
+            spare = self._idle_for_long() or next(
+                (each for each in self.holding if self.now - each.since >= _NEW_S and each.arriving), None
+            )
         if spare is not None:
             self.refused += 1
             spare.refuse(503 if spare.held and not spare.unused else None)
         return spare is not None
+
+    def _idle_for_long(self) -> "HttpConnection | None":
+        if self._idle_at != self.now:
+            # Once a look: with thousands of connections there is no time to go through them for each newcomer.
+            self._idle_at, self._idle = self.now, [each for each in reversed(self.alive) if each.idle]
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle and self.now - connection.since >= _SPARE_S:
+                return connection
+        return None
 
     def make_room(self, asking: "HttpConnection") -> bool:
         """Refuses whose body has been coming for longest, until there is room. Whether `asking` may go on."""
@@ -129,14 +138,22 @@ class HttpConnections(web.Server):
             connection.forget_head()
 
     def _look_at_all(self) -> None:
+        self.now = self._loop.time()
+        if self.held > _MUCH_BYTES:
+            memory.give_back_holes()
+        self._judge(list(self.alive))
+
+    def _judge(self, connections: "list[HttpConnection]") -> None:
+        """Some of them in each turn of the loop: thousands that end at once would keep everybody waiting."""
+        rest = connections[_LOOKED_AT_ONCE:]
         try:
-            self.now = self._loop.time()
-            for connection in list(self.alive):
+            for connection in connections[:_LOOKED_AT_ONCE]:
                 connection.judge(self.now)
-            if self.held > _MUCH_BYTES:
-                memory.give_back_holes()
         finally:
-            self._look = self._loop.call_later(self.limits.look_s, self._look_at_all)
+            if rest:
+                self._look = self._loop.call_soon(self._judge, rest)
+            else:
+                self._look = self._loop.call_later(self.limits.look_s, self._look_at_all)
 
     async def close(self, grace_s: float) -> None:
         """Ends the idle connections, and the others when their requests are answered or the grace is over."""
@@ -167,7 +184,7 @@ class HttpConnection(RequestHandler):
             max_headers=64,
         )
         self.held = 0  # bytes that came, or were expanded, and aren't handed on
-        self.since = room.now  # connected, or the first byte of a head, or its last
+        self.since = room.now  # connected, or the first byte of a head, or its last, as of the last look
         self._room = room
         self._client: str | None = None  # whose it is
         self.payload: StreamReader = EMPTY_PAYLOAD  # of the request that was taken last
@@ -246,6 +263,7 @@ class HttpConnection(RequestHandler):
         if self._messages and isinstance(error := self._messages[-1][0], _ErrInfo):
             self._break_off(error)
         if self._request_count != count:
+            self._room.unused.pop(self, None)
             self.since = self._room.now
             self._unwanted = 0
         elif self.held > _MAX_HEAD_BYTES and self._waits_for_a_head():
@@ -368,7 +386,7 @@ class HttpConnection(RequestHandler):
         written = self._room.repeats.accept_again(body, id(self))
         if written is None:
             return False
-        self._committing = True
+        self._committing, self.since = True, self._room.now
         self._next_keepalive_close_time = self._room.now + self._room.limits.idle_s
         written.add_done_callback(self._answer)
         return True
@@ -446,6 +464,7 @@ class HttpConnection(RequestHandler):
         self.held = 0
         self._room.holding.pop(self, None)
         self._room.alive.pop(self, None)
+        self._room.unused.pop(self, None)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

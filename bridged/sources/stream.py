@@ -54,7 +54,7 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
 
     listen: tuple[str, ...] = ()
     max_line: int = 2**20
-    max_connections: int = 1000
+    max_connections: int = 8000
     max_connections_per_client: int = 0  # 0: no limit
     max_unfinished: int = 8 * 2**20
     tls_cert: str = ""
@@ -76,7 +76,9 @@ class StreamSource:
         handed_over: Callable[[str], list[socket.socket]] = lambda _address: [],
     ) -> None:
         """`handed_over` gives the sockets that listen at an address already, and outlive us."""
-        self.connections: dict[_Connection, None] = {}  # oldest first
+        self.connections: dict[_Connection, None] = {}
+        self.unused: dict[_Connection, None] = {}  # those that never sent a line, oldest first
+        self.holding: dict[_Connection, None] = {}  # those with unfinished bytes, whose are oldest first
         self.accepted_connections = 0
         self.refused = 0  # connections, for want of room
         self.unfinished = 0  # bytes of lines without their end, or that wait for room
@@ -173,22 +175,27 @@ class StreamSource:
         """Whether there is a place for one more; one that never sent a line may have to give up its own."""
         if len(self.connections) >= self._options.max_connections:
             self.refused += 1
-            spare = next((c for c in self.connections if c.unused and self.now - c.since >= _SPARE_S), None)
-            if spare is None:
+            spare = next(iter(self.unused), None)
+            if spare is None or self.now - spare.since < _SPARE_S:
                 return False
             spare.refuse("too many connections")
-            self.connections.pop(spare, None)
-        self.connections[connection] = None
+            self.leave(spare)
+        self.connections[connection] = self.unused[connection] = None
         self.accepted_connections += 1
         return True
+
+    def leave(self, connection: "_Connection") -> None:
+        """Its place is free."""
+        self.connections.pop(connection, None)
+        self.unused.pop(connection, None)
 
     def hold(self, size: int) -> None:
         """Counts unfinished bytes; cuts off whose have been there for longest when they are too many."""
         self.unfinished += size
         while size > 0 and self.unfinished > self._options.max_unfinished:
-            slow = [c for c in self.connections if c.unfinished and self.now - c.since >= _NEW_S]
-            # If nobody is slow, who holds most.
-            chosen = min(slow, key=lambda c: c.since) if slow else max(self.connections, key=lambda c: c.unfinished)
+            chosen = next(iter(self.holding))
+            if self.now - chosen.since < _NEW_S:  # nobody is slow: who holds most
+                chosen = max(self.holding, key=lambda c: c.unfinished)
             chosen.refuse("too many lines without an end, or too many that wait for room")
 
     def read_on_next_turn(self, connection: "_Connection") -> None:
@@ -253,16 +260,11 @@ class _Connection(asyncio.Protocol):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._source.connections.pop(self, None)
+        self._source.leave(self)
         self._source.clients.leave(self._client)
         self._forget()
         if self._resuming is not None:
             self._resuming.cancel()
-
-    @property
-    def unused(self) -> bool:
-        """Whether it has never sent a line."""
-        return self._acks is None
 
     def paused_fd(self) -> int:
         """The file descriptor of a TCP connection that doesn't read; -1 for any other."""
@@ -315,8 +317,11 @@ class _Connection(asyncio.Protocol):
     def _weigh(self) -> None:
         """Tells the source what is unfinished here."""
         size, before = len(self._tail) + self._held_bytes, self.unfinished
-        if not before:
+        if not size:
+            self._source.holding.pop(self, None)
+        elif not before:
             self.since = self._source.now
+            self._source.holding[self] = None
         self.unfinished = size
         self._source.hold(size - before)
 
@@ -325,6 +330,7 @@ class _Connection(asyncio.Protocol):
         self._held, self._held_bytes, self._tail = [], 0, b""
         self._source.unfinished -= self.unfinished
         self.unfinished = 0
+        self._source.holding.pop(self, None)
 
     def eof_received(self) -> bool:
         """A last line may lack its newline. Keeps our side open until everything is on disk."""
@@ -341,6 +347,8 @@ class _Connection(asyncio.Protocol):
 
     def _take(self, lines: list[bytes]) -> None:
         """Hands on whole lines, in order. The first may be the handshake, or the end of an oversized one."""
+        if self._acks is None:
+            self._source.unused.pop(self, None)
         if self._oversized:
             head, self._oversized = self._oversized, b""
             self._acks = self._acks or False  # if it was the first line, it was no handshake
