@@ -940,7 +940,8 @@ async def test_endless_lines_cost_little(tmp_path):
         for _, each in [*clients, (reader, writer)]:
             each.transport.abort()
         await until(lambda: not doors.stream.connections)
-        assert doors.stream.unfinished == 0 and not doors.stream.holding
+        assert doors.stream.unfinished == 0
+        assert not doors.stream.holding
 
 
 @pytest.mark.parametrize("size", [1, 100])
@@ -1000,7 +1001,8 @@ async def test_a_client_that_vanishes_while_paused_is_noticed(tmp_path):
         await until(lambda: not doors.stream.connections, "the connection's end")
         await until(lambda: not doors.stream.tasks, "its task's end")
         assert tasks
-        assert doors.stream.unfinished == 0 and not doors.stream.holding
+        assert doors.stream.unfinished == 0
+        assert not doors.stream.holding
 
 
 async def test_a_silent_client_is_kept(tmp_path):
@@ -1034,7 +1036,8 @@ async def test_paused_clients_hold_a_bounded_sum(tmp_path):
         for _, writer in clients:
             reset(writer)
         await until(lambda: not doors.stream.connections)
-        assert doors.stream.unfinished == 0 and not doors.stream.holding
+        assert doors.stream.unfinished == 0
+        assert not doors.stream.holding
 
 
 # -- who ---------------------------------------------------------------------------------------------------------------

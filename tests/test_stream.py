@@ -745,6 +745,57 @@ async def test_what_comes_during_the_stop_is_never_called_safe(tmp_path, acks):
     await goodbye(writer)
 
 
+def watch(door):
+    """Notes of each call of the intake who sent how many lines."""
+    calls, accept = [], door.source.intake.accept_lines
+
+    def noted(lines, sender=0):
+        calls.append((sender, len(lines)))
+        return accept(lines, sender)
+
+    door.source.intake.accept_lines = noted
+    return calls
+
+
+async def test_crumbs_keep_nobody_waiting(door):
+    """A read of very short lines is taken in many turns of the loop, in order; who else sends gets his in between."""
+    calls = watch(door)
+    reader, writer = await door.connect()
+    writer.write(ACKS + b"y\n" * 100_000 + ndjson(batch(1)))
+    writer.write_eof()
+    await until(lambda: calls)
+    assert acked(await door.talk(ACKS + ndjson(batch(1, 1)))) == [1]
+    assert acked(await asyncio.wait_for(reader.read(), 60))[-1] == 100_001
+    await goodbye(writer)
+
+    crumbs = calls[0][0]
+    honest = next(at for at, (sender, _) in enumerate(calls) if sender != crumbs)
+    assert honest < len(calls) - 1, "it came last"
+    assert max(count for _, count in calls) <= 2048
+    assert door.spool.accounts.total("dead_lettered") == 100_000
+    assert door.source.unfinished == 0
+
+
+@pytest.mark.parametrize("acks", [b"", ACKS])
+async def test_crumbs_that_wait_at_the_stop_are_not_called_safe(door, acks):
+    """What was read but had no turn yet isn't taken any more: no ack covers it, and no orderly close says so."""
+    calls = watch(door)
+    reader, writer = await door.connect()
+    writer.write(acks + b"y\n" * 50_000)
+    await until(lambda: calls)
+    (connection,) = door.source.connections
+    connection.stop()
+    if acks:
+        told = acked(await asyncio.wait_for(reader.read(), 20))[-1]
+        assert told == sum(count for _, count in calls) < 50_000
+    else:
+        with pytest.raises(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 20) == b"no goodbye"
+    await goodbye(writer)
+    await until(lambda: not door.source.connections)
+    assert door.source.unfinished == 0
+
+
 async def test_a_socket_that_somebody_listens_at_is_left_alone(door, tmp_path):
     """A second daemon with the same path is refused, and takes nothing away from the first."""
     second = StreamSource(StreamOptions(listen=(f"unix:{tmp_path}/s.sock",)), door.source.intake, door.spool)

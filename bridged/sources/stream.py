@@ -18,9 +18,9 @@ import io
 import os
 import select
 import socket
-import struct
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Self
 
 import msgspec
@@ -30,6 +30,7 @@ from msgspec import Struct
 from bridged.backlog.spool import Spool
 from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
+from bridged.sources import tcp
 from bridged.sources.clients import Clients
 from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
 from bridged.sources.unix import demand_nobody_listens, remove
@@ -42,11 +43,11 @@ _FINISH_S = 5.0
 _LINGER_S = 0.5
 _LOOK_S = 1.0
 _MUCH_BYTES = 128 * 1024
+# Some 130 bytes each in the largest read. Of shorter ones, which are no events, there would be too many for one turn.
+_LINES_A_TURN = 2048
 # Who came just now isn't slow; who has sent no line for so long may be closed when others need the place.
 _NEW_S = 1.0
 _SPARE_S = 10.0
-# A client's machine that is gone is noticed after two minutes.
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True):
@@ -226,6 +227,7 @@ class _Connection(asyncio.Protocol):
         self.since = source.now  # connected, or the oldest of its unfinished bytes came
         self.unfinished = 0  # bytes
         self._tail: bytes | bytearray = b""  # the beginning of a line whose end hasn't come
+        self._rest = b""  # what was read behind the lines of this turn of the loop
         self._oversized = b""  # the beginning of a line too long to keep; its end is being skipped
         self._held: list[tuple[list[bytes], bool]] = []  # calls of _accept that wait for room in the spool
         self._held_bytes = 0
@@ -253,11 +255,7 @@ class _Connection(asyncio.Protocol):
         self._is_tls = transport.get_extra_info("sslcontext") is not None
         # Acks that aren't read stay few: the next one says more.
         self._transport.set_write_buffer_limits(high=1024)
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in _KEEPALIVE.items():
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        tcp.keep_alive(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._source.leave(self)
@@ -268,12 +266,31 @@ class _Connection(asyncio.Protocol):
 
     def paused_fd(self) -> int:
         """The file descriptor of a TCP connection that doesn't read; -1 for any other."""
-        sock = self._transport.get_extra_info("socket") if self._resuming is not None else None
-        return sock.fileno() if sock is not None and sock.family != socket.AF_UNIX else -1
+        return -1 if self._resuming is None else tcp.file_number(self._transport)
 
     # -- framing ------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        self._frame(data)
+        much = len(data) >= _MUCH_BYTES or self._rest
+        if much and not self._is_tls and self._resuming is None and not self._finishing:
+            # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds.
+            # (Not over TLS: uvloop drops what is still encrypted when the end comes while reading is paused.)
+            self._transport.pause_reading()
+            self._source.read_on_next_turn(self)
+
+    def read_on(self) -> None:
+        """Unless something else is in its way, or it has ended meanwhile. What was read already comes first."""
+        if self._resuming is None and not self._finishing and not self._transport.is_closing():
+            if not self._rest:
+                self._transport.resume_reading()
+                return
+            rest, self._rest = self._rest, b""
+            self._frame(rest)
+            self._source.read_on_next_turn(self)
+
+    def _frame(self, data: bytes) -> None:
+        """Cuts what came into lines, and takes them: no more of them than others can wait for."""
         try:
             if self._finishing:
                 # Read already, but never to be taken: the end must not look as if it were on disk.
@@ -282,8 +299,10 @@ class _Connection(asyncio.Protocol):
             if (self._tail or self._oversized) and b"\n" not in data:
                 self._lengthen(data)
             else:
-                # The fastest way to find the lines; a split would copy as much, and a count alone costs more.
-                lines = io.BytesIO(data).readlines()
+                # As fast as `readlines`; a split would copy as much, and a count alone costs more.
+                pieces = io.BytesIO(data)
+                lines = list(islice(pieces, None if self._is_tls else _LINES_A_TURN))
+                self._rest = pieces.read()
                 if self._tail:
                     lines[0] = b"".join((self._tail, lines[0]))
                 self._tail = b"" if lines[-1].endswith(b"\n") else lines.pop()
@@ -291,20 +310,10 @@ class _Connection(asyncio.Protocol):
                     self._take(lines)
             if len(self._tail) > self._source.max_line + 1:  # the one may be the \r of a line that isn't too long
                 self._oversized, self._tail = bytes(self._tail[:_KEPT_OF_OVERSIZED]), b""
-            if self._tail or self.unfinished:
+            if self._tail or self._rest or self.unfinished:
                 self._weigh()
-            if len(data) >= _MUCH_BYTES and not self._is_tls and self._resuming is None and not self._finishing:
-                # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds.
-                # (Not over TLS: uvloop drops what is still encrypted when the end comes while reading is paused.)
-                self._transport.pause_reading()
-                self._source.read_on_next_turn(self)
         except Exception as error:
             self._mistaken(error)
-
-    def read_on(self) -> None:
-        """Unless something else is in its way, or it has ended meanwhile."""
-        if self._resuming is None and not self._finishing and not self._transport.is_closing():
-            self._transport.resume_reading()
 
     def _lengthen(self, data: bytes) -> None:
         """One more piece of a line: in place, since adding bytes would copy the line for each piece."""
@@ -316,7 +325,7 @@ class _Connection(asyncio.Protocol):
 
     def _weigh(self) -> None:
         """Tells the source what is unfinished here."""
-        size, before = len(self._tail) + self._held_bytes, self.unfinished
+        size, before = len(self._tail) + len(self._rest) + self._held_bytes, self.unfinished
         if not size:
             self._source.holding.pop(self, None)
         elif not before:
@@ -327,7 +336,7 @@ class _Connection(asyncio.Protocol):
 
     def _forget(self) -> None:
         """Nothing of what is unfinished will be taken."""
-        self._held, self._held_bytes, self._tail = [], 0, b""
+        self._held, self._held_bytes, self._tail, self._rest = [], 0, b"", b""
         self._source.unfinished -= self.unfinished
         self.unfinished = 0
         self._source.holding.pop(self, None)
@@ -456,11 +465,8 @@ class _Connection(asyncio.Protocol):
         self._fail(SpoolError("internal error"))
 
     def _cut_off(self) -> None:
-        """Resets the connection: an orderly close would say that everything is on disk. (Unix sockets know no reset.)"""
-        sock = self._transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._transport.abort()
+        """An orderly close would say that everything is on disk."""
+        tcp.reset(self._transport)
 
     # -- back-pressure ------------------------------------------------------------------------------------------------
 
@@ -490,8 +496,7 @@ class _Connection(asyncio.Protocol):
         self._resuming = None
         if not self._transport.is_closing():
             self._weigh()
-            if not self._finishing:
-                self._transport.resume_reading()
+            self.read_on()
 
     def pause_writing(self) -> None:
         self._choked = True
@@ -512,6 +517,7 @@ class _Connection(asyncio.Protocol):
         if self._held:
             self._fail(SpoolError("the daemon stops"))
         elif not self._transport.is_closing():
+            self._rest, self._dropped = b"", self._dropped or bool(self._rest)
             # What isn't read stays in the kernel, which resets the connection at its close: the client knows. One that
             # reads acks knows already, and gets an orderly end.
             self._stopped = not self._finishing
