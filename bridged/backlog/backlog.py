@@ -28,7 +28,15 @@ class Parcel(Struct, eq=False):
     """Segments that travel in one request: what is leased, sent, tried again and settled as one."""
 
     segments: list[Segment]
-    alone: bool = False  # a single event that was set aside: refused while everything was
+    attempts: int = 0  # in vain
+    strikes: int = 0  # those of them before which others were taken: then it isn't the road that is to blame
+    in_vain_at: float | None = None  # loop time of the last of them
+    in_vain_since: float | None = None  # loop time of the first, also of what it is a half of
+    due_at: float = 0.0  # loop time; of a single event that was set aside
+
+    def half(self, segments: list[Segment]) -> "Parcel":
+        """A part of it, which has its history."""
+        return Parcel(segments, self.attempts, self.strikes, self.in_vain_at, self.in_vain_since)
 
     @property
     def events(self) -> int:
@@ -82,6 +90,9 @@ class Backlog:
         # and are never given up, would stop everything.
         self._in_vain: deque[Parcel] = deque()
         self._passed_over = False  # they: somebody else had his turn last
+        self._parting: deque[Parcel | None] = (
+            deque()
+        )  # of each part that the spool is about to write: what it is a part of
         # Parts that lie after `_read_to`: when it gets there, they were taken long ago.
         self._ahead: set[int] = set()
         self._changed = asyncio.Event()
@@ -135,7 +146,8 @@ class Backlog:
                 self._read_to = segment.id
             else:
                 self._ahead.add(segment.id)
-        self.first([Parcel([segment]) for segment in segments])
+        wholes = [self._parting.popleft() for _ in segments]
+        self.first([(whole or Parcel([])).half([segment]) for whole, segment in zip(wholes, segments, strict=True)])
 
     def _push(self, segment: Segment) -> None:
         self._ring.append(segment)
@@ -217,8 +229,12 @@ class Backlog:
         except TimeoutError:
             pass
 
-    def settle(self, settlement: Settlement) -> None:
-        """Gives leases back for good: each segment is delivered, dead-lettered, expired or replaced by its parts."""
+    def settle(self, settlement: Settlement, whole: Parcel | None = None) -> None:
+        """Gives leases back for good: each segment is delivered, dead-lettered, expired or replaced by its parts.
+
+        `whole`: what the parts are parts of, whose history they have.
+        """
+        self._parting.extend([whole] * len(settlement.parts))
         for segment in settlement.segments:
             self._leased.pop(segment.id, None)
         self._spool.settle(settlement)

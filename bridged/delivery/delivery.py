@@ -4,9 +4,11 @@ One dispatcher owns the pace and the order; each parcel in flight is a task of i
 
     Delivered   settle
     Reject      settle; the refused ones become dead letters with Mixpanel's words
-    Split       its halves are tried, those of a single segment replace it in the spool; a single event becomes a dead letter
+    Split       its halves are tried, those of a single segment replace it in the spool
     Retry       the same bytes again, when the pace says so
     Halt        everything is kept, and one parcel a minute asks whether the credential works again
+
+Unless `blame` says that others are taken: then what fails or would halt is split, and a single event is set aside.
 """
 
 import asyncio
@@ -25,6 +27,7 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog, Parcel
 from bridged.backlog.segment import Batch, Segment
 from bridged.backlog.spool import DeadLetter, Settlement, Spool
+from bridged.delivery.blame import Blame, aside_s
 from bridged.delivery.pacing import Attempt, Pace, PaceLimits
 from bridged.delivery.transport import Transport
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, Verdict
@@ -41,8 +44,10 @@ _SMALLEST_CAP_BYTES = 16 * 1024
 _SMALLEST_GUESS_BYTES = 256 * 1024
 # What was learned from a 413 is forgotten after so long: a proxy that was mended must not cost anything for ever.
 _LEARNED_S = 600.0
-# A success so recent shows that it is the event, and not the road, that is refused.
-_UNDERSTOOD_S = 5.0
+# A success lets so many of those set aside ask again: if they are taken, they do the same for others.
+_RELEASED = 2
+# The same problem is logged no more often, though successes lie in between.
+_SAME_PROBLEM_S = 60.0
 # A poison event among 2,000 is alone after some 22 requests, half of which are understood in between.
 _SPLITS_TO_HALT = 40
 
@@ -113,10 +118,13 @@ class Delivery:
         self._answered = asyncio.Event()
         self._probe_at = 0.0  # loop time
         self._sent_at = -math.inf  # loop time of the last request
-        self._retried: dict[int, tuple[int, float]] = {}  # by first segment: attempts in vain, created_at
+        self._retried: dict[int, Parcel] = {}  # those that failed, by their first segment
         self._splits = 0  # since the last request that was understood
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
-        self._aside: list[Parcel] = []  # single events that were refused while everything was
+        self._blame = Blame()
+        self._noted_at = -math.inf  # loop time at which a problem was logged
+        self._noted = ""
+        self._aside: list[Parcel] = []  # single events that were refused, or fail though others are taken
         self._archive_at = 0.0  # loop time before which no file is tried: the last one couldn't be written
 
     @property
@@ -131,7 +139,7 @@ class Delivery:
 
     @property
     def set_aside(self) -> int:
-        """Single events that were refused incomprehensibly while nothing else succeeded: tried again after a success."""
+        """Single events that are refused incomprehensibly, or fail though others are taken: tried again now and then."""
         return len(self._aside)
 
     @property
@@ -142,8 +150,18 @@ class Delivery:
     @property
     def retrying(self) -> Retrying | None:
         """The oldest parcel that is tried again; None: there is none."""
-        oldest = min(self._retried.values(), key=lambda known: known[1], default=None)
-        return None if oldest is None else Retrying(*oldest, len(self._retried))
+        oldest = min(self._retried.values(), key=lambda parcel: parcel.segments[0].created_at, default=None)
+        if oldest is None:
+            return None
+        return Retrying(oldest.attempts, oldest.segments[0].created_at, len(self._retried))
+
+    @property
+    def in_vain_s(self) -> float:
+        """Seconds for which something has been tried in vain, whatever else was taken; 0: nothing is."""
+        since = [
+            each.in_vain_since for each in (*self._retried.values(), *self._aside) if each.in_vain_since is not None
+        ]
+        return asyncio.get_running_loop().time() - min(since) if since else 0.0
 
     @property
     def pace(self) -> Any:
@@ -170,8 +188,8 @@ class Delivery:
                     continue
                 if self.halted is not None and len(parcel.segments) > 1:
                     # A probe is small: what it tells is worth one segment.
-                    self._backlog.again(Parcel(parcel.segments[1:]))
-                    parcel = Parcel(parcel.segments[:1])
+                    self._backlog.again(parcel.half(parcel.segments[1:]))
+                    parcel = parcel.half(parcel.segments[:1])
                 self._sent_at = loop.time()
                 attempt = self._pace.sent(self._sent_at, parcel.events, parcel.raw_bytes)
                 task = senders.create_task(self._deliver(parcel, attempt), name="sender")
@@ -219,19 +237,16 @@ class Delivery:
 
     async def _deliver(self, parcel: Parcel, attempt: Attempt) -> None:
         verdict: Verdict = Retry("network", "the request was cancelled")
-        target = self._transport.target
+        target, loop = self._transport.target, asyncio.get_running_loop()
+        sent_at = loop.time()
         try:
             verdict = await self._transport.send(parcel.body(), parcel.events, lambda: _insert_ids(parcel))
         finally:
-            self._pace.judged(asyncio.get_running_loop().time(), attempt, verdict)
-        self.judged_at = asyncio.get_running_loop().time()
+            self._pace.judged(loop.time(), attempt, verdict)
+        self.judged_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
-        if isinstance(verdict, Retry):
-            attempts = self._retried[first.id][0] if first.id in self._retried else 0
-            self._retried[first.id] = attempts + 1, first.created_at
-        else:
-            self._retried.pop(first.id, None)
+        self._retried.pop(first.id, None)
         # What an old credential is told says nothing about the new one.
         outdated = target is not self._transport.target
         match verdict:
@@ -239,32 +254,15 @@ class Delivery:
                 self.uncounted += short
                 self.age_sum_s += max(0.0, self._clock() - first.created_at)
                 self.ages += 1
-                self._resume()
+                self._resume(sent_at)
                 self._backlog.settle(Settlement(parcel.segments, delivered=parcel.codes))
             case Reject(failures):
-                self._resume()
+                self._resume(sent_at)
                 self._reject(parcel, failures)
-            case Split(too_large=True) if parcel.raw_bytes >= _SMALLEST_CAP_BYTES:
-                if parcel.events > 1:
-                    self._learn(verdict.max_bytes, parcel.raw_bytes)
-                self._split(parcel, verdict.reason, too_large=True)
-            case Split(reason):
-                # Or a 413 for what is small: it can't be its size.
-                self._splits += not parcel.alone
-                if self._splits == _SPLITS_TO_HALT:
-                    # No single poison event does this: something refuses everything, and dead letters would be all of it.
-                    self._halt(Halt(0, f"every request is refused, whatever is in it: {reason}"))
-                self._split(parcel, reason)
-            case Retry():
-                self._note(f"{verdict.kind}: {verdict.reason}")
-                if not outdated:
-                    self._probe_at = asyncio.get_running_loop().time() + self._options.probe_interval_s
-                self._backlog.in_vain(parcel)
             case Halt() if outdated:
                 self._backlog.again(parcel)
-            case Halt():
-                self._halt(verdict)
-                self._backlog.in_vain(parcel)
+            case _:
+                self._in_vain(parcel, verdict, outdated=outdated)
 
     def _too_old(self, parcel: Parcel) -> list[Segment]:
         """What of a parcel is older than it may get while nothing can be delivered."""
@@ -299,7 +297,7 @@ class Delivery:
         gone = {segment.id for segment in too_old}
         self._retried.pop(parcel.segments[0].id, None)
         if younger := [segment for segment in parcel.segments if segment.id not in gone]:
-            self._backlog.again(Parcel(younger))
+            self._backlog.again(parcel.half(younger))
 
     # -- one method a verdict -----------------------------------------------------------------------------------------
 
@@ -313,29 +311,61 @@ class Delivery:
         log.warning("events_rejected", events=len(letters), reason=letters[0].reason if letters else "")
         self._backlog.settle(Settlement(parcel.segments, delivered=delivered, dead_letters=letters))
 
-    def _split(self, parcel: Parcel, reason: str, *, too_large: bool = False) -> None:
+    def _in_vain(self, parcel: Parcel, verdict: Split | Retry | Halt, *, outdated: bool) -> None:
+        now = asyncio.get_running_loop().time()
+        fate = self._blame.fate(parcel, verdict, now, halted=self.halted is not None)
+        for_its_size = (
+            isinstance(verdict, Split)
+            and verdict.too_large
+            and parcel.raw_bytes >= _SMALLEST_CAP_BYTES  # else it can't be that
+            and parcel.events > 1
+        )
+        if isinstance(verdict, Retry):
+            self._note(f"{verdict.kind}: {verdict.reason}")
+            if not outdated:
+                self._probe_at = now + self._options.probe_interval_s
+        elif fate == "halt" and isinstance(verdict, Halt):
+            self._halt(verdict)
+        elif not for_its_size and not parcel.due_at:  # what was set aside asks again and again, and is no further proof
+            self._splits += 1
+            if self._splits == _SPLITS_TO_HALT:
+                # No single poison event does this: something refuses everything, and dead letters would be all of it.
+                self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
+        match fate:
+            case "split":
+                if for_its_size and isinstance(verdict, Split):
+                    self._learn(verdict.max_bytes, parcel.raw_bytes)
+                elif isinstance(verdict, Retry) and parcel.strikes and parcel.raw_bytes > _SMALLEST_GUESS_BYTES:
+                    self._learn(None, parcel.raw_bytes)
+                self._split(parcel, verdict.reason)
+            case "aside":
+                parcel.due_at = now + aside_s(parcel, self._options.probe_interval_s)
+                self._aside.append(parcel)
+            case "give up":
+                self._give_up(parcel, verdict.reason)
+            case "again" | "halt":
+                if isinstance(verdict, Retry):
+                    self._retried[parcel.segments[0].id] = parcel
+                self._backlog.in_vain(parcel)
+
+    def _give_up(self, parcel: Parcel, reason: str) -> None:
+        (event,), (code,) = segments.lines(parcel.segments), parcel.codes
+        log.warning("event_rejected", reason=reason)
+        letter = DeadLetter(code, self._names(code), "mixpanel", reason, event)
+        self._backlog.settle(Settlement(parcel.segments, dead_letters=[letter]))
+
+    def _split(self, parcel: Parcel, reason: str) -> None:
         """Tries the halves of a parcel: of its segments while it has several, whose ages differ, then of the events of one."""
-        if parcel.events > 1:
-            self.happened("split", f"A request was split: {reason}", events=parcel.events, raw_bytes=parcel.raw_bytes)
-            log.info("parcel_split", events=parcel.events, raw_bytes=parcel.raw_bytes, reason=reason)
+        self.happened("split", f"A request was split: {reason}", events=parcel.events, raw_bytes=parcel.raw_bytes)
+        log.info("parcel_split", events=parcel.events, raw_bytes=parcel.raw_bytes, reason=reason)
         if len(parcel.segments) > 1:
             half = len(parcel.segments) // 2
-            self._backlog.first([Parcel(parcel.segments[:half]), Parcel(parcel.segments[half:])])
-            return
-        if parcel.events == 1 and not (too_large or self._takes_others()):
-            # A refusal for anything but its size says nothing about the event while everything is refused: it is tried
-            # again after a success, and now and then.
-            self._aside.append(Parcel(parcel.segments, alone=True))
+            self._backlog.first([parcel.half(parcel.segments[:half]), parcel.half(parcel.segments[half:])])
             return
         events, codes = segments.lines(parcel.segments), parcel.codes
-        if len(events) == 1:
-            letter = DeadLetter(codes[0], self._names(codes[0]), "mixpanel", reason, events[0])
-            log.warning("event_rejected", reason=reason)
-            self._backlog.settle(Settlement(parcel.segments, dead_letters=[letter]))
-            return
         half = len(events) // 2
         parts = [Batch(b"\n".join([*events[at:to], b""]), codes[at:to]) for at, to in ((0, half), (half, len(events)))]
-        self._backlog.settle(Settlement(parcel.segments, parts=parts))
+        self._backlog.settle(Settlement(parcel.segments, parts=parts), parcel)
 
     async def _try_aside(self) -> None:
         """One of the events set aside asks now and then: there may be no other request whose success could tell."""
@@ -343,12 +373,6 @@ class Delivery:
             await asyncio.sleep(self._options.probe_interval_s)
             if self._aside:
                 self._backlog.again(self._aside.pop(0))
-
-    def _takes_others(self) -> bool:
-        """Whether Mixpanel understands requests these days, so that one it refuses is refused for what is in it."""
-        if self.halted is not None or self._understood_at is None:
-            return False
-        return asyncio.get_running_loop().time() - self._understood_at < _UNDERSTOOD_S
 
     def _learn(self, max_bytes: int | None, refused_bytes: int) -> None:
         """Makes requests smaller from now on: as the answer says, or half of what was refused if it says nothing useful."""
@@ -378,13 +402,15 @@ class Delivery:
         self.halted = verdict
         self._note(verdict.reason)
 
-    def _resume(self) -> None:
+    def _resume(self, sent_at: float) -> None:
         self.delivered_at = self._clock()
-        self._understood_at = asyncio.get_running_loop().time()
+        self._understood_at = now = asyncio.get_running_loop().time()
+        self._blame.taken(sent_at)
         self.last_problem = ""
         self._splits = 0
-        while self._aside:
-            self._backlog.again(self._aside.pop())
+        for parcel in [each for each in self._aside if each.due_at <= now][:_RELEASED]:
+            self._aside.remove(parcel)
+            self._backlog.again(parcel)
         if self.halted is not None:
             log.info(
                 "delivery_resumed", halted_s=round(self._clock() - (self.halted_at or 0)), waiting=self._backlog.events
@@ -395,14 +421,17 @@ class Delivery:
             self._answered.set()
 
     def _note(self, problem: str) -> None:
-        if problem != self.last_problem:
+        now = asyncio.get_running_loop().time()
+        if problem != self.last_problem and (problem != self._noted or now - self._noted_at >= _SAME_PROBLEM_S):
             log.warning("delivery_impeded", reason=problem)
+            self._noted, self._noted_at = problem, now
         self.last_problem = problem
 
     def credentials_changed(self) -> None:
         """Asks soon, if not at once, whether the credential works now: the transport has another."""
         now = asyncio.get_running_loop().time()
         self._probe_at = min(self._probe_at, max(now, self._sent_at + _EARLY_PROBE_S))
+        self._pace.ask_again(self._probe_at)  # whoever said how long to wait may be somebody else
         self._answered.set()
 
     def use(self, options: DeliveryOptions, limits: PaceLimits, archive: Archive) -> None:
@@ -421,6 +450,8 @@ class Delivery:
         loop = asyncio.get_running_loop()
         until = loop.time() + grace_s
         while loop.time() < until and self.halted is None and (self._in_flight or self._backlog.events):
+            if not self._in_flight and loop.time() + self.pace.backing_off_s > until:
+                break  # nothing more would be sent
             await asyncio.sleep(0.01)
 
 

@@ -136,6 +136,10 @@ class Pace:
         self._load.ceiling = max(1, limits.max_concurrency)
         self._load.limit = min(self._load.limit, float(self._load.ceiling))
 
+    def ask_again(self, at: float) -> None:
+        """A probe may go then, whoever named a later time: it was somebody else, or told somebody else."""
+        self._hold.until = min(self._hold.until, at)
+
     @property
     def limited_by(self) -> LimitedBy:
         """What the last answer of `wait_s` was due to."""
