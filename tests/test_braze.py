@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from aiohttp import web
+from conftest import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -437,3 +438,36 @@ async def test_an_answer_that_echoes_the_key_is_masked():
 
     assert isinstance(outcome.verdict, Halt)
     assert "example-rest-key" not in outcome.verdict.reason
+
+
+async def test_what_was_said_while_nobody_asked_is_no_answer():
+    """A proxy that is out of step says a success on an idle connection: the next request goes out all the same, on another."""
+    success = msgspec.json.encode(SUCCESS)
+    success = b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (len(success), success)
+    asked = []
+    said = asyncio.Event()
+
+    async def serve(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+                asked.append(await reader.readexactly(int(length.partition(b":")[2])))
+                writer.write(success)
+                if len(asked) == 1:
+                    await said.wait()
+                    writer.write(success)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        async with Transport(rest(url), 5) as transport:
+            first, second = (track([(user, ["a"])], "x", update_existing_only=True) for user in ("ada", "bo"))
+            assert (await transport.send(first)).verdict == Delivered()
+            [[[idle, _]]] = transport._session.connector._conns.values()
+            said.set()
+            await until(lambda: idle.should_close, "the words on the idle connection")
+            outcome = await transport.send(second)
+
+    assert outcome.verdict == Delivered()
+    assert asked == [first.body, second.body]

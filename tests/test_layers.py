@@ -23,10 +23,11 @@ LADDER: dict[str, set[str]] = {
     "config": {"errors", "redaction", "settings"},
     "reloading": {"config", "settings"},
     "memory": set(),
+    "connections": set(),
     # What was saved on the page, over the configuration.
     "saved": {"config", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
-    "alarms": set(),
+    "alarms": {"connections"},
     "currents": set(),
     "mixpanel": {"currents"},
     "durable": set(),
@@ -34,7 +35,7 @@ LADDER: dict[str, set[str]] = {
     "backlog": {"durable", "errors", "presence"},
     "delivery": {"backlog", "errors", "mixpanel", "redaction"},
     # Braze's answers are judged in the words of Mixpanel's, and asked for through the same kind of client.
-    "braze": {"errors", "mixpanel", "delivery", "redaction"},
+    "braze": {"connections", "errors", "mixpanel", "delivery", "redaction"},
     # The way back: from Mixpanel's webhook to Braze.
     "cohorts": {"errors", "braze", "mixpanel", "presence"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},

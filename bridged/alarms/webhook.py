@@ -14,6 +14,7 @@ import structlog
 from msgspec import Struct
 
 from bridged import __version__
+from bridged.connections import Connector
 
 log = structlog.get_logger()
 
@@ -88,6 +89,7 @@ class Webhook:
     async def run(self) -> None:
         """Posts what is queued, one after the other, until it is cancelled."""
         async with aiohttp.ClientSession(
+            connector=Connector(),
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},

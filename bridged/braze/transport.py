@@ -10,6 +10,7 @@ from msgspec import Struct
 from bridged import __version__
 from bridged.braze.requests import Request, Target
 from bridged.braze.verdicts import RateLimit, judge, rate_limit
+from bridged.connections import Connector
 from bridged.delivery.transport import CONNECT_S, proxy_for, read_answer
 from bridged.errors import ConfigError
 from bridged.mixpanel.verdicts import Retry, Verdict, clean
@@ -39,7 +40,7 @@ class Transport:
         context = ssl.create_default_context()
         context.set_alpn_protocols(("http/1.1",))
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
+            connector=Connector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
         )
