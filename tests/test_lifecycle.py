@@ -175,6 +175,17 @@ async def test_stopped_while_halted(process, emulator):
     assert process.waiting() == 5
 
 
+async def test_stopped_during_a_long_backoff(process, emulator):
+    """Nothing would be sent within the grace: it isn't used up."""
+    emulator.script([{"status": 503, "headers": {"Retry-After": "600"}}])
+    await process.up(delivery__grace="5m", delivery__flush_interval="0s")
+    assert await process.post(batch(5)) == 200
+    await until(lambda: "delivery_impeded" in process.said())
+
+    assert await process.end() == 0
+    assert process.waiting() == 5
+
+
 async def test_stopped_with_a_client_that_stays(process, emulator):
     """Idle connections and half-sent requests don't keep the daemon from ending."""
     await process.up()

@@ -181,6 +181,20 @@ def test_attempts_that_hang_do_not_hold_up_the_probe() -> None:
     assert bench.snapshot.backing_off_s == 0.0, "what comes late from before is no news"
 
 
+def test_another_credential_need_not_wait_for_what_the_old_one_was_told() -> None:
+    """A time that the server named is over when somebody else asks: one request goes, and what it is told counts."""
+    bench = Bench()
+    bench.deliver(3)
+    bench.answer(bench.send(), Retry("server", "503", after_s=600.0))
+    assert bench.snapshot.backing_off_s == pytest.approx(600.0)
+    bench.pace.ask_again(bench.now + 2.0)
+    assert bench.wait_s() == pytest.approx(2.0)
+    bench.now += 2.0
+    assert bench.wait_s() == 0.0
+    bench.answer(bench.send(), Delivered())
+    assert bench.snapshot.backing_off_s == 0.0
+
+
 def test_probe_never_exceeds_the_most_concurrency() -> None:
     """With one attempt allowed at all, an attempt that hangs is waited for."""
     bench = Bench(msgspec.structs.replace(UNLIMITED, max_concurrency=1))

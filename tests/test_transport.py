@@ -9,7 +9,7 @@ import ssl
 import aiohttp
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
-from conftest import free_port
+from conftest import free_port, until
 from yarl import URL
 
 from bridged.delivery import transport as module
@@ -38,6 +38,13 @@ async def send(opened, body=BODY, events=1):
     return await asyncio.wait_for(opened.send(body, events, lambda: ["i"]), 20)
 
 
+async def read_request(reader):
+    """Head and body of one."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = [line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
+    return head, await reader.readexactly(int(length[0].split(b":")[1]) if length else 0)
+
+
 @contextlib.asynccontextmanager
 async def server(answer=b"", *, read=True):
     """A server that says some bytes to every request and closes. Gives its port and the heads of the requests."""
@@ -46,10 +53,7 @@ async def server(answer=b"", *, read=True):
     async def serve(reader, writer):
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             if read:
-                head = await reader.readuntil(b"\r\n\r\n")
-                heads.append(head)
-                length = [line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
-                await reader.readexactly(int(length[0].split(b":")[1]) if length else 0)
+                heads.append((await read_request(reader))[0])
             writer.write(answer)
             await writer.drain()
         writer.close()
@@ -249,6 +253,35 @@ async def test_no_server_and_no_such_host():
                 assert verdict.reason
 
 
+@pytest.mark.parametrize("said", [b"OK", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"], ids=["200", "400"])
+async def test_what_was_said_while_nobody_asked_is_no_answer(said):
+    """A proxy that is out of step answers on an idle connection: the next request is sent all the same, over another."""
+    said = OK if said == b"OK" else said
+    bodies, may_speak = [], asyncio.Event()
+
+    async def serve(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                bodies.append((await read_request(reader))[1])
+                writer.write(OK)
+                if len(bodies) == 1:
+                    await may_speak.wait()
+                    writer.write(said)
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with transport(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}") as opened:
+        assert await send(opened) == Delivered()
+        [[[idle, _]]] = opened._session.connector._conns.values()
+        may_speak.set()
+        await until(lambda: idle.should_close, "the words on the idle connection")
+        other = gzip.compress(b"another")
+        assert await send(opened, other) == Delivered()
+    listening.close()
+
+    assert bodies == [BODY, other]
+
+
 # -- proxies -----------------------------------------------------------------------------------------------------------
 
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: 52\r\n\r\n{"code":200,"num_records_imported":1,"status":"OK"}\n\n'
@@ -283,6 +316,19 @@ async def test_a_proxy_that_cannot_be(monkeypatch, proxy):
             pass
 
     assert proxy not in error.value.args[0]
+
+
+@pytest.mark.parametrize(("status", "halts"), [(407, True), (403, False), (502, False)])
+async def test_a_proxy_that_opens_no_tunnel(monkeypatch, status, halts):
+    """That it wants a credential halts, as without TLS; all else it says is about the way, and never about the events."""
+    async with server(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status) as (port, heads):
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        async with transport("https://mixpanel.invalid") as opened:
+            verdict = await send(opened)
+
+    assert heads[0].startswith(b"CONNECT mixpanel.invalid:443 ")
+    assert isinstance(verdict, Halt if halts else Retry)
+    assert str(status) in verdict.reason
 
 
 async def test_a_proxy_that_is_not_there(monkeypatch):

@@ -377,6 +377,8 @@ def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal:
         return "refusing", f"Refusing new events: {refusal}; {waiting} waiting"
     if not well.ready:
         return "stalled", f"Not ready: {well.reason}"
+    if pace.limited_by == "probe":
+        return "backing off", f"Trying again with one request, after {pace.reason}. {waiting} safe on disk"
     if pace.backing_off_s > 0:
         return "backing off", f"Backing off for {pace.backing_off_s:.0f} s: {pace.reason}. {waiting} safe on disk"
     rate = f"{pace.delivered_per_second:,.0f} events/s" if pace.delivered_per_second >= 1 else "a trickle"

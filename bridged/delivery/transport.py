@@ -11,6 +11,7 @@ from typing import Self
 import aiohttp
 
 from bridged import __version__
+from bridged.connections import Connector
 from bridged.errors import ConfigError
 from bridged.mixpanel.requests import Target
 from bridged.mixpanel.verdicts import Halt, Retry, Verdict, clean, clock_skew_s, judge
@@ -38,7 +39,7 @@ class Transport:
         context = ssl.create_default_context()
         context.set_alpn_protocols(("http/1.1",))
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
+            connector=Connector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
         )
@@ -77,6 +78,8 @@ class Transport:
             total_s = timeout.total
             return Retry("network", f"no answer within {total_s:g} s" if total_s else "no answer in time")
         except aiohttp.ClientError as error:
+            if isinstance(error, aiohttp.ClientHttpProxyError) and error.status == 407:
+                return judge(407, {}, b"", insert_ids, events)
             # The class is our own word: a long one isn't to be taken for a secret.
             return Retry("network", f"{type(error).__name__}: {clean(redacted(str(error)))}")
         except (OSError, ConfigError) as error:

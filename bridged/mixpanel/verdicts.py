@@ -18,7 +18,8 @@ makes a dead letter with the reason; `Retry` and `Halt` keep everything. Sending
 Mixpanel drops the copy by its `$insert_id`.
 
 A 200 that counts fewer events than were sent is still a success: Mixpanel documents that a 200 means all of them, and the
-count may leave out what it knows already or what the project's owner blocks. The difference is kept and shown.
+count may leave out what it knows already or what the project's owner blocks. The difference is kept and shown. One that
+counts more is the answer to some other request, from a proxy that is out of step.
 """
 
 import re
@@ -190,6 +191,8 @@ def _judge_ok(headers: Mapping[str, str], body: bytes, insert_ids: Callable[[], 
     proof = (code is not None and says_ok) or (count is not None and (code is not None or said is not None))
     if not (ok and proof) or answer.get("error"):
         return Retry("server", _said("200 that doesn't say that the events are in", body), after_s)
+    if count is not None and count > events:
+        return Retry("server", _said(f"200 that counts {count} events of {events}: an answer to another request", body))
     return Delivered(0 if count is None else max(0, events - count))
 
 
