@@ -356,7 +356,7 @@ async def test_what_is_kept_aside_is_told(daemon, client, emulator):
     await until(lambda: app.delivery.set_aside == 1, "the event")
     text = await status_lines(client, app)
     assert "kept aside    1 single events" in text
-    assert "warning: 1 single event(s) were refused for a reason that can't be understood" in text
+    assert "warning: 1 single event(s) are refused for a reason that can't be understood" in text
     assert (await metrics(client, app))["bridged_events_set_aside"] == 1
 
     await post(client, app, [currents(seed=2)])

@@ -97,6 +97,7 @@ def test_what_never_expires_is_not_announced():
         ("spool_pressure", {"disk_free_bytes": 2**26}, {"used_bytes": 7 * 2**30}),
         ("refusing", {"refusing": True}, None),
         ("undelivered", {"waiting": 1, "undelivered_s": 600.0}, {"waiting": 1, "undelivered_s": 550.0}),
+        ("stuck", {"waiting": 9, "in_vain": 1, "in_vain_s": 600.0}, {"in_vain": 1, "in_vain_s": 550.0}),
         ("no_progress", {"stalled": "nothing"}, None),
         ("clock", {"skew_s": 301.0}, {"skew_s": 290.0}),
         ("clock", {"skew_s": -301.0}, {"skew_s": None}),
@@ -196,7 +197,8 @@ def test_the_words_are_for_people():
     told = {notice.alarm: notice.text for at in range(10) for notice in alarms.look(bad, 1.0 + at)}
     told |= {
         notice.alarm: notice.text
-        for notice in alarms.look(facts(waiting=3, undelivered_s=700.0, last_problem="503"), 20.0)
+        for at, more in enumerate(({"undelivered_s": 700.0, "last_problem": "503"}, {"in_vain": 2, "in_vain_s": 700.0}))
+        for notice in alarms.look(facts(waiting=3, **more), 20.0 + at)
     }
 
     assert set(told) == set(NAMES)

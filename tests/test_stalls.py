@@ -154,6 +154,9 @@ def test_two_requests_that_are_never_taken_stop_nobody(play, tmp_path, verdict, 
             await road.at(HOUR_S)
             assert road.mixpanel.got == set(range(60))
             assert road.books() == {"accepted": 62, "delivered": 60, fate: 2}
+            if fate == "waiting" and isinstance(verdict, Retry):
+                assert road.delivery.in_vain == 2
+                assert road.delivery.in_vain_s > 1000
 
     play(scene())
 

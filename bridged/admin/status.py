@@ -155,7 +155,7 @@ class Status(Struct, kw_only=True):
     reload: ReloadStatus
     overridden: list[str]  # keys of the configuration that were saved on the page
     retrying: RetryStatus | None
-    set_aside: int  # single events refused incomprehensibly while nothing else is taken: tried again after a success
+    set_aside: int  # single events that are refused incomprehensibly, or fail: tried again now and then
     clock_skew_s: float | None  # our wall clock less Mixpanel's
     verdicts: dict[str, int]  # on Mixpanel's answers
     skipped: dict[str, int]  # reasons, since this start
@@ -208,6 +208,8 @@ def alarm_facts(app: "App") -> AlarmFacts:
         undelivered_s=undelivered_s,
         undelivered_after_s=float(config.alerts.undelivered),
         last_problem=delivery.last_problem,
+        in_vain=delivery.in_vain,
+        in_vain_s=delivery.in_vain_s,
         stalled=f"{well.waiting:,} events wait, and Mixpanel has not been heard of for {well.stalled_s:.0f} s"
         if is_stall(well.stalled_s, float(config.delivery.timeout))
         else "",
@@ -449,8 +451,8 @@ def _warnings(app: "App") -> list[str]:
         found.append(f"alarms don't reach alerts.webhook_url: {webhook.last_error}, {webhook.queued} wait")
     if app.delivery.set_aside:
         found.append(
-            f"{app.delivery.set_aside} single event(s) were refused for a reason that can't be understood, while nothing "
-            "else was taken: kept aside, tried again after the next success"
+            f"{app.delivery.set_aside} single event(s) are refused for a reason that can't be understood, or fail: kept aside, "
+            "and tried again now and then when others are taken"
         )
     if config.mixpanel.api_secret and not config.mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account")

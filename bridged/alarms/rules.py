@@ -45,6 +45,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     undelivered_s: float = 0.0  # how long events have waited without one success
     undelivered_after_s: float = 600.0  # from then on it is an alarm
     last_problem: str = ""
+    in_vain: int = 0  # events that fail or are refused, and aren't given up
+    in_vain_s: float = 0.0  # for how long, the first of them
     stalled: str = ""  # health's words, when events wait without an answer and without a known reason
     accepted: int = 0  # of the books, as the others here
     delivered: int = 0
@@ -256,6 +258,20 @@ RULES: Final = (
             f"{facts.last_problem or 'Mixpanel says nothing'}"
         ),
         end="Events are delivered again",
+    ),
+    _Rule(
+        name="stuck",
+        severity="warning",
+        says=lambda facts, _: _said(
+            not facts.halted and facts.undelivered_s < facts.undelivered_after_s <= facts.in_vain_s,
+            good=facts.in_vain_s < facts.undelivered_after_s * CALM,
+        ),
+        text=lambda facts, _: (
+            f"{facts.in_vain:,} {'event is' if facts.in_vain == 1 else 'events are'} tried in vain, the first for "
+            f"{_duration(facts.in_vain_s)}, although others are taken: Mixpanel, or something on the way, fails at them. They "
+            "are kept and tried again; the log says what they are told"
+        ),
+        end="Nothing is tried in vain any more",
     ),
     _Rule(
         name="no_progress",

@@ -117,7 +117,7 @@ def _pace(status: Status) -> Iterator[str]:
         oldest = f"the oldest {retrying.attempts:,} times in vain, accepted {duration(retrying.age_s)} ago"
         rows.append(["tried again", f"{retrying.parcels:,} requests; {oldest}"])
     if status.set_aside:
-        rows.append(["kept aside", f"{status.set_aside:,} single events, until something else is taken"])
+        rows.append(["kept aside", f"{status.set_aside:,} single events, tried again when others are taken"])
     if status.webhook is not None:
         hook = status.webhook
         problem = f", last error: {hook.last_error}" if hook.last_error else ""

@@ -118,7 +118,7 @@ class Delivery:
         self._answered = asyncio.Event()
         self._probe_at = 0.0  # loop time
         self._sent_at = -math.inf  # loop time of the last request
-        self._retried: dict[int, Parcel] = {}  # those that failed, by their first segment
+        self._retried: dict[int, Parcel] = {}  # those that were tried in vain and will be again, by their first segment
         self._splits = 0  # since the last request that was understood
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
         self._blame = Blame()
@@ -156,11 +156,14 @@ class Delivery:
         return Retrying(oldest.attempts, oldest.segments[0].created_at, len(self._retried))
 
     @property
+    def in_vain(self) -> int:
+        """Events that were tried in vain and wait to be tried again."""
+        return sum(each.events for each in self._retried.values())
+
+    @property
     def in_vain_s(self) -> float:
         """Seconds for which something has been tried in vain, whatever else was taken; 0: nothing is."""
-        since = [
-            each.in_vain_since for each in (*self._retried.values(), *self._aside) if each.in_vain_since is not None
-        ]
+        since = [each.in_vain_since for each in self._retried.values() if each.in_vain_since is not None]
         return asyncio.get_running_loop().time() - min(since) if since else 0.0
 
     @property
@@ -246,7 +249,8 @@ class Delivery:
         self.judged_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
-        self._retried.pop(first.id, None)
+        if isinstance(verdict, Delivered | Reject):
+            self._retried.pop(first.id, None)
         # What an old credential is told says nothing about the new one.
         outdated = target is not self._transport.target
         match verdict:
@@ -331,6 +335,10 @@ class Delivery:
             if self._splits == _SPLITS_TO_HALT:
                 # No single poison event does this: something refuses everything, and dead letters would be all of it.
                 self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
+        if fate in ("split", "give up"):
+            self._retried.pop(parcel.segments[0].id, None)
+        elif fate == "aside" or isinstance(verdict, Retry):
+            self._retried[parcel.segments[0].id] = parcel
         match fate:
             case "split":
                 if for_its_size and isinstance(verdict, Split):
@@ -344,8 +352,6 @@ class Delivery:
             case "give up":
                 self._give_up(parcel, verdict.reason)
             case "again" | "halt":
-                if isinstance(verdict, Retry):
-                    self._retried[parcel.segments[0].id] = parcel
                 self._backlog.in_vain(parcel)
 
     def _give_up(self, parcel: Parcel, reason: str) -> None:
