@@ -359,6 +359,59 @@ async def test_dead_letters_from_list_to_purge(bridged, daemon, client, tmp_path
     assert (await bridged(app, "dead-letters", "list"))[1] == "no dead letters\n"
 
 
+async def test_an_export_replaces_a_file_only_when_told_to(bridged, daemon, client, tmp_path):
+    """The first export may be the only copy of what was purged since; --force is somebody's word that it isn't."""
+    app = await daemon()
+    await send(client, app, fax("a"))
+    file, link = tmp_path / "letters.ndjson", tmp_path / "link"
+    link.symlink_to(file)
+    assert (await bridged(app, "dead-letters", "export", link))[0] == 0  # the file behind the link is made
+    kept = file.read_bytes()
+    await bridged(app, "dead-letters", "purge", "--all", "--yes")
+
+    for name in (file, link):
+        code, _, err = await bridged(app, "dead-letters", "export", name)
+        assert code == 74
+        assert "is there already" in err
+        assert "--force" in err
+        assert file.read_bytes() == kept
+    assert (await bridged(app, "dead-letters", "export", link, "--force"))[0] == 0
+    assert file.read_bytes() == b""
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.glob("*.part")) == []
+
+
+async def test_an_export_into_a_pipe_leaves_it_one(bridged, daemon, client, tmp_path):
+    """Whatever isn't a regular file is written into, never replaced by one."""
+    app = await daemon()
+    await send(client, app, fax("a"))
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for name in (fifo, link):
+        reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        code, _, _ = await bridged(app, "dead-letters", "export", name)
+        got = os.read(reading, 2**20)
+        os.close(reading)
+        assert code == 0
+        assert json.loads(got)["event"]["id"] == "a"
+        assert fifo.is_fifo()
+        assert link.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [("", 2, "which file"), (".", 74, "is a folder"), ("/", 74, "is a folder"), ("loop", 74, "can't write")],
+)
+async def test_an_export_to_no_file_is_told(bridged, daemon, tmp_path, name, code, word):
+    """A folder or an empty name is a mistake in words, not a traceback."""
+    (tmp_path / "loop").symlink_to("loop")
+    got, _, err = await bridged(await daemon(), "dead-letters", "export", name)
+
+    assert got == code
+    assert word in err
+
+
 @pytest.mark.parametrize("argv", [["replay"], ["replay", 1, "--all"], ["purge", "--all"], ["purge", 1, "--type", "x"]])
 @pytest.mark.usefixtures("no_terminal")
 async def test_dead_letters_want_clear_words(bridged, daemon, client, argv):

@@ -89,6 +89,7 @@ LADDER: dict[str, set[str]] = {
     "emulator": {"errors"},
     # Commands talk to a daemon, or open the parts that they check.
     "commands": {
+        "durable",
         "errors",
         "settings",
         "config",

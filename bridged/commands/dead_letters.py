@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import stat
 import sys
 import time
 from datetime import datetime
@@ -15,6 +16,7 @@ from bridged.admin.api import Listing
 from bridged.backlog.dead_letters import MAX_LISTED, Group, Replayed
 from bridged.commands.client import Daemon
 from bridged.commands.printing import printable, table
+from bridged.durable import settle_file
 from bridged.errors import BridgedError
 
 EPILOG = """\
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("id", type=int, help="its number in the list")
     verb = verbs.add_parser("export", parents=[common, filters], help="NDJSON with the events, into a file")
     verb.add_argument("file", help="where to; - is standard output")
+    verb.add_argument("--force", action="store_true", help="replace the file, if there is one")
     for name, text in (("replay", "try them again"), ("purge", "delete them for good")):
         verb = verbs.add_parser(name, parents=[common, filters], help=text)
         verb.add_argument("ids", type=int, nargs="*", metavar="ID", help="only these, by their numbers in the list")
@@ -117,25 +120,48 @@ def _export(daemon: Daemon, arguments: argparse.Namespace) -> int:
         for piece in pieces:
             sys.stdout.buffer.write(piece)
         return 0
-    # Nothing half-written ever stands under the name that was asked for.
-    path = Path(arguments.file)
-    part = path.with_name(path.name + ".part")
+    path, is_new = _target(arguments.file, replace=arguments.force)
+    # Nothing half-written ever stands under the name that was asked for. A pipe or a device is no file to be replaced.
+    part = path.with_name(path.name + ".part") if is_new else path
     count = 0
     try:
         # Events are personal data.
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        opened = os.open(part, os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if is_new else 0), 0o600)
+        with os.fdopen(opened, "wb") as file:
             for piece in pieces:
                 file.write(piece)
                 count += piece.count(b"\n")
-        part.replace(path)
+        if is_new:
+            settle_file(part, path)
     except BridgedError:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        if is_new:
+            with contextlib.suppress(OSError):
+                part.unlink()
         raise
     except OSError as error:
         raise FileError(f"can't write {path}: {error}", "is the folder there, and is there room?") from error
     print(f"{count:,} dead letters written to {path}", file=sys.stderr)
     return 0
+
+
+def _target(name: str, *, replace: bool) -> tuple[Path, bool]:
+    """Where an export goes, behind any symbolic links, and whether it becomes a file there. Raises UsageError, FileError."""
+    if not name:
+        raise UsageError("export to which file?", "give a name, or - for standard output")
+    path = Path(name)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path)), True
+    except OSError as error:
+        raise FileError(f"can't write {path}: {error}") from error
+    if stat.S_ISDIR(mode):
+        raise FileError(f"{path} is a folder", "give the name of a file")
+    if not stat.S_ISREG(mode):
+        return path, False
+    if not replace:
+        raise FileError(f"{path} is there already", "give another name, or --force to replace it")
+    return Path(os.path.realpath(path)), True
 
 
 def _replay(daemon: Daemon, arguments: argparse.Namespace) -> int:
