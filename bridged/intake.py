@@ -13,6 +13,7 @@ from functools import partial
 import msgspec
 from msgspec import Struct
 
+from bridged.backlog.archive import ArchivedEvent
 from bridged.backlog.segment import Batch
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Spool
 from bridged.currents.schema import UNDECODABLE_CODE, UNDECODABLE_TYPE, Decoded, Refusal, Schema
@@ -31,16 +32,6 @@ _SLICE_EVENTS = 100
 # An event of Currents is larger than this. Of smaller elements a body has few, or it is none.
 _LEAST_EVENT_BYTES = 64
 _FEW_ELEMENTS = 1000
-
-
-class _ArchivedProperties(Struct):
-    insert_id: str = msgspec.field(name="$insert_id")
-    time: int
-
-
-class _Archived(Struct):
-    event: str
-    properties: _ArchivedProperties
 
 
 class Intake:
@@ -168,15 +159,16 @@ class Intake:
         batches = [Batch(batch.ndjson, bytes([code]) * len(batch.codes)) for batch in mapped.batches]
         return Intaken(batches, mapped.dead_letters, bytes([code]) * len(mapped.skipped))
 
-    def accept_archived(self, lines: Sequence[bytes]) -> "asyncio.Future[None]":
+    def accept_archived(self, lines: Sequence[bytes]) -> tuple["asyncio.Future[None]", int]:
         """Events that expired and were archived: mapped already, so they go on as they are. They count as accepted anew.
 
-        Raises SpoolError when the spool can't take them. A line that isn't a mapped event becomes a dead letter.
+        A line that isn't a mapped event becomes a dead letter; the number says how many were. Raises SpoolError when the
+        spool can't take them.
         """
         batches, letters = [], []
         for line in filter(None, map(bytes.strip, lines)):
             try:
-                name = msgspec.json.decode(line, type=_Archived).event
+                name = msgspec.json.decode(line, type=ArchivedEvent).event
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 reason = f"not an archived event: {error}"
                 letters.append(DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, line))
@@ -184,7 +176,7 @@ class Intake:
                 batches.append(
                     Batch(self._with_token(line).replace(b"\n", b" ") + b"\n", bytes([self._mapping.code_of(name)]))
                 )
-        return self._spool.append(Intaken(batches, letters))
+        return self._spool.append(Intaken(batches, letters)), len(letters)
 
     def _sliced(self, lines: Sequence[bytes]) -> Intaken:
         """What became of some events, a line each."""

@@ -113,7 +113,7 @@ async def test_expired_events_are_archived_and_replayed(
     ]
     url = f"http://{app.config.admin.listen}/api/replay"
     async with client.post(url, json={"events": archived}) as response:
-        assert (response.status, await response.json()) == (200, {"accepted": 30})
+        assert (response.status, await response.json()) == (200, {"accepted": 30, "refused": 0})
 
     await until(lambda: len(emulator.events()) == 30, "the delivery")
     await until(lambda: app.spool.accounts.total("delivered") == 30, "the books")
@@ -121,6 +121,17 @@ async def test_expired_events_are_archived_and_replayed(
     assert {event["properties"]["$insert_id"] for event in emulator.events()} == {event["id"] for event in EVENTS}
     # Accounted under the type that it was, not as unknown.
     assert app.spool.accounts.counts["delivered"].keys() == app.spool.accounts.counts["expired"].keys()
+
+
+async def test_a_replay_of_something_else_is_counted_as_refused(daemon: Daemon, client: aiohttp.ClientSession) -> None:
+    """Who replays is told how much of it was no archived event."""
+    app = await daemon()
+    good = {"event": "Email Open", "properties": {"$insert_id": "a", "time": 1}}
+    url = f"http://{app.config.admin.listen}/api/replay"
+    async with client.post(url, json={"events": [good, EVENTS[0], 7]}) as response:
+        assert (response.status, await response.json()) == (200, {"accepted": 1, "refused": 2})
+
+    assert app.spool.dead_letters == 2
 
 
 async def test_dropped_events_are_gone_and_counted(daemon: Daemon, emulator: MixpanelEmulator, tmp_path: Path) -> None:
@@ -152,7 +163,10 @@ async def test_kept_events_wait_for_the_credential(
 async def test_a_line_that_is_no_mapped_event_becomes_a_dead_letter(daemon: Daemon) -> None:
     """A file that isn't an archive costs nobody anything, and nothing of it is lost."""
     app = await daemon()
-    await app.intake.accept_archived([b'{"hello":1}', b"", b"nonsense", msgspec.json.encode(EVENTS[0])])
+    lines = [b'{"hello":1}', b"", b"nonsense", msgspec.json.encode(EVENTS[0])]
+    committed, refused = app.intake.accept_archived(lines)
+    await committed
 
+    assert refused == 3
     assert app.spool.accounts.total("dead_lettered") == 3
     balanced(app)

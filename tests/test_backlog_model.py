@@ -501,7 +501,7 @@ class PathModel(RuleBasedStateMachine):
                 self.run(self.replay_file(file, archived))
 
     async def replay_file(self, file, archived):
-        future = self.intake.accept_archived(archived)
+        future, _ = self.intake.accept_archived(archived)
         self.ask(numbers(b"\n".join(archived)), 0, future)
         await self.quiet()
         if future.done() and future.exception() is None:

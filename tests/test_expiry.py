@@ -327,11 +327,59 @@ async def test_a_plain_file_is_replayed_as_well(expired, bridged, emulator, tmp_
     await until(lambda: len(emulator.events()) == 30, "the delivery")
 
 
+ARCHIVED = b'{"event":"Email Open","properties":{"$insert_id":"a","time":1}}\n'
+
+
+async def test_only_a_file_of_its_own_is_put_aside(daemon, bridged, tmp_path):  # noqa: F811  # the fixture
+    """A pipe or a link keeps its name, and an earlier file of that name stays."""
+    app = await daemon()
+    file, link, fifo = tmp_path / "file", tmp_path / "link", tmp_path / "fifo"
+    file.write_bytes(ARCHIVED)
+    link.symlink_to(file)
+    os.mkfifo(fifo)
+    writing = asyncio.create_task(asyncio.to_thread(fifo.write_bytes, ARCHIVED))
+    assert (await bridged(app, "replay", fifo, link))[0] == 0
+    await writing
+    assert fifo.is_fifo()
+    assert link.is_symlink()
+    assert (await bridged(app, "replay", file))[0] == 0
+    file.write_bytes(ARCHIVED * 2)
+    assert (await bridged(app, "replay", file, tmp_path / "file.replayed"))[0] == 0
+
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("*.replayed*")}
+    assert found == {"file.replayed": ARCHIVED, "file.2.replayed": ARCHIVED * 2}
+
+
+async def test_a_file_that_cannot_be_renamed_is_told(daemon, bridged, tmp_path, monkeypatch):  # noqa: F811  # the fixture
+    """All the files are sent, each once; the exit code is that of a disk, and a sentence says what not to do."""
+    app = await daemon()
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(ARCHIVED)
+
+    def read_only(path, _target):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    code, out, err = await bridged(app, "replay", *files)
+
+    assert code == 74
+    assert out.count("1 events back in the spool") == 2
+    assert "a was replayed, but can't be renamed" in err
+    assert "don't replay it again" in err
+    assert app.spool.accounts.total("accepted") == 2
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(b'{"event":"a"}\nnonsense\n', "line 2 is no event"), (gzip.compress(b"[]", mtime=0), "line 1 is no event"),
-     (gzip.compress(b"x" * 100, mtime=0)[:-9], "can't read")],
-)  # fmt: skip
+    [
+        (ARCHIVED + b"nonsense\n", "line 2 is no archived event"),
+        (gzip.compress(b"[]", mtime=0), "line 1 is no archived event"),
+        (gzip.compress(b"x" * 100, mtime=0)[:-9], "can't read"),
+        (ndjson([currents()]), "bridged backfill"),
+        (b'\n{"id":1,"stage":"door","event_type":"x","reason":"because","event":{"id":"a"}}\n', "dead-letters replay"),
+    ],
+)
 async def test_a_file_that_is_no_archive(daemon, bridged, tmp_path, content, word):  # noqa: F811  # the fixture
     """Told with its line, before anything of it is sent; the file stays where it is."""
     app = await daemon()

@@ -358,7 +358,8 @@ async def test_archived_events_go_on_as_they_are(intake: Intake, spool: Spool) -
         b'{"event":"Email Open","properties":{"$insert_id":"a", "time" :1}}',
         b'{"event":"Fax Send","properties":{"$insert_id":"b","time":2}}',
     ]
-    await intake.accept_archived([archived[0] + b"\n", b"\n", b"  " + archived[1] + b"\r\n"])
+    committed, _ = intake.accept_archived([archived[0] + b"\n", b"\n", b"  " + archived[1] + b"\r\n"])
+    await committed
     segments, _ = await spool.read_after(0, 2**40)
     assert [(lines_of([segment]), segment.codes) for segment in segments] == [
         (archived, bytes([CODES[OPEN], UNKNOWN_CODE]))
@@ -376,7 +377,10 @@ NOT_ARCHIVED = [
 @pytest.mark.parametrize("line", [*ODD, *TRUNCATED, *GOOD[:2], *NOT_ARCHIVED])
 async def test_what_is_no_archived_event_is_a_dead_letter(intake: Intake, spool: Spool, line: bytes) -> None:
     """A damaged file, or one that is something else, costs its own lines, and no line gets lost."""
-    await intake.accept_archived([line, b'{"event":"Email Open","properties":{"$insert_id":"a","time":1}}', line])
+    good = b'{"event":"Email Open","properties":{"$insert_id":"a","time":1}}'
+    committed, refused = intake.accept_archived([line, good, line])
+    await committed
+    assert refused == (2 if line.strip() else 0)
     expected = {"accepted": 3, "waiting": 1, "dead_lettered": 2} if line.strip() else {"accepted": 1, "waiting": 1}
     assert totals(spool) == expected
     assert {row.event for row in await letters(spool)} == ({line} if line.strip() else set())

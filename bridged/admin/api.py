@@ -15,7 +15,8 @@
     POST /api/credentials             {"token", "api_secret", "service_account", "service_secret", "project_id"}: those that
                                       are given are in force at once, until the next start or another one in the
                                       configuration. Kept in memory only, never sent back.
-    POST /api/replay                  {"events": [...]}: mapped events that were archived when they expired
+    POST /api/replay                  {"events": [...]}: mapped events that were archived when they expired; what isn't one
+                                      is refused: a dead letter
 
     /api/cohorts...                   see admin/cohorts.py
 
@@ -218,10 +219,11 @@ class Api:
         return json({"purged": purged})
 
     async def _replay_archived(self, request: web.Request) -> web.Response:
-        """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk."""
+        """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk, as such or as dead letters."""
         events = (await body(request, Archived)).events
-        await self._app.intake.accept_archived([bytes(event) for event in events])
-        return json({"accepted": len(events)})
+        committed, refused = self._app.intake.accept_archived([bytes(event) for event in events])
+        await committed
+        return json({"accepted": len(events) - refused, "refused": refused})
 
     async def _credentials(self, request: web.Request) -> web.Response:
         """Another credential, at once."""

@@ -6,8 +6,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+from msgspec import Struct
+
 from bridged.backlog.segment import Segment, request_body
 from bridged.durable import sync
+
+
+class _Properties(Struct):
+    insert_id: str = msgspec.field(name="$insert_id")
+    time: int
+
+
+class ArchivedEvent(Struct):
+    """What a line of an archive file has at least: by these Mixpanel knows a repetition."""
+
+    event: str
+    properties: _Properties
 
 
 class Archive:

@@ -2,6 +2,9 @@
 
 import argparse
 import gzip
+import itertools
+import stat
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,16 +12,19 @@ from pathlib import Path
 import msgspec
 
 from bridged import config
+from bridged.backlog.archive import ArchivedEvent
 from bridged.commands.client import Daemon
 from bridged.errors import BridgedError, SpoolError
 
 EPILOG = """\
-A file that the daemon has taken, every event of it on disk, is renamed to FILE.replayed, so that a second call passes it over.
+A file that the daemon has taken, every event of it on disk, is renamed to FILE.replayed, so that a second call passes it over;
+pipes, devices, links and what has such a name already keep theirs.
 Events that Mixpanel has already are recognised by their $insert_id: to replay a file again is harmless.
 
 examples:
   bridged replay archive/*.ndjson.gz
 """
+_SUFFIX = ".replayed"
 # Events in a request: what the daemon takes in one go without keeping others waiting.
 _SLICE = 2000
 _SLICE_BYTES = 4 * 2**20
@@ -30,19 +36,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Replays them in the order given; stops at the first that can't be."""
+    """Replays them in the order given; stops at the first that can't be. 1: some were refused; 74: a file kept its name."""
     daemon = Daemon.admin(config.load(config.find_config(arguments.config)))
+    code = 0
     for path in arguments.files:
         lines = _lines(path)
+        refused = 0
         try:
             for events in _slices(lines):
-                daemon.order("/api/replay", {"events": events}, dict[str, int])
+                refused += daemon.order("/api/replay", {"events": events}, dict[str, int]).get("refused", 0)
         except BridgedError as error:
             error.hint = error.hint or f"{path} was replayed in part; replaying it again is harmless"
             raise
-        path.rename(path.with_name(f"{path.name}.replayed"))
-        print(f"{path}: {len(lines)} events back in the spool")
-    return 0
+        said = f", {refused} refused: see bridged dead-letters list" if refused else ""
+        print(f"{path}: {len(lines) - refused} events back in the spool{said}")
+        code = code or int(bool(refused))
+        try:
+            _put_aside(path)
+        except OSError as error:
+            # The others are sent all the same: to stop here would have this one sent again.
+            print(f"bridged: {path} was replayed, but can't be renamed: {error}", file=sys.stderr)
+            print("  hint: don't replay it again; move it away", file=sys.stderr)
+            code = SpoolError.exit_code
+    return code
+
+
+def _put_aside(path: Path) -> None:
+    """Gives a file its new name, one that no other has. What isn't a regular file keeps its own. Raises OSError."""
+    if path.name.endswith(_SUFFIX) or not stat.S_ISREG(path.lstat().st_mode):
+        return
+    endings = itertools.chain([_SUFFIX], (f".{number}{_SUFFIX}" for number in itertools.count(2)))
+    path.rename(next(new for ending in endings if not (new := path.with_name(path.name + ending)).exists()))
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -58,11 +82,27 @@ def _lines(path: Path) -> list[bytes]:
         if not line.strip():
             continue
         try:
-            msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+            msgspec.json.decode(line, type=ArchivedEvent)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise SpoolError(f"{path}, line {number} is no event: {error}", "nothing of the file was sent") from error
+            said = f"{path}, line {number} is no archived event: {error}"
+            raise SpoolError(said, f"nothing of the file was sent; {_what_to_do(line)}") from error
         lines.append(line)
     return lines
+
+
+def _what_to_do(line: bytes) -> str:
+    """With what was taken for an archived event."""
+    try:
+        members = set(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        members = set()
+    if {"stage", "reason"} <= members:
+        return (
+            "it looks like an export of dead letters: bridged dead-letters replay tries those again that the daemon has"
+        )
+    if "event_type" in members:
+        return "it looks like an event of Currents: bridged backfill sends those"
+    return "replay takes what [retention] archived"
 
 
 def _slices(lines: Sequence[bytes]) -> Iterator[list[msgspec.Raw]]:
