@@ -198,13 +198,22 @@ def _with_secrets(config: Config, environ: Mapping[str, str]) -> Config:
         if source is None:
             continue
         try:
-            secret = source.read_text(encoding="utf-8").strip()
+            secret = source.read_text(encoding="utf-8-sig").strip()  # as for the configuration: a mark of Windows
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"can't read {'.'.join(path)} from {source}: {error}") from error
         if not secret:
             raise ConfigError(f"can't read {'.'.join(path)} from {source}: it is empty")
+        if problem := secret_problem(secret):
+            raise ConfigError(f"can't use {'.'.join(path)} from {source}: {problem}")
         config = replaced(config, path, secret)
     return config
+
+
+def secret_problem(secret: str) -> str:
+    """What is wrong with a secret that no header can carry; it isn't quoted. Empty: nothing."""
+    if not (secret.isprintable() and secret.isascii()):
+        return "expected printable ASCII, in one line: was it copied whole, and nothing else?"
+    return "it has blanks around it" if secret != secret.strip() else ""
 
 
 def secret_files(config: Config, environ: Mapping[str, str] = os.environ) -> list[Path]:
@@ -268,6 +277,9 @@ def is_loopback(host: str) -> bool:
 
 def _problems(config: Config) -> Iterator[str]:
     """What no type can say. Empty means that the daemon may start."""
+    for path in SECRETS:
+        if problem := secret_problem(value_at(config, path)):
+            yield f"{'.'.join(path)}: {problem}"
     mixpanel = config.mixpanel
     if mixpanel.service_account and not (mixpanel.service_secret and mixpanel.project_id):
         yield "mixpanel.service_account needs mixpanel.service_secret and mixpanel.project_id"

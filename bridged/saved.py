@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 import msgspec
 
-from bridged.config import Key, convert, demand_good, keys, replaced, toml_value, value_at
+from bridged.config import Key, convert, demand_good, keys, replaced, secret_problem, toml_value, value_at
 from bridged.errors import BridgedError, ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config
@@ -211,8 +211,8 @@ def checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         value = plain.strip() if isinstance(plain, str) else plain
         if is_secret(key) and isinstance(value, str):
             hide([value])
-            if not (value.isprintable() and value.isascii()):
-                wrong[name] = "expected printable ASCII: was it copied whole, and nothing else?"
+            if problem := secret_problem(value):
+                wrong[name] = problem
                 continue
         nested: Any = value
         for part in reversed(key.path):

@@ -149,7 +149,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["123", "true", "[1]", '"quoted"', "", "1e5", "a = b", "zwölf"])
 def test_text_is_taken_as_it_is(text: str) -> None:
     """A token of digits is a token: text needs no quotes, and loses none."""
-    assert from_environment(mixpanel__api_secret=text).mixpanel.api_secret == text
+    assert from_environment(mixpanel__partner_id=text).mixpanel.partner_id == text
     assert load(None, {"BRIDGED__MIXPANEL__TOKEN": "123"}).mixpanel.token == "123"
 
 
@@ -266,6 +266,33 @@ def test_a_secrets_file_that_holds_none_is_an_error(
         load(None, TOKEN | {variable(path, "_file"): str(named), variable(path): ""})
     assert ".".join(path) in str(caught.value)
     assert str(named) in str(caught.value)
+
+
+@pytest.mark.parametrize("path", SECRETS, ids=".".join)
+@pytest.mark.parametrize("text", ["s3cr3t-\nsecond line", "€uro-s3cr3t", "s3cr3t-\x00", "s3cr3t-\x7f"])
+def test_a_secret_that_no_header_holds_is_told_by_its_key(tmp_path: Path, path: tuple[str, ...], text: str) -> None:
+    """Wherever it comes from, where the configuration is read, and without a quotation: later it is somebody's traceback."""
+    named = tmp_path / "named"
+    named.write_text(secret(path, text), encoding="utf-8")
+    for environ, where in (
+        ({variable(path): secret(path, text)}, "the environment"),
+        ({variable(path, "_file"): str(named)}, str(named)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(None, TOKEN | environ | {variable(path): environ.get(variable(path), "")})
+        said = str(caught.value)
+        assert ".".join(path) in said
+        assert where in said
+        assert "printable ASCII" in said
+        assert "s3cr3t" not in said
+
+
+def test_blanks_around_a_secret_are_told_and_around_a_files_are_not_meant(tmp_path: Path) -> None:
+    """A header would lose them. In a file they, and the mark that editors on Windows make, are the editor's."""
+    assert "admin.token: it has blanks" in complaint(None, mixpanel__token="t", admin__token=" abc ")
+    named = tmp_path / "named"
+    named.write_bytes(b"\xef\xbb\xbf abc \r\n")
+    assert from_environment(admin__token_file=str(named)).admin.token == "abc"
 
 
 def test_no_credential_directory_or_no_such_credential(tmp_path: Path) -> None:
