@@ -56,6 +56,22 @@ async def test_another_region(bridged, config, emulator, monkeypatch):  # noqa: 
 
 
 @pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        ({"retention__archive_path": "/dev/null"}, "retention.archive_path: /dev/null is no folder"),
+        ({"retention__archive_path": "/dev/null/archive"}, "retention.archive_path: /dev/null is no folder"),
+        ({"braze__url": "", "braze__cluster": "EU01"}, "braze.cluster: 'EU01' is no cluster of Braze's"),
+    ],
+)
+async def test_what_cannot_work_is_never_called_good(bridged, config, importing, overrides, word):  # noqa: F811  # the fixture
+    """A cluster that Braze doesn't have, and an archive that can't be a folder: told before anything is summed up."""
+    code, out, err = await bridged(_Configured(config(**importing | overrides)), "check")
+
+    assert (code, out) == (78, "")
+    assert word in err
+
+
+@pytest.mark.parametrize(
     ("url", "word"),
     [
         ("https://mixpanel.invalid", "can't find mixpanel.invalid"),

@@ -7,7 +7,9 @@ the credential is good, and nothing is stored.
 import argparse
 import asyncio
 import difflib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from bridged import config, options
 from bridged.admin import selection
@@ -47,7 +49,8 @@ def main(arguments: argparse.Namespace) -> int:
     settings = saved.in_force(settings)
     where = str(path) if path else "the environment"
     if problems := list(_problems(settings)):
-        raise ConfigError(f"{where}: " + "\n  ".join(problems), "`bridged send-test-events --list` names the types")
+        hint = "`bridged send-test-events --list` names the types" if "event type" in "".join(problems) else ""
+        raise ConfigError(f"{where}: " + "\n  ".join(problems), hint)
     if settings.mixpanel.export and not config.has_credential(settings):
         raise ConfigError(f"{where}: {config.NO_CREDENTIAL}", "or give it on the page: `bridged run` starts without")
     print(f"{path or 'no file, only the environment and the defaults'}: good")
@@ -66,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _problems(settings: Config) -> Iterator[str]:
-    """Names of event types that don't exist. An unknown type may be included by name: then it is meant."""
+    """What can't work, and names of event types that don't exist. An unknown type may be included by name: then it is meant."""
     known = [row.event_type for row in EVENT_TYPES]
     events = settings.events
     for key, names in (("include", events.include), ("exclude", events.exclude), ("names", tuple(events.names))):
@@ -75,6 +78,13 @@ def _problems(settings: Config) -> Iterator[str]:
                 near = difflib.get_close_matches(name, known, 1)
                 yield f"events.{key}: no event type {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
+    yield from check_braze.problems(settings)
+    if settings.mixpanel.export and settings.retention.on_expiry == "archive":
+        # The folder is made when it is needed, with those above it.
+        path = Path(settings.retention.archive_path).absolute()
+        there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+        if not there.is_dir():
+            yield f"retention.archive_path: {there} is no folder"
     if wrong := selection.problems(options.mapping_settings(settings)).get("events.transform"):
         yield f"events.transform: {wrong}"
 

@@ -12,7 +12,7 @@ from bridged.braze.requests import Target
 from bridged.braze.transport import Transport
 from bridged.cohort_import import braze_target
 from bridged.commands.printing import printable, size
-from bridged.errors import UpstreamError
+from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.verdicts import Halt, Retry, Split, Verdict
 from bridged.settings import Config
 
@@ -33,6 +33,15 @@ def summary(settings: Config) -> Iterator[list[str]]:
     cap = f"{cohorts.max_data_points_per_day:,} a day" if cohorts.max_data_points_per_day else "no cap"
     yield ["data points", cap]
     yield ["membership", f"{cohorts.path}, at most {size(cohorts.max_bytes)}"]
+
+
+def problems(settings: Config) -> Iterator[str]:
+    """What can't work."""
+    if settings.cohorts.enabled:
+        try:
+            braze_target(settings)
+        except ConfigError as error:
+            yield str(error.args[0])
 
 
 def warnings(settings: Config) -> Iterator[str]:
