@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
 
@@ -62,8 +62,14 @@ def find_config(flag: str | None) -> Path | None:
     return next((p for p in (Path("config.toml"), Path("/etc/bridged/config.toml")) if p.exists()), None)
 
 
-def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration of a file and an environment.
+def load(
+    path: Path | None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    secrets: Collection[tuple[str, ...]] = SECRETS,
+) -> Config:
+    """The configuration of a file and an environment. `secrets`: those that are wanted. Of others no file is read, and
+    nobody complains that they are missing: a command may not be allowed to read what it doesn't need.
 
     Raises ConfigError that names the file and the key for anything unreadable, unknown, ill-typed or contradictory.
     """
@@ -81,20 +87,23 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         config = convert(raw)
     except msgspec.ValidationError as error:
         raise _explained(where, error) from error
-    config = _with_secrets(config, environ)
-    demand_good(config, where)
+    config = _with_secrets(config, environ, secrets)
+    demand_good(config, where, complete=secrets is SECRETS)
     return config
 
 
-def demand_good(config: Config, where: str = "") -> None:
-    """Raises ConfigError for what contradicts itself. From here on its secrets are masked in whatever is said.
+def demand_good(config: Config, where: str = "", *, complete: bool = True) -> None:
+    """Raises ConfigError for what contradicts itself, and if it is `complete`, for secrets that are missing. From here on
+    its secrets are masked in whatever is said.
 
     A credential may be missing as long as there is a page to give it on.
     """
     hide(_spoken_secrets(config))
     problems = list(_problems(config))
-    if config.mixpanel.export and not has_credential(config) and not config.admin.listen:
-        problems.append(NO_CREDENTIAL)
+    if complete:
+        problems += _missing_secrets(config)
+        if config.mixpanel.export and not has_credential(config) and not config.admin.listen:
+            problems.append(NO_CREDENTIAL)
     if problems:
         raise ConfigError((f"{where}: " if where else "") + "\n  ".join(problems))
 
@@ -183,8 +192,8 @@ def _toml(name: str, value: str) -> Any:
         raise ConfigError(f"the environment variable {name}={value!r} is not a TOML value: {error}") from error
 
 
-def _with_secrets(config: Config, environ: Mapping[str, str]) -> Config:
-    for path in SECRETS:
+def _with_secrets(config: Config, environ: Mapping[str, str], wanted: Iterable[tuple[str, ...]]) -> Config:
+    for path in wanted:
         section: Any = config
         for name in path[:-1]:
             section = getattr(section, name)
@@ -254,7 +263,7 @@ def with_credentials(config: Config, changes: Mapping[str, str]) -> Config:
     """The configuration with other values in [mixpanel]. Raises ConfigError if they contradict each other."""
     config = msgspec.structs.replace(config, mixpanel=msgspec.structs.replace(config.mixpanel, **changes))
     hide(_spoken_secrets(config))
-    if problems := list(_problems(config)):
+    if problems := [*_problems(config), *_missing_secrets(config)]:
         raise ConfigError("; ".join(problems))
     return config
 
@@ -281,8 +290,6 @@ def _problems(config: Config) -> Iterator[str]:
         if problem := secret_problem(value_at(config, path)):
             yield f"{'.'.join(path)}: {problem}"
     mixpanel = config.mixpanel
-    if mixpanel.service_account and not (mixpanel.service_secret and mixpanel.project_id):
-        yield "mixpanel.service_account needs mixpanel.service_secret and mixpanel.project_id"
     if config.cohorts.enabled:
         yield from _cohort_problems(config)
     elif not mixpanel.export:
@@ -302,12 +309,8 @@ def _problems(config: Config) -> Iterator[str]:
         if value:
             yield from _address_problems(name, value)
     http, stream, admin = config.sources.http, config.sources.stream, config.admin
-    if http.listen and mixpanel.export and not http.bearer_token and _is_remote(http.listen):
-        yield "sources.http.listen is reachable from other machines: set sources.http.bearer_token"
     if bool(admin.tls_cert) != bool(admin.tls_key):
         yield "admin.tls_cert and admin.tls_key: TLS needs both"
-    if admin.listen and not admin.token and _is_remote(admin.listen):
-        yield "admin.listen is reachable from other machines: set admin.token"
     for value in stream.listen:
         kind, _, rest = value.partition(":")
         if kind == "tcp":
@@ -341,8 +344,6 @@ def _cohort_problems(config: Config) -> Iterator[str]:
     cohorts, braze, http = config.cohorts, config.braze, config.sources.http
     if not http.listen:
         yield "cohorts.enabled needs sources.http.listen: Mixpanel posts them there"
-    if http.listen and not cohorts.password and _is_remote(http.listen):
-        yield "sources.http.listen is reachable from other machines: set cohorts.password"
     if cohorts.password and (":" in cohorts.username or not cohorts.username):
         yield "cohorts.username: expected a name without a colon"
     if not cohorts.user_id.strip():
@@ -358,12 +359,30 @@ def _cohort_problems(config: Config) -> Iterator[str]:
         yield "braze.url: expected http(s)://host, without credentials or query"
     if not (braze.url or braze.cluster):
         yield "braze.cluster is not set: it is in your dashboard's address (US-01, EU-02, ...)"
+    if braze.partner_name and not re.fullmatch(r"[A-Za-z0-9_-]+", braze.partner_name):
+        yield "braze.partner_name: expected letters, digits, - and _"
+
+
+def _missing_secrets(config: Config) -> Iterator[str]:
+    """What must not be without a secret."""
+    mixpanel, cohorts, braze, admin, http = (
+        *(config.mixpanel, config.cohorts, config.braze, config.admin),
+        config.sources.http,
+    )
+    if mixpanel.service_account and not (mixpanel.service_secret and mixpanel.project_id):
+        yield "mixpanel.service_account needs mixpanel.service_secret and mixpanel.project_id"
+    if http.listen and mixpanel.export and not http.bearer_token and _is_remote(http.listen):
+        yield "sources.http.listen is reachable from other machines: set sources.http.bearer_token"
+    if admin.listen and not admin.token and _is_remote(admin.listen):
+        yield "admin.listen is reachable from other machines: set admin.token"
+    if not cohorts.enabled:
+        return
+    if http.listen and not cohorts.password and _is_remote(http.listen):
+        yield "sources.http.listen is reachable from other machines: set cohorts.password"
     if not (braze.rest_key or braze.partner_key):
         yield "braze has no key: set rest_key (or, as one of Braze's partners, partner_key)"
     if braze.partner_key and not (braze.data_import_key and braze.partner_name):
         yield "braze.partner_key needs braze.data_import_key and braze.partner_name"
-    if braze.partner_name and not re.fullmatch(r"[A-Za-z0-9_-]+", braze.partner_name):
-        yield "braze.partner_name: expected letters, digits, - and _"
 
 
 def _address_problems(name: str, value: str) -> Iterator[str]:

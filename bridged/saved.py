@@ -124,10 +124,10 @@ class Saved:
         else:
             self.problem += f"; it was set aside as {aside.name}"
 
-    def in_force(self, config: Config) -> Config:
+    def in_force(self, config: Config, *, complete: bool = True) -> Config:
         """The configuration with what was saved; without it, if they contradict each other: `problem` says so."""
         try:
-            return applied(config, self.values)
+            return applied(config, self.values, complete=complete)
         except ConfigError as error:
             said = " ".join(str(error.args[0]).split())
             self.problem = f"the settings that were saved on the page are not in force: with the configuration, {said}"
@@ -191,11 +191,13 @@ def shown(key: Key, value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=str)
 
 
-def applied(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values. Raises ConfigError if they contradict each other."""
+def applied(config: Config, values: Mapping[str, Any], *, complete: bool = True) -> Config:
+    """The configuration with other values. Raises ConfigError if they contradict each other, or if it is `complete` and lacks
+    a secret.
+    """
     for name, value in values.items():
         config = replaced(config, EDITABLE[name].path, value)
-    demand_good(config)
+    demand_good(config, complete=complete)
     return config
 
 
@@ -266,4 +268,10 @@ def read_for(config: Config) -> Saved:
     """For commands: what the daemon of a configuration has saved. The file stays where it is, whatever is in it."""
     saved = Saved(config.spool.path)
     saved.read()
+    path = Path(config.spool.path)
+    if not (path.is_absolute() or path.exists() or saved.values or saved.problem):
+        saved.problem = (
+            f"whether settings were saved on the page can't be seen: spool.path is relative, and there is no {path} in "
+            f"{Path.cwd()}; from the daemon's working directory it could, once it has run"
+        )
     return saved

@@ -172,6 +172,34 @@ async def test_something_else_there_is_69(bridged, monkeypatch, emulator):
     assert "HTTP 404" in err or "no such endpoint" in err
 
 
+async def test_commands_read_only_the_secrets_that_they_use(bridged, daemon, monkeypatch, tmp_path):
+    """What systemd hands to the daemon alone, or a file beside it, is nothing that looking at it needs."""
+    app = await daemon(sources__http__bearer_token="bearer", admin__token="admin")
+    await bridged(app, "config")
+    for name, value in (
+        ("MIXPANEL__TOKEN", ""),
+        ("MIXPANEL__TOKEN_FILE", "not-here"),
+        ("MIXPANEL__SERVICE_ACCOUNT", "its-secret-is-a-credential"),
+        ("ADMIN__TOKEN", ""),
+        ("SOURCES__HTTP__BEARER_TOKEN", ""),
+        ("SOURCES__HTTP__LISTEN", app.config.sources.http.listen.replace("127.0.0.1", "0.0.0.0")),
+        ("SPOOL__PATH", app.config.spool.path),
+    ):
+        monkeypatch.setenv(f"BRIDGED__{name}", value)
+    code, _, err = await bridged(None, "status")
+    assert (code, "CREDENTIALS_DIRECTORY" in err) == (69, True)
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "admin_token").write_text("admin")
+    (tmp_path / "credentials" / "sources_http_bearer_token").write_text("bearer")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
+    types = ["--types", "users.messages.email.Open"]
+    for argv in (["status"], ["dead-letters", "list"], ["send-test-events", *types]):
+        assert (await bridged(None, *argv))[0] == 0
+
+    code, _, err = await bridged(None, "check")
+    assert (code, "mixpanel.token from not-here" in err) == (78, True)
+
+
 async def test_wrong_admin_token_is_69(bridged, daemon, monkeypatch):
     """A command with another token than the daemon's is told so."""
     app = await daemon(admin__token="right")
@@ -205,6 +233,22 @@ async def test_config_in_force_hides_secrets(bridged, monkeypatch):
     assert json.loads(out)["mixpanel"]["token"] == "********"
     assert json.loads(out)["delivery"]["flush_interval"] == "250ms"
     assert "hunter2" not in out
+
+
+async def test_saved_settings_that_are_out_of_sight_are_told(bridged, daemon, monkeypatch, tmp_path):
+    """With a relative spool.path they are found from the daemon's own folder, and from elsewhere nobody is told wrong."""
+    app = await daemon(spool__path="spool.db")
+    await app.save({"mixpanel.naming": "current"}, [])
+    assert json.loads((await bridged(app, "config"))[1])["mixpanel"]["naming"] == "current"
+    monkeypatch.setenv("BRIDGED__MIXPANEL__NAMING", "seed")
+    assert "can't be seen" not in (await bridged(None, "check"))[1]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    assert "spool.path is relative" in (await bridged(None, "check"))[1]
+    assert "spool.path is relative" in json.loads((await bridged(None, "config"))[1])["problem"]
+    monkeypatch.setenv("BRIDGED__SPOOL__PATH", str(tmp_path / "spool.db"))
+    assert json.loads((await bridged(None, "config"))[1])["mixpanel"]["naming"] == "current"
 
 
 async def test_check_sums_up(bridged, config):

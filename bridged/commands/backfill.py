@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Sends them in order; stops at the first that can't be read or sent."""
-    settings = config.load(config.find_config(arguments.config))
+    settings = config.load(config.find_config(arguments.config), secrets=())
     files = currents_files.found(path for path in arguments.files if path.suffix != _SUFFIX)
     return Backfill(settings, arguments.to, arguments.state, arguments.events_per_second).run(files)
 

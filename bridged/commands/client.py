@@ -8,13 +8,14 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from bridged.config import split_address
+from bridged.config import find_config, load, split_address
 from bridged.errors import BridgedError, ConfigError, UpstreamError
 from bridged.settings import Config
 
 T = TypeVar("T")
 
 _TIMEOUT_S: Final = 30.0
+_ADMIN_SECRETS: Final = (("admin", "token"),)
 EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -47,6 +48,11 @@ class Daemon:
         self._token = token
         self._name = name
         self._tls_cert = tls_cert
+
+    @classmethod
+    def configured(cls, flag: str | None) -> "Daemon":
+        """The admin API of the configuration that `--config` names, if any. Raises ConfigError."""
+        return cls.admin(load(find_config(flag), secrets=_ADMIN_SECRETS))
 
     @classmethod
     def admin(cls, config: Config) -> "Daemon":
@@ -127,7 +133,9 @@ class Daemon:
         message = str(said.get("error") or f"HTTP {answer.status}")
         if answer.status == 401:
             return UpstreamError(
-                f"the daemon refuses us: {message}", "is this the configuration that the daemon was started with?"
+                f"the daemon refuses us: {message}",
+                "is this the configuration that the daemon was started with? with a token that systemd hands to it: run "
+                "this as root, with CREDENTIALS_DIRECTORY=/run/credentials/bridged.service",
             )
         if answer.status >= 500:
             return UpstreamError(f"the daemon says: {message}", str(said.get("hint", "")))

@@ -8,7 +8,6 @@ from urllib.parse import quote
 
 import msgspec
 
-from bridged import config
 from bridged.admin.cohorts import MAX_LISTED, MAX_POINTS, Overview, Refusals
 from bridged.cohorts.records import CohortDetail, CohortRow, Plan, Refusal, RoundRow
 from bridged.commands.client import Daemon
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Does what the verb says."""
-    daemon = Daemon.admin(config.load(config.find_config(arguments.config)))
+    daemon = Daemon.configured(arguments.config)
     verbs = {"list": _list, "show": _show, "plan": _plan, "allow": _allow, "resync": _resync, "forget": _forget}
     return verbs[arguments.verb](daemon, arguments)
 

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bridged import config
 from bridged.admin.api import Listing
 from bridged.backlog.dead_letters import MAX_LISTED, Group, Replayed
 from bridged.commands.client import Daemon
@@ -74,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Does what the verb says."""
-    daemon = Daemon.admin(config.load(config.find_config(arguments.config)))
+    daemon = Daemon.configured(arguments.config)
     verbs = {"list": _list, "show": _show, "export": _export, "replay": _replay, "purge": _purge}
     return verbs[arguments.verb](daemon, arguments)
 

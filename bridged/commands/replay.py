@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 
-from bridged import config
 from bridged.backlog.archive import ArchivedEvent
 from bridged.commands.client import Daemon
 from bridged.errors import BridgedError, SpoolError
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Replays them in the order given; stops at the first that can't be. 1: some were refused; 74: a file kept its name."""
-    daemon = Daemon.admin(config.load(config.find_config(arguments.config)))
+    daemon = Daemon.configured(arguments.config)
     code = 0
     for path in arguments.files:
         lines = _lines(path)

@@ -24,6 +24,8 @@ examples:
   bridged send-test-events --types users.behaviors.CustomEvent users.messages.email.Send
 """
 
+_SECRETS = (("sources", "http", "bearer_token"),)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
@@ -33,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Sends them in one request, as Braze does."""
-    configured = config.load(config.find_config(arguments.config))
-    settings = read_for(configured).in_force(configured)
+    configured = config.load(config.find_config(arguments.config), secrets=_SECRETS)
+    settings = read_for(configured).in_force(configured, complete=False)
     rows = _wanted(settings, arguments.types)
     if arguments.list:
         mapping = options.mapping_settings(settings)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import msgspec
 
-from bridged import config
 from bridged.admin.cohorts import CohortsStatus
 from bridged.admin.status import AlarmStatus, Status
 from bridged.commands.client import Daemon
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Asks, prints. 69 when no daemon answers."""
-    daemon = Daemon.admin(config.load(config.find_config(arguments.config)))
+    daemon = Daemon.configured(arguments.config)
     if arguments.json:
         print(bytes(daemon.ask("/api/status", msgspec.Raw)).decode())
     else:
