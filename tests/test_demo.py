@@ -215,9 +215,9 @@ def test_demo_is_exact(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_demo_can_be_stopped(tmp_path, number):
-    """Ctrl-C in the middle, even twice, ends the children as well."""
+    """Ctrl-C in the middle, even twice, ends the children as well; and so does a terminal that is closed."""
     process = start(tmp_path, "--events", "20000")
     lines = iter(process.stdout.readline, "")
     next(line for line in lines if "are running" in line)
@@ -234,12 +234,18 @@ def test_demo_can_be_stopped(tmp_path, number):
 
 
 def test_keep_leaves_it_running(tmp_path):
-    """With --keep the daemon and the emulator answer after the table, until Ctrl-C; the exit code is still the truth."""
+    """With --keep the daemon and the emulator answer after the table, until Ctrl-C; the exit code is still the truth. Another
+    demo leaves its files alone meanwhile.
+    """
     process = start(tmp_path, "--events", "1000", "--keep")
     lines = iter(process.stdout.readline, "")
     metrics = next(line for line in lines if "/metrics" in line).split()[-1]
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(metrics, timeout=10) as answer:
         assert b"bridged_events_delivered_total" in answer.read()
+    second = start(tmp_path, "--events", "1000", "--keep")
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"another demo is running in {tmp_path}/.demo" in said
     process.send_signal(signal.SIGINT)
     rest = "".join(lines)
     process.wait(timeout=60)

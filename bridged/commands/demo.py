@@ -60,14 +60,17 @@ def main(arguments: argparse.Namespace) -> int:
     """Plays the day. 0: everything is exact; 1: it isn't."""
     folder = _KEPT_FOLDER.absolute() if arguments.keep else Path(tempfile.mkdtemp(prefix="bridged-demo-"))
     stop = _Stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # A terminal that is closed ends it as well, unless it was started not to be (nohup).
+    ends = [signal.SIGINT, signal.SIGTERM]
+    ends += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    for number in ends:
         signal.signal(number, stop)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_main(arguments, folder, stop))
     finally:
         # Everything is ended: an impatient second Ctrl-C must not change the exit code.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ends:
             signal.signal(number, signal.SIG_IGN)
 
 

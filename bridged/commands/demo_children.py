@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import random
 import secrets
@@ -96,6 +97,7 @@ async def running(
 def _write(addresses: Addresses, token: str, scripts: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """The files that the two are started with; what an earlier demo left is removed."""
     addresses.folder.mkdir(parents=True, exist_ok=True)
+    _demand_free(addresses.folder)
     for name in (*_OURS, *_LOGS):
         (addresses.folder / name).unlink(missing_ok=True)
     for name, faults in scripts.items():
@@ -103,6 +105,21 @@ def _write(addresses: Addresses, token: str, scripts: Mapping[str, Sequence[dict
     # It holds tokens, although nobody could use them for anything.
     with os.fdopen(os.open(addresses.config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(_config(addresses, token))
+
+
+def _demand_free(folder: Path) -> None:
+    """Raises DemoError while the daemon of another demo is using the folder."""
+    lock = folder / "spool.db.lock"
+    if not lock.exists():
+        return
+    with lock.open("rb") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DemoError(
+                f"another demo is running in {folder}",
+                f"end it with Ctrl-C; if its terminal is gone, end what `pgrep -af {folder}` shows",
+            ) from None
 
 
 def _config(addresses: Addresses, token: str) -> str:
