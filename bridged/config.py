@@ -130,6 +130,7 @@ def _explained(where: str, error: msgspec.ValidationError) -> ConfigError:
     """Turns msgspec's path (`$.mixpanel`) into the file's own terms (`[mixpanel]`)."""
     message, _, at = str(error).partition(" - at `$")
     place = at.rstrip("`").lstrip(".")
+    within = place.partition("[")[0]  # the key, without what msgspec says of a place in its value
     unknown = re.search(r"unknown field `(.+)`", message)
     if unknown:
         known = [k.path[-1] for k in keys() if ".".join(k.path[:-1]) == place] or [
@@ -139,19 +140,30 @@ def _explained(where: str, error: msgspec.ValidationError) -> ConfigError:
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return ConfigError(f"{where}: {f'[{place}]' if place else 'the top level'} has no key {unknown[1]!r}", hint)
     hint = ""
-    key = next((key for key in keys() if ".".join(key.path) == place), None)
-    if key is not None and get_origin(key.type) is Literal:
-        hint = "one of: " + ", ".join(map(str, get_args(key.type)))
+    key = next((key for key in keys() if ".".join(key.path) == within), None)
+    if key is not None and (get_origin(key.type) is Literal or message.startswith("Invalid enum value")):
+        hint = "one of: " + ", ".join(choices(key.type))
     elif place == "events.names[...]" and message.endswith("got `object`"):
         hint = 'event types have dots, so they stand in quotes: "users.messages.email.Send" = "Mail sent"'
-    return ConfigError(f"{where}: {place or 'the top level'}: {message}", hint)
+    return ConfigError(f"{where}: {within or 'the top level'}: {message}", hint)
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that may stand in a value, wherever in it."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return next(filter(None, map(choices, get_args(kind))), ())
 
 
 def _apply_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     """Puts `BRIDGED__SECTION__KEY` values into `raw`: text as it is, other types as TOML writes them."""
     by_name = {"__".join(("BRIDGED", *key.path)).upper(): key for key in keys()}
+    by_words = {re.sub("_+", "_", name): name for name in by_name}
     for name, value in environ.items():
         if not name.startswith("BRIDGED__"):
+            # With underscores lost, or too many in the wrong place. Others begin so, too: those of our own tests, Kubernetes'.
+            if meant := by_words.get(re.sub("_+", "_", name)):
+                raise ConfigError(f"the environment variable {name} names no key", f"did you mean {meant}?")
             continue
         key = by_name.get(name)
         if key is None:

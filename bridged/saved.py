@@ -11,11 +11,11 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin
+from typing import Any, Final
 
 import msgspec
 
-from bridged.config import Key, convert, demand_good, keys, replaced, secret_problem, toml_value, value_at
+from bridged.config import Key, choices, convert, demand_good, keys, replaced, secret_problem, toml_value, value_at
 from bridged.errors import BridgedError, ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config
@@ -224,16 +224,9 @@ def checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         except msgspec.ValidationError as error:
             # What stands behind it is msgspec's own way to say where.
             wrong[name] = str(error).partition(" - at `$")[0]
-            if choices := _choices(key.type):
-                wrong[name] = f"expected {' | '.join(choices)}"
+            if words := choices(key.type):
+                wrong[name] = f"expected {' | '.join(words)}"
     return found, wrong
-
-
-def _choices(kind: Any) -> tuple[str, ...]:
-    """The words that may stand in a value, wherever in it."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return next(filter(None, map(_choices, get_args(kind))), ())
 
 
 def toml(values: Mapping[str, Any], *, placeholders: bool = False) -> str:

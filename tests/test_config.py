@@ -57,6 +57,7 @@ def complaint(path: Path | None, **environ: str) -> str:
         ("[mixpnel]\ntoken = 'x'", ["'mixpnel'", "did you mean 'mixpanel'"]),
         ("nonsense = 1", ["the top level", "'nonsense'", "known here"]),
         ("[mixpanel]\nregion = 'mars'", ["mixpanel.region", "mars", "one of: us, eu, in"]),
+        ("[events.transform]\n'a.B' = { c = 'drop' }", ["events.transform: ", "drop", "one of: remove, hash"]),
         ("[events.names]\nusers.messages.email.Send = 'x'", ["events.names", "in quotes"]),
         ("[delivery]\nmax_concurrency = 'many'", ["delivery.max_concurrency", "int"]),
         ("[delivery]\nmax_concurrency = 0", ["delivery.max_concurrency", "1"]),
@@ -196,6 +197,16 @@ def test_a_wrong_variable_is_named(name: str, value: str, parts: list[str]) -> N
     """A variable that is ignored because of a slip would be worse than one that stops the start."""
     message = complaint(None, **{name: value})
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize("name", ["BRIDGED_MIXPANEL__TOKEN", "BRIDGED_MIXPANEL_TOKEN", "BRIDGED___MIXPANEL_TOKEN"])
+def test_a_variable_with_an_underscore_too_few_is_told(name: str) -> None:
+    """It would be ignored without a word; what isn't like a key belongs to somebody else."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, TOKEN | {name: "x"})
+    assert name in str(caught.value)
+    assert "did you mean BRIDGED__MIXPANEL__TOKEN?" in str(caught.value)
+    load(None, TOKEN | {"BRIDGED_CONFIG": "x", "BRIDGED_ADMIN_SERVICE_HOST": "10.0.0.1", "BRIDGED_PORT_8480_TCP": "x"})
 
 
 def test_a_section_that_is_none_is_told(tmp_path: Path) -> None:
