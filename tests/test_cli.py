@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import currents, free_port, until
+from conftest import ROWS, currents, free_port, until
 
 from bridged import cli, config
 from bridged.commands import check
@@ -115,6 +115,8 @@ async def test_every_command_has_help(bridged, command):
         ["status", "--no-such-option"],
         ["dead-letters"],
         ["dead-letters", "show", "x"],
+        ["dead-letters", "show", "-1"],
+        ["dead-letters", "purge", "9" * 20],
         ["dead-letters", "list", "--since", "soon"],
         ["demo", "--events", "5"],
     ],
@@ -454,6 +456,23 @@ async def test_an_export_to_no_file_is_told(bridged, daemon, tmp_path, name, cod
 
     assert got == code
     assert word in err
+
+
+async def test_more_reasons_than_are_listed_are_told(bridged, daemon, client):
+    """Nobody takes the first twenty for all."""
+    app = await daemon()
+    await send(client, app, *[currents(id=str(n), time=f"soon {n}") for n in range(23)])
+    assert "more reasons" not in (await bridged(app, "dead-letters", "list", "--limit", "1"))[1]
+    await send(client, app, *[currents(event_type, id=event_type, time="soon") for event_type in list(ROWS)[:23]])
+
+    assert " more reasons: see the page" in (await bridged(app, "dead-letters", "list", "--limit", "1"))[1]
+
+
+async def test_no_credential_is_told_as_none(bridged, daemon):
+    """Before it was given on the page, there is no project token from anywhere."""
+    app = await daemon(mixpanel__token="")
+
+    assert "credential    none\n" in (await bridged(app, "status"))[1]
 
 
 @pytest.mark.parametrize("argv", [["replay"], ["replay", 1, "--all"], ["purge", "--all"], ["purge", 1, "--type", "x"]])

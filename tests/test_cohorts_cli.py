@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_cohorts_pipeline import in_braze, in_step
 
 from bridged import cli
+from bridged.cohorts.membership import Membership
 from bridged.emulator.braze import BrazeConfig, BrazeEmulator
 
 USERS = [f"u{n:03}" for n in range(30)]
@@ -67,6 +68,19 @@ async def test_list_shows_every_cohort(synced, command):
     assert [row["key"] for row in overview["cohorts"]] == ["117:777", "117:778"]
     assert overview["writer"]["state"] == "idle"
     assert overview["figures"]["members"] == 40
+
+
+async def test_members_that_are_not_taken_in_yet_are_no_silence_of_mixpanels(
+    daemon, importing, client, command, monkeypatch
+):
+    """Between a sync's first page and its cohort the list doesn't say that nothing has come."""
+    monkeypatch.setattr(Membership, "_may_merge", lambda _self: False)
+    app = await daemon(**importing)
+    assert "Mixpanel hasn't sent one" in (await command(app, "cohorts", "list"))[1]
+    await Sender(client, f"http://{app.config.sources.http.listen}").take(session("members", USERS[:5], "777"))
+    await until(lambda: app.membership.figures.waiting == 5, "the members that wait")
+
+    assert "no cohorts yet: the first pages are being taken in" in (await command(app, "cohorts", "list"))[1]
 
 
 async def test_show_tells_what_became_of_a_sync(synced, command, client):

@@ -15,6 +15,7 @@ from bridged.admin.history import Totals
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
 from bridged.backlog.dead_letters import Group
+from bridged.config import has_credential
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.pacing import WINDOW_S, PaceSnapshot
@@ -65,7 +66,7 @@ class RetryStatus(Struct, kw_only=True):
 class ReloadStatus(Struct, kw_only=True):
     """What the configuration says and what is in force."""
 
-    credential: str  # which kind is in force
+    credential: str  # which kind is in force; "none"
     credential_from: Literal["configuration", "page", "api"]  # the last is gone with the next start
     restart_needed: list[str]  # keys that were changed since the start and can't be taken over
     problem: str  # why the last change wasn't taken over; empty when it was
@@ -345,7 +346,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         cohorts=cohorts_status(app),
         webhook=app.watch.webhook.status,
         reload=ReloadStatus(
-            credential=app.transport.target.credentials.kind,
+            credential=app.transport.target.credentials.kind if has_credential(app.config) else "none",
             credential_from=credential_from(app),
             restart_needed=app.restart_needed,
             problem=app.reload_problem,

@@ -69,7 +69,8 @@ def _list(daemon: Daemon, arguments: argparse.Namespace) -> int:
         return _raw(daemon.ask("/api/cohorts", msgspec.Raw))
     overview = daemon.ask("/api/cohorts", Overview)
     print(printable(overview.sentence))
-    print(_cohorts(overview.cohorts) if overview.cohorts else "no cohorts yet: Mixpanel hasn't sent one")
+    none = "the first pages are being taken in" if overview.figures.waiting else "Mixpanel hasn't sent one"
+    print(_cohorts(overview.cohorts) if overview.cohorts else f"no cohorts yet: {none}")
     if unknown := overview.writer.unknown_users:
         print(f"{unknown:,} updates were taken and not counted by Braze: probably users that it doesn't know")
     return 0

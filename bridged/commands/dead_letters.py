@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bridged.admin.api import Listing
-from bridged.backlog.dead_letters import MAX_LISTED, Group, Replayed
+from bridged.backlog.dead_letters import MAX_ID, MAX_LISTED, Group, Replayed
 from bridged.commands.client import Daemon
 from bridged.commands.printing import printable, table
 from bridged.durable import settle_file
@@ -26,6 +26,7 @@ examples:
   bridged dead-letters export - | jq .event
   bridged dead-letters purge --until 2026-01-31 --yes
 """
+_GROUPS_SHOWN = 20
 
 
 class FileError(BridgedError):
@@ -54,18 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     verb = verbs.add_parser("list", parents=[common, filters], help="what there is, and why")
     verb.add_argument(
-        "--limit", type=_limit, default=50, metavar="N", help="at most so many, oldest first (default %(default)s)"
+        "--limit", type=_from_one, default=50, metavar="N", help="at most so many, oldest first (default %(default)s)"
     )
     verb.add_argument("--after", type=int, default=0, metavar="ID", help="go on after this one")
     verb.add_argument("--json", action="store_true", help="one JSON object a line")
     verb = verbs.add_parser("show", parents=[common], help="one of them, with its event")
-    verb.add_argument("id", type=int, help="its number in the list")
+    verb.add_argument("id", type=_from_one, help="its number in the list")
     verb = verbs.add_parser("export", parents=[common, filters], help="NDJSON with the events, into a file")
     verb.add_argument("file", help="where to; - is standard output")
     verb.add_argument("--force", action="store_true", help="replace the file, if there is one")
     for name, text in (("replay", "try them again"), ("purge", "delete them for good")):
         verb = verbs.add_parser(name, parents=[common, filters], help=text)
-        verb.add_argument("ids", type=int, nargs="*", metavar="ID", help="only these, by their numbers in the list")
+        verb.add_argument(
+            "ids", type=_from_one, nargs="*", metavar="ID", help="only these, by their numbers in the list"
+        )
         verb.add_argument("--all", action="store_true", help="all of them")
         if name == "purge":
             verb.add_argument("--yes", action="store_true", help="don't ask")
@@ -100,7 +103,9 @@ def _list(daemon: Daemon, arguments: argparse.Namespace) -> int:
         groups = daemon.ask("/api/dead-letters/groups", list[Group])
         total = sum(group.count for group in groups)
         print(f"\n{total:,} dead letters")
-        print(table([[g.count, g.stage, g.event_type, g.reason[:120]] for g in groups[:20]], right=[0]))
+        print(table([[g.count, g.stage, g.event_type, g.reason[:120]] for g in groups[:_GROUPS_SHOWN]], right=[0]))
+        if len(groups) > _GROUPS_SHOWN:
+            print(f"  and {len(groups) - _GROUPS_SHOWN:,} more reasons: see the page, or GET /api/dead-letters/groups")
     if after is not None:
         print(f"\nthere may be more: --after {after}")
     return 0
@@ -208,8 +213,8 @@ def _filter(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value not in (None, "")}
 
 
-def _limit(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+def _from_one(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_ID:
         raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
     return int(text)
 

@@ -108,7 +108,7 @@ def _pace(status: Status) -> Iterator[str]:
         ["latency", latency],
         ["limited by", pace.limited_by],
         ["request size", f"at most {size(pace.batch_bytes)}{learned}"],
-        ["credential", f"{status.reload.credential}, {source}"],
+        ["credential", status.reload.credential + (f", {source}" if status.reload.credential != "none" else "")],
         ["answers", verdicts],
     ]
     if status.retrying is not None:
