@@ -8,9 +8,11 @@ import gzip
 import random
 import re
 
+import hypothesis.strategies as st
 import msgspec
 import pytest
 from conftest import NAMES
+from hypothesis import HealthCheck, given, settings
 from test_backlog_model import START_S, Loop
 
 from bridged.backlog.archive import Archive
@@ -368,3 +370,63 @@ def test_a_spool_near_its_cap_whose_events_are_refused_drains(play, tmp_path, sh
             assert not road.spool.near_cap
 
     play(scene())
+
+
+TOLD = {
+    "400": Split("400 <html>"),
+    "413": Split("413", None, too_large=True),
+    "403": Halt(403, "403 <html>"),
+    "401": Halt(401, "401"),
+    "302": Halt(302, "to a portal"),
+    "500": Retry("server", "500"),
+    "reset": Retry("network", "reset"),
+    "429": Retry("rate", "429"),
+}
+trouble = st.tuples(
+    st.sampled_from(sorted(TOLD)), st.sampled_from([0.2, 0.9, 1.0]), st.sampled_from([5.0, 30.0, 200.0])
+)
+poison = st.dictionaries(st.integers(0, 399), st.sampled_from(["400", "403", "500", "reset", "413"]), max_size=4)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(trouble, max_size=4), poison, st.integers(0, 2**32), st.sampled_from([1, 7, 100]))
+def test_whatever_happened_good_events_arrive(tmp_path_factory, troubles, poison, seed, together):
+    """Troubles of all kinds, one after the other, and events that are refused or fail for what is in them: an hour later all
+    others have been delivered, none of them is a dead letter, and nothing halts.
+    """
+    rng = random.Random(seed)
+    ends, at = [], 20.0
+    for kind, share, seconds in troubles:
+        at += seconds
+        ends.append((at, kind, share))
+
+    def answer(numbers):
+        now = asyncio.get_running_loop().time()
+        kind, share = next(((kind, share) for end, kind, share in ends if now < end), ("", 0.0))
+        if now > 20 and rng.random() < share:
+            return TOLD[kind]
+        return next((TOLD[poison[number]] for number in numbers if number in poison), Delivered())
+
+    async def scene():
+        async with Road(tmp_path_factory.mktemp("road"), answer) as road:
+            for first in range(0, 400, together):
+                await road.put(*range(first, min(first + together, 400)))
+                await asyncio.sleep(rng.choice([0.0, 0.1, 1.0]))
+            for number in range(1000, 2800):
+                await asyncio.sleep(2)
+                await road.put(number)
+            await asyncio.sleep(5)
+            left = {*range(400), *range(1000, 2800)} - road.mixpanel.got
+            assert left == set(poison), (ends, poison, seed, together, sorted(left), road.books())
+            books = road.books()
+            for_ever = sum(kind in ("500", "reset") for kind in poison.values())
+            assert books.get("dead_lettered", 0) + books.get("waiting", 0) == len(poison)
+            assert books.get("waiting", 0) >= for_ever
+            assert road.delivery.halted is None
+
+    loop = Loop()
+    try:
+        loop.run_until_complete(scene())
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
