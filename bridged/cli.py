@@ -1,7 +1,9 @@
 """The command line: argv in, an exit code out. A command's module is imported when it is the one that is wanted."""
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -44,6 +46,7 @@ _COMMANDS = {
 }
 # Of a file that somebody named, the commands tell in their own words; what is left is standard output.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_DRAIN_S = 2.0  # so long the end waits for whoever reads the log
 _WITHOUT_CONFIG = ("demo", "emulator")
 
 _EPILOG = """\
@@ -71,20 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             # Here, where it can be told; at the interpreter's end it is a traceback.
             sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has enough.
-        _drop_output()
-        return 0
     except BridgedError as error:
         print(redacted(f"bridged: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno in _UNWRITABLE:
-            _drop_output()
-            print(f"bridged: can't write to standard output: {error.strerror}", file=sys.stderr)
-            return 74
+        # The daemon prints nothing there: whatever pipe is broken, or disk full, it ends by a mistake.
+        if isinstance(error, OSError) and wanted != "run":
+            if isinstance(error, BrokenPipeError):
+                # Whoever read our output has enough.
+                _drop_output()
+                return 0
+            if error.filename is None and error.errno in _UNWRITABLE:
+                _drop_output()
+                print(f"bridged: can't write to standard output: {error.strerror}", file=sys.stderr)
+                return 74
         # A bug. As Python would tell it, but for what nobody shall read.
         sys.stderr.write(redacted(traceback.format_exc()))
         return 1
@@ -138,6 +143,7 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     import asyncio  # noqa: PLC0415  # as everywhere here: other commands start faster without it
+    import atexit  # noqa: PLC0415
     import signal  # noqa: PLC0415
 
     # It would end the process as long as nobody listens. Kept by the kernel, until `app` can read the configuration again.
@@ -158,6 +164,10 @@ def _run(arguments: argparse.Namespace) -> int:
     def read() -> "Config":
         return config.load(config.find_config(arguments.config))
 
+    with contextlib.suppress(io.UnsupportedOperation):  # a stream of whoever has called `main`
+        # For whatever writes there from now on, the last words of `main` too.
+        sys.stderr = output = logs.Output(sys.stderr)
+        atexit.register(output.drain, _DRAIN_S)
     settings = read()
     logs.setup(settings.log.level, settings.log.format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

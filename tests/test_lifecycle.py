@@ -39,7 +39,7 @@ class Process:
             "log__format": "json",
         }
 
-    async def start(self, *arguments, **changes):
+    async def start(self, *arguments, stderr=None, **changes):
         """Starts it, without waiting for anything."""
         variables = {f"BRIDGED__{key.upper()}": value for key, value in (self.settings | changes).items()}
         self.log = (self.folder / "log").open("ab")
@@ -48,7 +48,7 @@ class Process:
             cwd=self.folder,
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables},
             stdout=self.log,
-            stderr=self.log,
+            stderr=stderr or self.log,
         )
         self.log.close()
 

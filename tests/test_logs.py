@@ -1,13 +1,24 @@
 """Logs: one form for ours and the libraries', and no credential in them."""
 
+import contextlib
 import json
 import logging
+import os
+import resource
+import select
+import subprocess
+import sys
 
+import aiohttp
 import pytest
 import structlog
 from aiohttp.http_exceptions import BadStatusLine
+from conftest import free_port, until
+from test_lifecycle import batch, process
 
 from bridged import logs, redaction
+
+__all__ = ["process"]
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +137,125 @@ def test_errors_that_come_of_a_malformed_request(capsys):
 
     (line,) = lines(capsys)
     assert line["event"] == "bad_request"
+
+
+# -- where nobody reads ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def standard_error(monkeypatch):
+    """Puts a descriptor in the place of standard error, as `run` does."""
+    streams = []
+
+    def put(descriptor):
+        stream = os.fdopen(descriptor, "w")
+        streams.append(stream)
+        output = logs.Output(stream)
+        monkeypatch.setattr("sys.stderr", output)
+        logs.setup("info", "json")
+        return output
+
+    yield put
+    for stream in streams:
+        stream.close()
+
+
+def events_in(data):
+    """The lines of a log, by their event, and how many lines each says are lost."""
+    found = [json.loads(line) for line in data.decode().splitlines() if line]
+    return [line["event"] for line in found], sum(line.get("lines", 0) for line in found)
+
+
+async def test_a_reader_that_is_gone_loses_lines_and_nothing_else(tmp_path, standard_error):
+    """A pipe without a reader raises nothing in whoever logs; once there is one again, it reads how many lines it has missed."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    first = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    output = standard_error(os.open(path, os.O_WRONLY))
+    os.close(first)
+    structlog.get_logger().info("one")
+    logging.getLogger("asyncio").warning("two")
+    output.drain(5)
+
+    second = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    structlog.get_logger().info("three")
+    output.drain(5)
+    data = os.read(second, 65536)
+    if data.count(b"\n") < 2:
+        await until(lambda: select.select([second], [], [], 0)[0], "the notice")
+        data += os.read(second, 65536)
+    os.close(second)
+    assert events_in(data) == (["three", "log_lines_lost"], 2)
+
+
+async def test_a_reader_that_does_not_read_keeps_nobody_waiting(standard_error):
+    """A full pipe: who logs goes on, what is kept is bounded, and what is read later is in order, with the number of the lost."""
+    reader, writer = os.pipe()
+    output = standard_error(writer)
+    for number in range(20_000):
+        structlog.get_logger().info(str(number), text="x" * 100)
+    assert output._unread_bytes <= logs._MAX_UNREAD_BYTES
+
+    data = b""
+    while b"log_lines_lost" not in data or not data.endswith(b"\n"):
+        await until(lambda: select.select([reader], [], [], 0)[0], "more")
+        data += os.read(reader, 2**20)
+    os.close(reader)
+    (*numbers, last), lost = events_in(data)
+    assert last == "log_lines_lost"
+    assert numbers == sorted(numbers, key=int)
+    assert 1000 < len(numbers) == 20_000 - lost
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path, standard_error):
+    """A file that takes no more, in the middle of a line: whoever logs goes on, and the next line that fits stands alone."""
+    file = tmp_path / "log"
+    standard_error(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        structlog.get_logger().info("one")
+        logging.getLogger("asyncio").warning("two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    structlog.get_logger().info("three")
+
+    torn, rest = file.read_bytes().split(b"\n", 1)
+    assert len(torn) == 20
+    assert events_in(rest) == (["three", "log_lines_lost"], 2)
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "not reading"])
+async def test_the_daemon_lives_without_a_reader_of_its_log(process, gone):
+    """Whoever reads standard error is gone, or stuck: events are taken, the admin side answers, and SIGTERM ends it in order."""
+    reader, writer = os.pipe()
+    if gone:
+        os.close(reader)
+    else:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(writer, b"x" * 4096):
+                pass
+        os.set_blocking(writer, True)
+    admin = f"127.0.0.1:{free_port()}"
+    await process.start(stderr=writer, admin__listen=admin)
+    os.close(writer)
+    await process.ready()
+    assert await process.post(batch(3)) == 200
+    async with aiohttp.ClientSession() as session, session.get(f"http://{admin}/healthz") as answer:
+        assert answer.status == 200
+    assert await process.end() == 0
+    if not gone:
+        os.close(reader)
+
+
+def test_a_start_that_fails_without_a_reader_says_so_by_its_exit_code(tmp_path):
+    """A broken pipe is not the end of the daemon, nor its success: what went wrong is in the exit code all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bridged", "run"]
+    environment = os.environ | {"BRIDGED__SPOOL__PATH": str(tmp_path), "BRIDGED__MIXPANEL__TOKEN": "example-token"}
+    result = subprocess.run(command, env=environment, stderr=writer, timeout=60, check=False)
+    os.close(writer)
+
+    assert result.returncode == 74
