@@ -268,8 +268,12 @@ class DeadLetters:
     # -- the connection's thread --------------------------------------------------------------------------------------
 
     async def _windows(self, after: int, rows: int | None = None) -> AsyncIterator[tuple[int, int]]:
-        """The table as ranges (after, up to] of ids, each with so many rows at most."""
-        while (high := await self._read(_window, after, rows or _WINDOW_ROWS)) is not None:
+        """The table, as it is at the first, as ranges (after, up to] of ids, each with so many rows at most.
+
+        What comes meanwhile isn't in them: a replay that is refused again would have no end.
+        """
+        last = await self._read(_last)
+        while (high := await self._read(_window, after, last, rows or _WINDOW_ROWS)) is not None:
             yield after, high
             after = high
 
@@ -280,9 +284,14 @@ class DeadLetters:
             raise SpoolError(f"can't work on the dead letters: {error}") from error
 
 
-def _window(db: sqlite3.Connection, after: int, rows: int) -> int | None:
-    query = "SELECT max(id) FROM (SELECT id FROM dead_letters WHERE id > ? ORDER BY id LIMIT ?)"
-    high: int | None = db.execute(query, (after, rows)).fetchone()[0]
+def _last(db: sqlite3.Connection) -> int:
+    last: int = db.execute("SELECT coalesce(max(id), 0) FROM dead_letters").fetchone()[0]
+    return last
+
+
+def _window(db: sqlite3.Connection, after: int, last: int, rows: int) -> int | None:
+    query = "SELECT max(id) FROM (SELECT id FROM dead_letters WHERE id > ? AND id <= ? ORDER BY id LIMIT ?)"
+    high: int | None = db.execute(query, (after, last, rows)).fetchone()[0]
     return high
 
 
