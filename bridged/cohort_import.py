@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 from typing import Self
 
@@ -42,7 +43,7 @@ def membership_options(config: Config) -> MembershipOptions:
     cohorts, target_ = config.cohorts, braze_target(config)
     written = f"partner {target_.partner_name}" if target_.is_partner else f"attribute {cohorts.attribute}"
     return MembershipOptions(
-        path=cohorts.path,
+        path=os.path.realpath(cohorts.path),
         max_bytes=cohorts.max_bytes,
         max_points_per_day=cohorts.max_data_points_per_day,
         by_name=not target_.is_partner,

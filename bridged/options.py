@@ -1,5 +1,7 @@
 """What the configuration says to each part, in the part's own terms. Pure: nothing is opened."""
 
+import os
+
 from bridged.alarms.webhook import Hook
 from bridged.backlog.spool import SpoolOptions
 from bridged.config import split_address
@@ -45,9 +47,9 @@ def target(config: Config) -> Target:
 
 
 def spool_options(config: Config) -> SpoolOptions:
-    """What the configuration says about the spool."""
+    """What the configuration says about the spool. SQLite puts its files where a link leads to: so must we."""
     return SpoolOptions(
-        path=config.spool.path,
+        path=os.path.realpath(config.spool.path),
         max_bytes=config.spool.max_bytes,
         max_dead_letters=config.spool.max_dead_letters,
         max_segment_events=config.delivery.max_batch_events,

@@ -31,11 +31,13 @@ class Presence:
         if not gone:
             return
         what = f"{' and '.join(gone)} was removed or replaced while bridged ran"
-        hint = "see what cleans up there, and start again"
+        hint = "see what does that there, and start again"
         try:
             saved = self._save(db)
         except (OSError, sqlite3.Error) as error:
             raise self._error(f"{what}; what it held can't be saved: {error}", hint) from error
+        if saved != self._path:
+            hint = f"another file is in its place, and the next start takes that: the README says what to do with {saved.name}"
         raise self._error(f"{what}; what it held was saved in {saved}", hint)
 
     def _is_there(self, suffix: str, known: os.stat_result) -> bool:

@@ -6,6 +6,7 @@ process by libfiu (Debian's fiu-utils), under SQLite and not in its place.
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import resource
@@ -16,7 +17,7 @@ import sys
 import threading
 
 import pytest
-from conftest import NAMES, SLOW, balanced, currents, until
+from conftest import NAMES, SLOW, balanced, currents, free_port, until
 from test_lifecycle import ROOT, Process
 from test_spool import OPEN, batch, collect, letter, options, stored
 
@@ -25,7 +26,7 @@ from bridged.app import App
 from bridged.backlog import spool as spool_module
 from bridged.backlog.reserve import Reserve
 from bridged.backlog.spool import Intaken, Settlement, Spool
-from bridged.errors import SpoolFull
+from bridged.errors import SpoolError, SpoolFull
 
 MIB = 2**20
 CI = bool(os.environ.get("CI"))
@@ -375,6 +376,59 @@ async def test_files_that_are_removed_under_the_daemon(tmp_path, emulator, gone)
         await until(lambda: len(delivered(emulator)) >= 50, "what was acked to be delivered")
     finally:
         assert await again.end() == 0, again.said()
+
+
+async def test_a_file_that_is_put_in_the_place_of_the_spool(tmp_path, emulator, client):
+    """What the daemon held is saved beside it, and named until it is gone; put back as the README says, all of it is delivered."""
+    path, other = tmp_path / "spool.db", tmp_path / "other.db"
+    daemon = Process(tmp_path, "http://127.0.0.1:9")
+    await daemon.up()
+    assert await daemon.post([currents(seed=n, id=f"e{n}") for n in range(50)]) == 200
+    other.touch()
+    other.replace(path)
+    assert await daemon.exits() == 74, daemon.said()
+    [displaced] = tmp_path.glob("spool.db.displaced-*")
+    assert f"the README says what to do with {displaced.name}" in daemon.said()
+
+    admin = f"127.0.0.1:{free_port()}"
+    await daemon.up(mixpanel__url=emulator.url, admin__listen=admin)
+    [line] = [line for line in daemon.said().splitlines() if '"events_missing"' in line]
+    assert json.loads(line)["saved"] == [str(displaced)]
+    async with client.get(f"http://{admin}/api/status") as answer:
+        assert str(displaced) in " ".join((await answer.json())["warnings"])
+    assert await daemon.end() == 0
+    path.rename(tmp_path / "spool.db.before")
+    displaced.rename(path)
+    await daemon.up(mixpanel__url=emulator.url, admin__listen=admin)
+    await until(lambda: len(delivered(emulator)) >= 50, "what was acked to be delivered")
+    async with client.get(f"http://{admin}/api/status") as answer:
+        status = await answer.json()
+        assert "displaced" not in " ".join(status["warnings"])
+        assert (status["events"]["accepted"], status["imbalance"]) == (50, 0)
+    assert await daemon.end() == 0
+
+
+async def test_a_spool_and_a_file_of_cohorts_that_are_links(tmp_path, daemon, importing):
+    """Everything of theirs, locks too, is where the links lead; nothing but what the page and alarms keep is beside them."""
+    (tmp_path / "real").mkdir()
+    for name in ("spool.db", "cohorts.db"):
+        (tmp_path / name).symlink_to(f"real/{name}")
+    app = await daemon(**importing)
+    await app.spool.append(Intaken([batch("a")]))
+    await app.spool.run(app.spool._presence.demand)
+
+    there = {file.name for file in (tmp_path / "real").iterdir()}
+    assert there >= {"spool.db", "spool.db-wal", "spool.db.lock", "spool.db.reserve", "cohorts.db", "cohorts.db.lock"}
+    beside = {file.name for file in tmp_path.iterdir() if not file.is_symlink()}
+    assert not beside & there
+
+
+async def test_a_path_that_is_too_long_for_sqlite(tmp_path, daemon):
+    """It is said to be, and no reserve is left behind."""
+    folder = tmp_path / ("x" * 200) / ("y" * 200) / ("z" * 200)
+    with pytest.raises(SpoolError, match="SQLite takes 504 at most"):
+        await daemon(spool__path=str(folder / "spool.db"))
+    assert [file.name for file in folder.iterdir()] == ["spool.db.lock"]
 
 
 @needs_root

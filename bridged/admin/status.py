@@ -431,6 +431,11 @@ def _warnings(app: "App") -> list[str]:
         found.append(
             f"{spool.missing} events that were accepted before are unknown to the spool: what wasn't delivered is lost"
         )
+    if spool.displaced:
+        found.append(
+            "the spool was replaced under bridged, and what it held isn't delivered from there by itself: the README says "
+            f"what to do with {', '.join(spool.displaced[-3:])}"
+        )
     if spool.set_aside:
         found.append(
             f"the spool was damaged and salvaged: check the disk; the damaged file is kept as {', '.join(spool.set_aside[-3:])}"

@@ -339,7 +339,8 @@ RULES: Final = (
         says=_grew("missing"),
         text=lambda facts, _: (
             f"At the start the spool knew nothing of {facts.missing:,} events that it had accepted before: what of them wasn't "
-            "delivered is lost. Was its WAL cut off, or an old copy put in its place? Check the disk"
+            "delivered is in a file `.displaced-` beside it, if there is one (see the README), else lost. Was its WAL cut off, "
+            "or an old copy put in its place? Check the disk"
         ),
         end="No more events are missing",
         calm_s=3600.0,

@@ -38,6 +38,7 @@ CHECKED_BYTES: Final = 2**30
 DISTRUSTED: Final = "distrusted"
 KNOWN: Final = "spool"
 _SUFFIXES: Final = ("", "-wal", "-shm")
+_MAX_PATH_BYTES: Final = 504  # 512 with "-journal"
 
 
 class Found(Struct):
@@ -54,6 +55,9 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
 
     Raises SpoolError when it was written by a newer version, is no spool at all, or can't be salvaged for want of room.
     """
+    if (length := len(os.fsencode(path.absolute()))) > _MAX_PATH_BYTES:
+        said = f"its path has {length} bytes, and SQLite takes {_MAX_PATH_BYTES} at most"
+        raise SpoolError(f"can't open the spool {path}: {said}", "set spool.path to a shorter one")
     _finish(path)
     wal = Path(f"{path}-wal")
     if not path.exists() and wal.is_file() and wal.stat().st_size:
@@ -125,10 +129,13 @@ def _set_wal_aside(path: Path, pages: Pages) -> None:
     )
 
 
-def set_aside_files(path: Path) -> list[str]:
-    """The damaged files that are kept beside the spool, one name each."""
-    found = {str(file).removesuffix("-wal").removesuffix("-shm") for file in path.parent.glob(f"{path.name}.corrupt-*")}
-    return sorted(found)
+def files_beside(path: Path) -> tuple[list[str], list[str]]:
+    """What is kept beside the spool until somebody looks at it: damaged files, and what `presence` saved; one name each."""
+    damaged = {
+        str(file).removesuffix("-wal").removesuffix("-shm") for file in path.parent.glob(f"{path.name}.corrupt-*")
+    }
+    displaced = [str(file) for file in path.parent.glob(f"{path.name}.displaced-*Z")]
+    return sorted(damaged), sorted(displaced)
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------

@@ -139,12 +139,12 @@ class Spool:
             self._witness = Witness(self._lock)
             self._found = await asyncio.to_thread(salvage.recover, path, self._names, self._witness.known)
             await self._open(path)
+            self.set_aside, self.displaced = salvage.files_beside(path)
             self._ask_witness()
         except BaseException:
             os.close(self._lock)
             raise
         self.damaged += self._found.damaged
-        self.set_aside = salvage.set_aside_files(path)
         if self._letters.exceed(self._letters_cap):
             self.settle(Settlement(()))  # the cap is smaller than it was: the first commit drops what is too much
         self._writer = asyncio.create_task(self._write(), name="spool writer")
@@ -155,8 +155,8 @@ class Spool:
         accepted = self.accounts.total("accepted")
         self.missing = max(0, self._witness.accepted - accepted)
         if self.missing:
-            hint = "commits are gone, and what of them wasn't delivered: was the WAL cut off, or an old copy put in its place?"
-            log.error("events_missing", events=self.missing, spool=self._options.path, hint=hint)
+            hint = "see the README on what was saved, if it was; or was the WAL cut off, or an old copy put there?"
+            log.error("events_missing", events=self.missing, saved=self.displaced, spool=self._options.path, hint=hint)
         self._witness.accepted = accepted
         self._witness.say(salvage.KNOWN)
 
