@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 import random
-import resource
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any, Self
 
 import structlog
 
-from bridged import __version__, memory, options, reloading
+from bridged import __version__, memory, open_files, options, reloading
 from bridged.activity import Activity
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
@@ -425,7 +424,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     warn(app.config)
-    _allow_connections(config)
+    open_files.allow(app.config)
     memory.give_back_large_blocks()
     async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
         log.info(
@@ -449,20 +448,6 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         log.info("stopping", waiting=app.backlog.events)
         service.stopping(f"Stopping: {app.backlog.events} events waiting, safe on disk")
     log.info("stopped")
-
-
-def _allow_connections(config: Config) -> None:
-    """Raises the limit of open files to what the doors may need; systems start with 1,024."""
-    needed = config.sources.http.max_connections + config.sources.stream.max_connections + 256
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    if allowed < needed:
-        log.warning(
-            "few_open_files", allowed=allowed, needed=needed, hint="raise LimitNOFILE, or lower max_connections"
-        )
 
 
 def warn(config: Config) -> None:

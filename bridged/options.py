@@ -2,6 +2,7 @@
 
 import os
 
+from bridged import open_files
 from bridged.alarms.webhook import Hook
 from bridged.backlog.spool import SpoolOptions
 from bridged.config import split_address
@@ -92,7 +93,7 @@ def http_options(config: Config) -> HttpOptions:
         tls_cert=http.tls_cert,
         tls_key=http.tls_key,
         limits=HttpLimits(
-            max_connections=http.max_connections,
+            max_connections=open_files.connections(config).http,
             max_connections_per_client=http.max_connections_per_client,
             max_in_flight=http.max_in_flight,
         ),
@@ -105,7 +106,7 @@ def stream_options(config: Config) -> StreamOptions:
     return StreamOptions(
         listen=stream.listen,
         max_line=stream.max_line,
-        max_connections=stream.max_connections,
+        max_connections=open_files.connections(config).stream,
         max_connections_per_client=stream.max_connections_per_client,
         max_unfinished=stream.max_unfinished,
         tls_cert=stream.tls_cert,

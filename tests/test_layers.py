@@ -40,8 +40,9 @@ LADDER: dict[str, set[str]] = {
     "cohorts": {"errors", "braze", "mixpanel", "presence"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"errors", "memory", "redaction", "backlog", "intake", "cohorts"},
+    "open_files": {"settings"},
     # The configuration in each part's own terms.
-    "options": {"alarms", "backlog", "config", "delivery", "mixpanel", "settings", "sources"},
+    "options": {"alarms", "backlog", "config", "delivery", "mixpanel", "open_files", "settings", "sources"},
     # The cohorts' parts, made from a configuration.
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
@@ -72,6 +73,7 @@ LADDER: dict[str, set[str]] = {
             "reloading",
             "memory",
             "saved",
+            "open_files",
             "options",
             "activity",
             "alarms",

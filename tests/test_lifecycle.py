@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import sqlite3
 import sys
 from pathlib import Path
@@ -39,12 +40,12 @@ class Process:
             "log__format": "json",
         }
 
-    async def start(self, *arguments, stderr=None, **changes):
+    async def start(self, *arguments, before=(), stderr=None, **changes):
         """Starts it, without waiting for anything."""
         variables = {f"BRIDGED__{key.upper()}": value for key, value in (self.settings | changes).items()}
         self.log = (self.folder / "log").open("ab")
         self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "bridged", "run", *arguments),
+            *(*before, sys.executable, "-m", "bridged", "run", *arguments),
             cwd=self.folder,
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables},
             stdout=self.log,
@@ -347,6 +348,29 @@ async def test_a_wish_during_the_start_is_granted_after_it(process):
     events = [msgspec.json.decode(line) for line in process.said().splitlines()]
     assert [event["event"] for event in events] == ["ready", "reloaded", "stopping", "stopped"]
     assert events[1]["changed"] == ["mixpanel.token"]
+
+
+async def test_few_open_files(process, emulator):
+    """Idle connections can't take them all: the doors take fewer, and who looks and what is delivered still get theirs."""
+    admin = f"127.0.0.1:{free_port()}"
+    await process.start(before=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh"), admin__listen=admin)
+    await process.ready()
+    idle = [socket.create_connection(("127.0.0.1", process.tcp)) for _ in range(100)]
+    async with aiohttp.ClientSession() as session:
+        for _ in range(3):
+            async with session.get(f"http://{admin}/healthz") as answer:
+                assert answer.status == 200
+        assert await process.post(batch(5)) == 200
+        await until(lambda: arrived(emulator) == ids(batch(5)), "the events")
+    for connection in idle:
+        connection.close()
+    assert await process.end() == 0
+
+    [said] = [
+        line for line in map(msgspec.json.decode, process.said().splitlines()) if line["event"] == "few_open_files"
+    ]
+    assert (said["allowed"], said["http_connections"], said["stream_connections"]) == (64, 16, 16)
+    assert "Too many open files" not in process.said()
 
 
 async def test_two_daemons_on_one_spool(process, tmp_path, emulator):

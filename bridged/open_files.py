@@ -1,0 +1,57 @@
+"""How many files the process may open, and how many of them the doors' connections may take.
+
+The rest is for the spool, the listeners, the requests to Mixpanel and Braze, and whoever looks at the admin side.
+"""
+
+import resource
+from typing import Final, NamedTuple
+
+import structlog
+
+from bridged.settings import Config
+
+log = structlog.get_logger()
+
+_RESERVE: Final = 256
+
+
+class Connections(NamedTuple):
+    """At most so many at each door."""
+
+    http: int
+    stream: int
+
+
+def allow(config: Config) -> None:
+    """Raises the limit to what the doors may need; systems start with 1,024. Says if that is more than there may be."""
+    needed = sum(_wished(config)) + _RESERVE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        http, stream = connections(config)
+        log.warning(
+            "few_open_files",
+            allowed=allowed,
+            needed=needed,
+            http_connections=http,
+            stream_connections=stream,
+            hint="the doors take so many connections, and no more: raise LimitNOFILE, or lower max_connections",
+        )
+
+
+def connections(config: Config) -> Connections:
+    """What each door may take: as configured, or both less, in proportion, where the process may open too few files."""
+    wished = _wished(config)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = soft - min(_RESERVE, soft // 2)
+    if soft == resource.RLIM_INFINITY or sum(wished) <= room:
+        return wished
+    return Connections(*[max(1, room * of // sum(wished)) for of in wished])
+
+
+def _wished(config: Config) -> Connections:
+    http, stream = config.sources.http, config.sources.stream
+    return Connections(http.max_connections if http.listen else 0, stream.max_connections if stream.listen else 0)
