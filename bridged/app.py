@@ -173,9 +173,19 @@ class App:
                 self.activity.tell("stopped", "bridged stopped", waiting=self.spool.accounts.total("waiting"))
             else:
                 self.activity.tell("stopped", f"bridged stopped: {error}", "critical")
+                if isinstance(error, SpoolError):
+                    self._keep_settings()
             self.activity.close()
 
         stack.push(ended)
+
+    def _keep_settings(self) -> None:
+        """Whoever removed the spool's folder has removed them, too: the next start shall not be another daemon."""
+        try:
+            if self.saved.write_again():
+                log.warning("settings_written_again", file=str(self.saved.path), keys=sorted(self.saved.values))
+        except OSError as error:
+            log.error("settings_lost", file=str(self.saved.path), keys=sorted(self.saved.values), error=str(error))
 
     async def _stop_delivering(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""

@@ -173,6 +173,14 @@ class Saved:
         finally:
             os.close(folder)
 
+    def write_again(self) -> bool:
+        """Puts the file back if it said something and is gone; gives whether that was so. Raises OSError. Blocks."""
+        if not self.values or self.path.exists():
+            return False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.write(self.values)
+        return True
+
     def overridden(self, configured: Config) -> dict[str, dict[str, Any]]:
         """By key: what the configuration says, and what was saved instead. Secrets are masked."""
         return {

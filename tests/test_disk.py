@@ -18,7 +18,7 @@ import threading
 
 import pytest
 from conftest import NAMES, SLOW, balanced, currents, free_port, until
-from test_lifecycle import ROOT, Process
+from test_lifecycle import ROOT, Process, process
 from test_spool import OPEN, batch, collect, letter, options, stored
 
 from bench import disk
@@ -27,6 +27,8 @@ from bridged.backlog import spool as spool_module
 from bridged.backlog.reserve import Reserve
 from bridged.backlog.spool import Intaken, Settlement, Spool
 from bridged.errors import SpoolError, SpoolFull
+
+__all__ = ["process"]
 
 MIB = 2**20
 CI = bool(os.environ.get("CI"))
@@ -378,34 +380,60 @@ async def test_files_that_are_removed_under_the_daemon(tmp_path, emulator, gone)
         assert await again.end() == 0, again.said()
 
 
-async def test_a_file_that_is_put_in_the_place_of_the_spool(tmp_path, emulator, client):
+async def test_settings_that_are_removed_with_the_spool(process, client):
+    """What was saved on the page is written again with it: the next start has the credential, and the same rules."""
+    folder, admin = process.folder / "spool", f"127.0.0.1:{free_port()}"
+    folder.mkdir()
+    process.settings |= {"spool__path": str(folder / "spool.db"), "mixpanel__token": "", "admin__listen": admin}
+    await process.up()
+    values = {
+        "mixpanel.token": "example-token",
+        "retention.max_age": "3h",
+        "events.transform": {"users.messages.email.Open": {"email_address": "remove"}},
+    }
+    async with client.put(f"http://{admin}/api/settings", json={"set": values}) as answer:
+        assert answer.status == 200, await answer.text()
+    before = (folder / "spool.db.settings.toml").read_bytes()
+    shutil.rmtree(folder)
+    assert await process.exits() == 74, process.said()
+
+    assert '"settings_written_again"' in process.said()
+    assert "example-token" not in process.said()
+    assert (folder / "spool.db.settings.toml").read_bytes() == before
+    assert (folder / "spool.db.settings.toml").stat().st_mode & 0o777 == 0o600
+    await process.up()
+    async with client.get(f"http://{admin}/api/status") as answer:
+        assert (await answer.json())["state"] != "not set up"
+    assert await process.end() == 0
+
+
+async def test_a_file_that_is_put_in_the_place_of_the_spool(process, tmp_path, emulator, client):
     """What the daemon held is saved beside it, and named until it is gone; put back as the README says, all of it is delivered."""
     path, other = tmp_path / "spool.db", tmp_path / "other.db"
-    daemon = Process(tmp_path, "http://127.0.0.1:9")
-    await daemon.up()
-    assert await daemon.post([currents(seed=n, id=f"e{n}") for n in range(50)]) == 200
+    await process.up(mixpanel__url="http://127.0.0.1:9")
+    assert await process.post([currents(seed=n, id=f"e{n}") for n in range(50)]) == 200
     other.touch()
     other.replace(path)
-    assert await daemon.exits() == 74, daemon.said()
+    assert await process.exits() == 74, process.said()
     [displaced] = tmp_path.glob("spool.db.displaced-*")
-    assert f"the README says what to do with {displaced.name}" in daemon.said()
+    assert f"the README says what to do with {displaced.name}" in process.said()
 
     admin = f"127.0.0.1:{free_port()}"
-    await daemon.up(mixpanel__url=emulator.url, admin__listen=admin)
-    [line] = [line for line in daemon.said().splitlines() if '"events_missing"' in line]
+    await process.up(mixpanel__url=emulator.url, admin__listen=admin)
+    [line] = [line for line in process.said().splitlines() if '"events_missing"' in line]
     assert json.loads(line)["saved"] == [str(displaced)]
     async with client.get(f"http://{admin}/api/status") as answer:
         assert str(displaced) in " ".join((await answer.json())["warnings"])
-    assert await daemon.end() == 0
+    assert await process.end() == 0
     path.rename(tmp_path / "spool.db.before")
     displaced.rename(path)
-    await daemon.up(mixpanel__url=emulator.url, admin__listen=admin)
+    await process.up(mixpanel__url=emulator.url, admin__listen=admin)
     await until(lambda: len(delivered(emulator)) >= 50, "what was acked to be delivered")
     async with client.get(f"http://{admin}/api/status") as answer:
         status = await answer.json()
         assert "displaced" not in " ".join(status["warnings"])
         assert (status["events"]["accepted"], status["imbalance"]) == (50, 0)
-    assert await daemon.end() == 0
+    assert await process.end() == 0
 
 
 async def test_a_spool_and_a_file_of_cohorts_that_are_links(tmp_path, daemon, importing):
