@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,6 +217,14 @@ def test_a_time_that_mixpanel_would_refuse_is_a_dead_letter(time: Any, reason: s
     """More than an hour ahead, before 1971 or not a whole number of seconds: kept, with what is wrong."""
     assert reason in reason_of(currents(time=time))
     assert reason in reason_of(currents(OPEN, time=time))
+
+
+def test_our_clock_is_in_the_reason_to_the_hour() -> None:
+    """One that is days behind makes a dead letter of everything: the reason shows it, and is the same for all of an hour."""
+    reasons = {reason_of(currents(time=int(NOW_S) + days * 86400)) for days in (1, 2, 3)}
+    assert reasons == {
+        f"time is more than 1 h ahead, our clock says {datetime.fromtimestamp(NOW_S, UTC):%Y-%m-%d %H} h UTC"
+    }
 
 
 # -- $insert_id --------------------------------------------------------------------------------------------------------

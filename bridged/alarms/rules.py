@@ -351,8 +351,8 @@ RULES: Final = (
         says=_skewed,
         text=lambda facts, _: (
             f"This machine's clock is {_duration(abs(facts.skew_s or 0.0))} "
-            f"{'ahead of' if (facts.skew_s or 0.0) > 0 else 'behind'} Mixpanel's: times of events, and what expires when, "
-            "depend on it"
+            f"{'ahead of' if (facts.skew_s or 0.0) > 0 else 'behind'} Mixpanel's: times of events, what expires when, and "
+            "which events are dead letters for being more than an hour ahead depend on it"
         ),
         end="This machine's clock is right again",
         raise_after_s=5.0,

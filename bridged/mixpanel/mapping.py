@@ -9,6 +9,7 @@ An event that is plain, as nearly all are, costs a few comparisons; only an odd 
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -232,7 +233,9 @@ class EventMapping:
         if event.time > now_s:
             if event.time > now_s + MAX_AHEAD_S:
                 unit = "; it looks like milliseconds, Currents sends seconds" if event.time > 10**11 else ""
-                return Refusal(code, event_type, f"time {event.time} is more than 1 h ahead{unit}", original)
+                ours = datetime.fromtimestamp(now_s, UTC)  # to the hour: such letters are counted by their reason
+                reason = f"time is more than 1 h ahead, our clock says {ours:%Y-%m-%d %H h} UTC{unit}"
+                return Refusal(code, event_type, reason, original)
             # Mixpanel would overwrite it, differently at each try: clamped once, before it is committed.
             event.time = int(now_s)
         elif event.time < EARLIEST_TIME_S:
