@@ -291,6 +291,16 @@ async def test_orders_are_posts_of_json(daemon, client):
         assert answer.status == 200
 
 
+async def test_a_method_that_is_none_of_a_path(daemon, client):
+    """It is told so, and which there are, whatever is in the body; a path that isn't there is 404."""
+    app = await daemon()
+    for method in ("PUT", "DELETE", "POST"):
+        async with client.request(method, base(app) + "/api/status") as answer:
+            assert (answer.status, answer.headers["Allow"]) == (405, "GET,HEAD")
+        async with client.request(method, base(app) + "/api/nothing") as answer:
+            assert answer.status == 404
+
+
 async def test_admin_answers_while_the_doors_are_busy(daemon, client):
     """A scrape in the middle of traffic sees books that balance: they are read as of a commit."""
     app = await daemon()

@@ -133,7 +133,7 @@ class Access:
             theirs = request.headers.get("Origin", f"://{request.host}").partition("://")[2].lower()
             if site not in ("same-origin", "none") or theirs != request.host.lower():
                 raise web.HTTPForbidden(text="a page of another origin may not change anything here")
-        if changes:
+        if changes and request.match_info.http_exception is None:  # else there is nothing to change: 404 or 405
             if request.content_type != "application/json":
                 raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
             if request.path != "/api/login" and not self._is_meant(request):
