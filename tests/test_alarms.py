@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from bridged.admin.status import alarm_facts
 from bridged.alarms import rules, webhook
 from bridged.alarms.rules import CLEAR_AFTER_S, NAMES, Alarms, Facts
+from bridged.alarms.watch import Watch
 from bridged.alarms.webhook import Hook, Webhook
 from bridged.app import App
 
@@ -550,3 +552,19 @@ async def test_a_bug_in_the_alarms_ends_nothing(config, emulator, client, monkey
         await until(lambda: len(looks) > 3, "some looks")
         await post(client, app, 5)
         await until(lambda: len(emulator.events()) == 5, "the events")
+
+
+async def test_the_first_look_knows_the_disk(tmp_path, monkeypatch):
+    """However soon something is told after the start, it says how much is free."""
+    measure = Watch._disk_free
+    asked = threading.Event()
+    monkeypatch.setattr(Watch, "_disk_free", lambda self: asked.wait(0.2) or measure(self))
+    watch = Watch(lambda: Facts(max_bytes=2**30, refusing=True), str(tmp_path / "spool.db"), Webhook(Hook("", "")))
+    told = []
+    watch.happened = lambda _kind, text, *_more, **_detail: told.append(text)
+    watching = asyncio.create_task(watch.run())
+    await until(lambda: told, "the alarm")
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert "an unknown number" not in told[0]
+    assert "free on the disk" in told[0]

@@ -33,7 +33,8 @@ class Watch:
         self.webhook = webhook
         self.disk_free_bytes: int | None = None
         self._look = look
-        self._folder = Path(spool_path).absolute().parent
+        self._folder = Path(spool_path).resolve().parent
+        self._measured = asyncio.Event()  # the disk's free bytes, once at least
         self._host = socket.gethostname()
         self._failed = False
         self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
@@ -45,6 +46,9 @@ class Watch:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.webhook.run(), name="webhook")
             tasks.create_task(self._look_at_disk(), name="disk")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._measured.wait()
             while True:
                 try:
                     self.step(asyncio.get_running_loop().time())
@@ -114,6 +118,7 @@ class Watch:
         """On its own: a disk that is ill may not answer, and then the alarms are needed most."""
         while True:
             self.disk_free_bytes = await asyncio.to_thread(self._disk_free)
+            self._measured.set()
             await asyncio.sleep(_DISK_LOOK_S)
 
     def _disk_free(self) -> int | None:
