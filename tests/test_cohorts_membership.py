@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import until
+from structlog.testing import capture_logs
 
 from bridged.cohorts import merging, tables
 from bridged.cohorts.membership import Membership, MembershipOptions
@@ -517,6 +518,27 @@ async def test_a_full_file_refuses_pages_and_recovers(options: MembershipOptions
         await merged(membership)
         assert membership.figures.members == taken
         await counted(membership)
+
+
+async def test_a_full_disk_is_told_once(options: MembershipOptions) -> None:
+    """One line in the log until something was written again, however often it is tried."""
+
+    def limit(db: sqlite3.Connection, pages: int) -> None:
+        db.execute(f"PRAGMA max_page_count = {pages}")
+
+    async with Membership(options) as membership:
+        with capture_logs() as logged:
+            for episode in (1, 2):
+                await membership.run(limit, 1)
+                for attempt in range(5):
+                    await until(lambda: not membership.full, "another try")
+                    ids = [f"{episode}-{attempt}-{i:0>90}" for i in range(5000)]
+                    with pytest.raises(MembershipError):
+                        await membership.receive(Page(action="add_members", cohort="1", session="s", ids=ids))
+                assert [line["event"] for line in logged] == ["cohorts_full"] * episode
+                await membership.run(limit, 2**30)
+                await until(lambda: not membership.full, "another try")
+                await hear(membership, page("members", f"a{episode}"))
 
 
 async def test_unknown_cohorts_are_named(membership: Membership) -> None:

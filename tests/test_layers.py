@@ -150,6 +150,7 @@ LONGER = {
     ),
     "sources/http_connections.py": (500, "the same for the HTTP door"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
+    "cohorts/membership.py": (490, "one owner, as the spool: opening, the writer and its transactions belong together"),
     "backlog/spool.py": (
         660,
         "one owner: opening, the writer, its transaction and the rows that it reads belong together",

@@ -74,6 +74,7 @@ class Membership:
         self.rows: list[CohortRow] = []  # as of the last commit
         self.changed: Callable[[], None] = lambda: None  # set by the writer to Braze: something may be due
         self.full = ""  # why pages are refused; empty while they aren't
+        self._told_full = False  # in the log, since something was last written
         self._clock = clock
         self._work = _Work()
         self._pending_bytes = 0
@@ -394,7 +395,7 @@ class Membership:
             if work.pages:
                 await self.run(self._receive, work.pages)
                 self._page_at = asyncio.get_running_loop().time()
-                _done(work.futures)
+                self._written(work.futures)
         except sqlite3.Error as error:
             self._is_full(error)
             for future in work.futures:
@@ -403,7 +404,7 @@ class Membership:
         try:
             if work.results:
                 await self.run(self._settle, work.results)
-                _done(work.settled)
+                self._written(work.settled)
         except sqlite3.Error as error:
             self._is_full(error)
             self._work.results[:0] = work.results
@@ -467,14 +468,16 @@ class Membership:
         if not tables.is_full(error, Path(self.options.path)):
             raise error
         self.full = f"there is no room for the cohorts' file {self.options.path}: {error}"
-        log.error("cohorts_full", error=str(error), path=self.options.path)
+        if not self._told_full:
+            log.error("cohorts_full", error=str(error), path=self.options.path)
+        self._told_full = True
+
+    def _written(self, futures: "list[asyncio.Future[None]]") -> None:
+        self._told_full = False
+        for future in futures:
+            if not future.done():
+                future.set_result(None)
 
     def _tell(self) -> None:
         if self.figures.due:
             self.changed()
-
-
-def _done(futures: list["asyncio.Future[None]"]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
