@@ -1140,6 +1140,25 @@ async def test_tls_is_never_paused_between_reads(tmp_path, certificate, monkeypa
     assert turns == []
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_who_speaks_tls_and_never_reads_loses_nothing(tmp_path, certificate, version):
+    """A client without acks has nothing to read: so its close is an orderly one, and the door gets all that it sent."""
+    keys, _ = certificate
+    trust = ssl.create_default_context(cafile=keys["tls_cert"])
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+    trust.minimum_version = trust.maximum_version = version
+    lines = ndjson([currents(seed=seed) for seed in range(100)])
+
+    def send(port):
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as plain, trust.wrap_socket(plain) as sock:
+                sock.sendall(lines)
+
+    async with opened(tmp_path, stream=keys) as doors:
+        await asyncio.to_thread(send, doors.stream.ports[0])
+        await until(lambda: doors.spool.accounts.total("accepted") == 2000, "every event of every connection")
+
+
 async def test_the_doors_take_a_renewed_certificate_over(tmp_path):
     """After a reload new connections get the new certificate, old ones live on; files that can't be used change nothing."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

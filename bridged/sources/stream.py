@@ -97,6 +97,9 @@ class StreamSource:
 
     async def __aenter__(self) -> Self:
         self._tls = server_context("sources.stream", self._options.tls_cert, self._options.tls_key)
+        if self._tls is not None:
+            # Unread by who never reads, they would make a reset of his close, which drops what we have yet to read.
+            self._tls.num_tickets = 0
         self._look_at_all()
         for address in self._options.listen:
             try:
