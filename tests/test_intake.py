@@ -240,15 +240,53 @@ async def test_a_mistake_of_ours_costs_only_the_event_that_meets_it(
     assert (letter.event, letter.reason) == (lines[1], "bridged failed on it: ZeroDivisionError: a bug")
 
 
-@pytest.mark.parametrize(("size", "pad"), [(200_000, b""), (200_000, b"      "), (2**22, b"      ")])
+@pytest.mark.parametrize(("size", "pad"), [(200_000, b""), (200_000, b"      "), (2**22, b"      "), (2**23, b"")])
 async def test_a_body_of_crumbs_is_no_body(intake: Intake, spool: Spool, size: int, pad: bytes) -> None:
     """Each would be a dead letter a hundred times as large as it is, and push out those of others: Braze splits a 413."""
     crumb = b"1" + pad + b","
-    with pytest.raises(TooLarge, match="too many elements"):
+    with pytest.raises(TooLarge, match=r"too many (elements|small pieces)"):
         intake.accept_body(b"[" + crumb * (size // len(crumb)) + b"1]")
     assert totals(spool) == {}
     await intake.accept_body(b"[" + crumb * 500 + b"1]")
     assert totals(spool) == {"accepted": 501, "dead_lettered": 501}
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "events"),
+    [
+        ([{"id": 4000, "q": 1}] * 150, 1, 100),
+        ([[52.5, 13.4]] * 150, 1, 1000),
+        ([1000] * 250, 220, 1),
+        ([0] * 250, 20, 300),
+        ({f"k{n}": "" for n in range(250)}, 20, 30),
+    ],
+    ids=["cart", "route", "numbers", "flags", "keys"],
+)
+async def test_events_of_many_small_values_are_events(
+    intake: Intake, spool: Spool, value: Any, count: int, events: int
+) -> None:
+    """Whatever Mixpanel takes is taken, in bodies of any usual size."""
+    event = currents(CUSTOM, properties={"name": "n", "custom_properties": {f"v{n}": value for n in range(count)}})
+    body = msgspec.json.encode({"events": [event] * events})
+    assert 250_000 < len(body) < 2**22
+    await intake.accept_body(body)
+    assert totals(spool) == {"accepted": events, "waiting": events}
+
+
+@pytest.mark.parametrize("form", [b"%s", b"[%s]", b'{"events":[%s]}', b'\xef\xbb\xbf{"events": [%s]}\n'])
+async def test_a_vast_event_of_crumbs_is_a_dead_letter(intake: Intake, spool: Spool, form: bytes) -> None:
+    """It can't be split, so it is no 413; two of them are one, and no time is spent on any."""
+    event = b'{"event_type":"users.behaviors.CustomEvent","properties":{"a":[%s[]]}}' % (b"[]," * 2**22)
+    await intake.accept_body(form % event)
+    assert totals(spool) == {"accepted": 1, "dead_lettered": 1}
+    (letter,) = await letters(spool)
+    assert letter.event == event
+    assert "bytes, and not looked at" in letter.reason
+    with pytest.raises(TooLarge if form != b"%s" else BadRequest):
+        intake.accept_body(form % (event + b"," + event))
+    with pytest.raises(BadRequest):
+        intake.accept_body(form % event[:-1])
+    assert totals(spool) == {"accepted": 1, "dead_lettered": 1}
 
 
 async def test_events_under_an_escaped_name_are_found_one_by_one(intake: Intake, spool: Spool) -> None:

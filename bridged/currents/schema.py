@@ -87,6 +87,10 @@ class _RawBody(Struct, gc=False):
     events: list[Raw] | None = None
 
 
+class _LoneBody(Struct, gc=False):
+    events: tuple[Raw] | None = None
+
+
 def properties_struct(row: EventType, own: list[tuple[Any, ...]]) -> type[Struct]:
     """A Struct of a row's properties.
 
@@ -122,6 +126,8 @@ class Schema:
         self._body = msgspec.json.Decoder(body)
         self._raw_body = msgspec.json.Decoder(_RawBody)
         self._raw_array = msgspec.json.Decoder(list[Raw])
+        self._lone_body = msgspec.json.Decoder(_LoneBody)
+        self._lone_array = msgspec.json.Decoder(tuple[Raw])
         self._event_type = msgspec.json.Decoder(_EventType)
         self._members = msgspec.json.Decoder(dict[str, Raw])
         self._unknown = msgspec.json.Decoder(UnknownEvent)
@@ -194,6 +200,19 @@ class Schema:
             # `{}`, `{"events": null}`: a probe. Any other object is a lone event, or a dead letter.
             return [] if _PROBE.fullmatch(data) else [data]
         return [bytes(raw) for raw in events]
+
+    def lone(self, data: bytes) -> bytes | None:
+        """The one element of a body; None if it has more. Ends at the second. Raises ValueError if no parser takes it."""
+        data = data.removeprefix(_UTF8_BOM).strip()
+        try:
+            if data[:1] == b"[":
+                return bytes(self._lone_array.decode(data)[0])
+            events = self._lone_body.decode(data).events
+        except ValidationError:
+            return None
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ValueError(str(error)) from error
+        return data if events is None else bytes(events[0])
 
     def _refused(self, original: bytes, error: Exception) -> Refusal | UnknownEvent | Event:
         """What became of a line that couldn't be decoded as it was."""
