@@ -16,7 +16,7 @@ from msgspec import Struct
 from bridged.backlog.archive import ArchivedEvent
 from bridged.backlog.segment import Batch
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Spool
-from bridged.currents.schema import UNDECODABLE_CODE, UNDECODABLE_TYPE, Decoded, Refusal, Schema
+from bridged.currents.schema import UNDECODABLE_CODE, UNDECODABLE_TYPE, Decoded, Refusal, Schema, bare
 from bridged.errors import BadRequest, TooLarge
 from bridged.mixpanel.limits import MAX_EVENT_BYTES
 from bridged.mixpanel.mapping import EventMapping
@@ -208,7 +208,7 @@ class Intake:
                 return _joined([self._slice([line]) for line in lines])
             reason = f"bridged failed on it: {type(error).__name__}: {error}"
             return Intaken(
-                dead_letters=[DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, lines[0].strip())]
+                dead_letters=[DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, bare(lines[0]))]
             )
 
     def _intaken(self, decoded: Decoded) -> Intaken:

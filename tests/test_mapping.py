@@ -236,13 +236,19 @@ def test_a_conform_id_is_the_insert_id(good: str) -> None:
     assert properties_of(currents(id=good))["$insert_id"] == good
 
 
+@pytest.mark.parametrize("placeholder", ["NULL", "Anon", "N/A", "Undefined", "TRUE"])
+def test_a_placeholder_in_capitals_is_no_insert_id(placeholder: str) -> None:
+    """Mixpanel refuses it in any case of letters, so it becomes a hash as the others do."""
+    assert len(properties_of(currents(id=placeholder))["$insert_id"]) == 36
+
+
 @given(st.one_of(st.text(max_size=60), st.sampled_from(sorted(REFUSED_IDS)), st.from_regex(INSERT_ID, fullmatch=True)))
 def test_any_id_becomes_conform_and_always_the_same(given_id: str) -> None:
     """Mixpanel takes [A-Za-z0-9-]{1,36} and no placeholder. An id that isn't so becomes a hash, the same at every try."""
     event = currents(id=given_id)
     first, other = properties_of(event)["$insert_id"], properties_of(event | {"time": 1_790_000_001})["$insert_id"]
     assert re.fullmatch(r"[A-Za-z0-9-]{1,36}", first)
-    assert first not in REFUSED_IDS
+    assert first.lower() not in REFUSED_IDS
     assert properties_of(event)["$insert_id"] == first
     assert given_id == "" or other == first
 
@@ -256,6 +262,31 @@ def test_without_an_id_the_bytes_make_one() -> None:
     assert ids[0] != ids[1]
     assert [event["properties"]["$insert_id"] for event in mapped(*reversed(events), as_body=True).events] == ids[::-1]
     assert properties_of(events[0])["$insert_id"] == ids[0]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_bytes_that_are_kept() -> None:
+    """A dead letter is JSON without it, and an event without an id gets the same one with and without it."""
+    odd = [{k: v for k, v in currents().items() if k != "id"}, custom_event({"a": nested(20)}), currents(time=1)]
+    lines = [msgspec.json.encode(event) for event in odd]
+    assert mapped(*(b"\xef\xbb\xbf" + line for line in lines)) == mapped(*lines)
+
+
+@pytest.mark.parametrize("event_type", ["users.messages.email.Open", OPEN])
+def test_an_empty_device_id_is_left_out(event_type: str) -> None:
+    """Of documented types and of others alike: nobody's device is called nothing."""
+    event = currents(event_type, user={"external_user_id": "ada", "device_id": ""})
+    assert "device_id" not in properties_of(event)
+
+
+def test_a_list_that_mixpanel_refuses_is_a_dead_letter() -> None:
+    """Of a documented property, too: the reason names it and what Mixpanel takes."""
+    event = currents("users.messages.sms.InboundReceive")
+    event["properties"]["media_urls"] = ["https://example.com/a"] * 254
+    assert len(properties_of(event)["media_urls"]) == 254
+    event["properties"]["media_urls"].append("one more")
+    reason = reason_of(event)
+    assert "media_urls" in reason
+    assert "254" in reason
 
 
 # -- what the customer's code adds -------------------------------------------------------------------------------------

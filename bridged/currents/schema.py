@@ -8,12 +8,12 @@ ones are decoded all the same, and each bad one becomes a `Refusal` with its own
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Final, NamedTuple, Union, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, Union, cast
 
 import msgspec
-from msgspec import Raw, Struct, ValidationError, field
+from msgspec import Meta, Raw, Struct, ValidationError, field
 
-from bridged.currents.table import PROPERTY_TYPES, EventType
+from bridged.currents.table import CUSTOM_MEMBERS, PROPERTY_TYPES, EventType
 
 # Codes stand for event types in a segment, one byte an event. Those of the table's rows are their positions.
 UNKNOWN_CODE: Final = 254  # an event type that the table doesn't have
@@ -28,7 +28,12 @@ _PYTHON_TYPES: Final[dict[str, Any]] = {
     "int": int | None,
     "float": float | None,
     # 254 is Mixpanel's limit for the elements of a list.
-    "array<string>": list[str] | None,
+    "array<string>": Annotated[list[str], Meta(max_length=254)] | None,
+}
+_CUSTOM_FIELDS: Final = {
+    "": (),
+    "event": (CUSTOM_MEMBERS["event"], "name"),
+    "purchase": (CUSTOM_MEMBERS["purchase"],),
 }
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -73,7 +78,7 @@ class Decoded(NamedTuple):
     """What one read or body held."""
 
     events: list[Event]
-    # The bytes of each event of `events`, made only when somebody asks: the common case never needs them.
+    # The bytes of each event of `events`, not yet `bare`; made only when somebody asks: the common case never needs them.
     originals: Callable[[], Sequence[bytes]]
     refusals: list[Refusal]
     unknown: list[tuple[str, UnknownEvent, bytes]]  # event type, event, the bytes it came as
@@ -89,6 +94,11 @@ class _RawBody(Struct, gc=False):
 
 class _LoneBody(Struct, gc=False):
     events: tuple[Raw] | None = None
+
+
+def bare(data: bytes) -> bytes:
+    """A line or a body without what may stand around it."""
+    return data.removeprefix(_UTF8_BOM).strip()
 
 
 def properties_struct(row: EventType, own: list[tuple[Any, ...]]) -> type[Struct]:
@@ -133,9 +143,9 @@ class Schema:
         self._unknown = msgspec.json.Decoder(UnknownEvent)
         self._codes = {row.event_type: code for code, row in enumerate(rows)}
         self._known_fields = {
-            code: frozenset(each.encode_name for each in msgspec.structs.fields(get_type_hints(struct)["properties"]))
-            for code, struct in enumerate(structs)
-            if rows[code].properties or rows[code].custom
+            code: frozenset((*row.properties, *_CUSTOM_FIELDS[row.custom]))
+            for code, row in enumerate(rows)
+            if row.properties or row.custom
         }
 
     def lines(self, lines: Sequence[bytes]) -> Decoded:
@@ -156,7 +166,7 @@ class Schema:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 at = len(events) + len(bad)
                 bad.append(at)
-                original = lines[at].removeprefix(_UTF8_BOM).strip()
+                original = bare(lines[at])
                 if not original:
                     continue
                 outcome = self._refused(original, error)
@@ -187,7 +197,7 @@ class Schema:
 
     def elements(self, data: bytes) -> Sequence[bytes] | None:
         """The events of a Custom HTTP body as they came; an array or a lone event will do. None: it isn't JSON."""
-        data = data.removeprefix(_UTF8_BOM).strip()
+        data = bare(data)
         if not data:
             return []
         try:
@@ -203,7 +213,7 @@ class Schema:
 
     def lone(self, data: bytes) -> bytes | None:
         """The one element of a body; None if it has more. Ends at the second. Raises ValueError if no parser takes it."""
-        data = data.removeprefix(_UTF8_BOM).strip()
+        data = bare(data)
         try:
             if data[:1] == b"[":
                 return bytes(self._lone_array.decode(data)[0])
@@ -245,7 +255,7 @@ class Schema:
     def unknown_fields(self, code: int, original: bytes) -> list[str]:
         """Properties of an event that its row doesn't have: fields that Braze added since. Never raises."""
         try:
-            properties = msgspec.json.decode(original)["properties"]
+            properties = msgspec.json.decode(bare(original))["properties"]
             known = self._known_fields.get(code)
             return [name for name in properties if known is not None and name not in known]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):

@@ -23,6 +23,7 @@ from bridged.currents.schema import (
     Event,
     Refusal,
     Schema,
+    bare,
     event_struct,
     properties_struct,
 )
@@ -189,7 +190,7 @@ class EventMapping:
                 or not (plain_ids or _is_plain(event.id))
             ):
                 originals = originals or decoded.originals()
-                event_type, original = self._rows[code].event_type, originals[index].strip()
+                event_type, original = self._rows[code].event_type, bare(originals[index])
                 outcome = (
                     self._whole(event_type, event, original, now_s)
                     if code in special
@@ -202,7 +203,7 @@ class EventMapping:
             properties.insert_id = event.id
             properties.time = event.time
             properties.ip = constants
-            properties.device_id = user.device_id
+            properties.device_id = user.device_id or None
             try:
                 forms.append(form(properties))
                 codes.append(code)
@@ -210,7 +211,7 @@ class EventMapping:
                 reason = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
                 originals = originals or decoded.originals()
                 event_type = self._rows[code].event_type
-                refusals.append(Refusal(code, event_type, reason, originals[index].strip()))
+                refusals.append(Refusal(code, event_type, reason, bare(originals[index])))
         for event_type, unknown, original in decoded.unknown:
             outcome = self._whole(event_type, unknown, original, now_s)
             _file(outcome, UNKNOWN_CODE, forms, codes, skips, refusals)
@@ -305,7 +306,7 @@ def _are_plain(ids: list[str]) -> bool:
 
 
 def _is_plain(insert_id: str) -> bool:
-    return INSERT_ID.fullmatch(insert_id) is not None and insert_id not in REFUSED_IDS
+    return INSERT_ID.fullmatch(insert_id) is not None and insert_id.lower() not in REFUSED_IDS
 
 
 def derived_name(event_type: str) -> str:
