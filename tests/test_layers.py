@@ -145,7 +145,7 @@ MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
     "sources/stream.py": (
-        540,
+        545,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
     "sources/http_connections.py": (530, "the same for the HTTP door"),

@@ -373,12 +373,30 @@ async def test_a_handshake_in_two_packets(door, at):
     await goodbye(writer)
 
 
-async def test_a_handshake_later_is_no_handshake(door):
-    """Only the first line can be one."""
-    answer = await door.talk(ndjson(batch(1)) + ACKS)
+@pytest.mark.parametrize("cut", [0, 1, 5])
+async def test_blank_lines_before_the_handshake(door, cut):
+    """They cost it nothing, however they come, and aren't counted: acks count the lines after it."""
+    blank = b"\n \r\n\n"
+    reader, writer = await door.connect()
+    writer.write(blank[:cut])
+    await until(lambda: sum(not connection._acks for connection in door.source.connections) == 1)
+    writer.write(blank[cut:] + ACKS + ndjson(batch(2)))
+    writer.write_eof()
+
+    assert acked(await asyncio.wait_for(reader.read(), 20))[-1] == 2
+    await goodbye(writer)
+    assert await door.dead() == []
+
+
+@pytest.mark.parametrize("line", [b'{"acks":1}\n', b'{"acks":"true"}\n', ndjson(batch(1)) + ACKS])
+async def test_what_is_no_handshake_is_told_so(door, line):
+    """Only the first line can be one, and only with true: else it is a dead letter that says what would be one."""
+    answer = await door.talk(line)
 
     assert answer == b""
-    assert len(await door.dead()) == 1
+    [(reason, _)] = await door.dead()
+    assert reason.startswith("no event_type")
+    assert '{"acks":true} as the first line' in reason
 
 
 # -- clients that misbehave --------------------------------------------------------------------------------------------

@@ -377,7 +377,11 @@ class _Connection(asyncio.Protocol):
         elif lines:
             self._accept(lines)
 
-    def _handshake(self, lines: list[bytes]) -> bool:
+    def _handshake(self, lines: list[bytes]) -> bool | None:
+        """Whether there shall be acks, by the first line that isn't blank; None: there is none yet."""
+        del lines[: next((at for at, line in enumerate(lines) if not line.isspace()), len(lines))]
+        if not lines:
+            return None
         try:
             acks = msgspec.json.decode(lines[0].removeprefix(b"\xef\xbb\xbf"), type=_Handshake).acks
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
