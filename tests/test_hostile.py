@@ -10,6 +10,7 @@ import re
 import socket
 import ssl
 import struct
+import zlib
 
 import msgspec
 import pytest
@@ -560,6 +561,17 @@ def test_pieces_make_the_whole(size, members):
     """Whatever the size and the number of members, the pieces are the body."""
     part = os.urandom(size // 2) + bytes(size - size // 2)
     assert b"".join(expanded(gzip.compress(part, 1) * members, 31, 20 * MIB)) == part * members
+
+
+@pytest.mark.parametrize("padding", [b"\0" * 100_000, b"\n", b"\r\n", bytes(512)])
+@pytest.mark.parametrize("window_bits", [31, 15])
+def test_what_fills_up_the_end_is_no_damage(padding, window_bits):
+    """Zeros, which blocks are filled up with, and a newline behind the last member: as for gunzip they are nothing."""
+    part = os.urandom(100_000)
+    packed = gzip.compress(part) if window_bits == 31 else zlib.compress(part)
+    assert b"".join(expanded(packed + padding, window_bits, MIB)) == part
+    with pytest.raises(BadRequest):
+        list(expanded(padding, window_bits, MIB))
 
 
 def test_damage_is_told():

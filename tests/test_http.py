@@ -388,6 +388,28 @@ async def test_compressed_bodies(door, client, coding):
     assert await door.events() == ids(events)
 
 
+@pytest.mark.parametrize(
+    ("coding", "status"),
+    [
+        ("gzip, identity", 200),
+        ("identity, GZIP", 200),
+        ("gzip,", 200),
+        ("", 400),
+        ("identity,identity", 400),
+        ("br", 415),
+    ],
+)
+async def test_codings_that_are_none(door, client, coding, status):
+    """`identity` and nothing at all say nothing: what is left says how a body is compressed."""
+    assert (await door.post(client, gzip.compress(body(batch(1))), Content_Encoding=coding))[0] == status
+
+
+@pytest.mark.parametrize("coding", ["", "identity, identity"])
+async def test_a_body_that_is_not_compressed_after_all(door, client, coding):
+    """With such a header it is read as it is."""
+    assert (await door.post(client, body(batch(1)), Content_Encoding=coding))[0] == 200
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no gzip at all"])
 async def test_a_damaged_gzip_body(door, damage):
     """It is no JSON, so 400; nothing of it is taken, and the next request is."""

@@ -15,6 +15,8 @@ _FREE_BYTES: Final = 2**20
 # A piece takes some 0.2 ms: between two of them others get their turn.
 PIECE_BYTES: Final = 2**18
 _SLICE_BYTES: Final = 2**16
+# What may stand behind the last member: tapes and blocks are filled up with zeros, and whoever pipes may add a newline.
+_PADDING: Final = b"\0\r\n"
 # Tools that compress in parallel make a member of each 64 KiB or more. Each costs a decompressor of its own.
 _MAX_MEMBERS: Final = 1000
 
@@ -32,6 +34,8 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
             rest = body[at : at + _SLICE_BYTES]
             while rest:
                 if member is None:
+                    if members and not (rest := rest.lstrip(_PADDING)):
+                        break
                     members += 1
                     if members > _MAX_MEMBERS:
                         raise BadRequest(f"the compressed body has more than {_MAX_MEMBERS} members")
@@ -40,7 +44,7 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
                 size += len(piece)
                 if size > most:
                     raise TooLarge(
-                        f"the body is larger than {limit} bytes"
+                        f"the body is larger than {limit:d} bytes"
                         if most == limit
                         else f"the body expands to more than {_MAX_RATIO} times its size"
                     )
@@ -53,7 +57,7 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
             piece = member.decompress(b"", min(PIECE_BYTES, most + 1 - size))
             size += len(piece)
             if size > most:
-                raise TooLarge(f"the body is larger than {most} bytes")
+                raise TooLarge(f"the body is larger than {most:d} bytes")
             if not piece:
                 if not member.eof:
                     raise BadRequest("the compressed body is cut off")

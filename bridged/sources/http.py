@@ -332,7 +332,7 @@ class HttpSource:
         if "Content-Encoding" in request.headers:
             body = await self._decoded(request, connection, body)
         if len(body) > self._options.max_body:
-            raise TooLarge(f"the body is larger than {self._options.max_body} bytes")
+            raise TooLarge(f"the body is larger than {self._options.max_body:d} bytes")
         return body
 
     async def _read(self, request: web.BaseRequest) -> bytes:
@@ -350,8 +350,9 @@ class HttpSource:
 
     async def _decoded(self, request: web.BaseRequest, connection: HttpConnection, body: bytes) -> bytes:
         """The body without its Content-Encoding; never more of it in memory than max_body."""
-        coding = request.headers.get("Content-Encoding", "identity").strip().lower()
-        if coding == "identity" or not body:
+        codings = [each.strip() for each in request.headers.get("Content-Encoding", "").lower().split(",")]
+        coding = ", ".join(each for each in codings if each not in ("", "identity"))
+        if not coding or not body:
             return body
         if coding not in WINDOW_BITS:
             raise web.HTTPUnsupportedMediaType(
@@ -381,7 +382,7 @@ class HttpSource:
         """A body that comes in pieces. How long it may take is the connections' business: they end it."""
         limit = self._options.max_body
         if (request.content_length or 0) > limit:
-            raise TooLarge(f"the body is larger than {limit} bytes")
+            raise TooLarge(f"the body is larger than {limit:d} bytes")
         asks = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
         if asks and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -392,7 +393,7 @@ class HttpSource:
             if len(body) > limit:
                 break
         if len(body) > limit:
-            raise TooLarge(f"the body is larger than {limit} bytes")
+            raise TooLarge(f"the body is larger than {limit:d} bytes")
         return bytes(body)
 
     async def _wait_for_room(self) -> None:
