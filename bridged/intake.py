@@ -119,7 +119,7 @@ class Intake:
 
     def accept_oversized(self, head: bytes, limit: int) -> "asyncio.Future[None]":
         """A line that was longer than the door takes, of which only the beginning is left."""
-        reason = f"the line is longer than {limit} bytes; only its beginning was kept"
+        reason = f"the line is longer than {limit:d} bytes; only its beginning was kept"
         refusal = Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, reason, head)
         return self._spool.append(self._intaken(Decoded([], list, [refusal], [])))
 

@@ -23,6 +23,7 @@ from bridged.errors import BadRequest, SpoolFull, TooLarge
 from bridged.intake import Intake
 from bridged.mixpanel.limits import MAX_EVENT_BYTES
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
+from bridged.settings import Size
 
 OPEN = "users.messages.email.Open"
 CUSTOM = "users.behaviors.CustomEvent"
@@ -115,7 +116,7 @@ async def test_a_body_that_is_not_json_changes_nothing(intake: Intake, spool: Sp
 
 async def test_the_beginning_of_an_oversized_line_is_kept(intake: Intake, spool: Spool) -> None:
     """A line that no door takes is an event that somebody sent: it is counted, and what is left of it kept."""
-    await intake.accept_oversized(b'{"event_type":', 1000)
+    await intake.accept_oversized(b'{"event_type":', Size(1000))
     assert totals(spool) == {"accepted": 1, "dead_lettered": 1}
     (row,) = await letters(spool)
     assert (row.code, row.event) == (UNDECODABLE_CODE, b'{"event_type":')
