@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from aiohttp import web
-from conftest import until
+from conftest import free_port, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -398,7 +398,7 @@ async def test_a_redirect_is_not_followed():
 
 
 async def test_whatever_the_network_does_is_tried_again():
-    """Nobody listens, nobody answers, the answer breaks off: Retry(network), and no exception."""
+    """Nobody listens, nobody answers, the answer breaks off: Retry(network), no exception, and word of whether it had left."""
     request = track([("ada", ["a"])], "x", update_existing_only=True)
     gate = asyncio.Event()
 
@@ -411,9 +411,20 @@ async def test_whatever_the_network_does_is_tried_again():
         request.transport.close()
         return web.Response()
 
+    async def be_silent(reader, writer):
+        await gate.wait()
+        writer.close()
+
     outcomes = []
-    async with Transport(rest("http://127.0.0.1:9"), 20) as transport:
+    async with Transport(rest(f"http://127.0.0.1:{free_port()}"), 20) as transport:
         outcomes.append(await transport.send(request))
+        transport.use(rest("http://braze.invalid"), 20)
+        outcomes.append(await transport.send(request))
+        async with await asyncio.start_server(be_silent, "127.0.0.1", 0) as silent:
+            transport.use(rest(f"https://127.0.0.1:{silent.sockets[0].getsockname()[1]}"), 0.2)
+            outcomes.append(await transport.send(request))
+            gate.set()
+        gate.clear()
         async with server(cut) as url:
             transport.use(rest(url), 20)
             outcomes.append(await transport.send(request))
@@ -424,6 +435,7 @@ async def test_whatever_the_network_does_is_tried_again():
     for outcome in outcomes:
         assert isinstance(outcome.verdict, Retry)
         assert outcome.verdict.kind == "network"
+    assert [outcome.left for outcome in outcomes] == [False, False, False, True, True]
 
 
 async def test_an_answer_that_echoes_the_key_is_masked():

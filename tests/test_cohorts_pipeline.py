@@ -376,6 +376,36 @@ async def test_the_cap_of_data_points_is_kept_until_more_is_allowed(daemon, impo
     assert braze.summary().points == len(USERS)
 
 
+async def test_what_never_left_costs_no_data_points(daemon, importing, client):
+    """While nobody listens at Braze's address the day's points are kept for when somebody does."""
+    port = free_port()
+    limits = {"cohorts__max_data_points_per_day": "2", "braze__url": f"http://127.0.0.1:{port}"}
+    app = await daemon(**importing | limits)
+    await sender(app, client).take(session("members", USERS[:2]))
+    await until(
+        lambda: app.cohort_writer.requests >= 3 and not app.cohort_writer.in_flight, "three refused connections"
+    )
+    assert app.membership.figures.points_today == 0
+    assert app.cohort_writer.state == "backing off"
+    async with BrazeEmulator(BrazeConfig(port=port, rest_key="example-rest-key")) as braze:
+        await in_step(app)
+        assert in_braze(braze) == USERS[:2]
+        assert braze.summary().points == app.membership.figures.points_today == 2
+
+
+async def test_points_that_failures_have_spent_are_an_alarm(daemon, importing, braze, client):
+    """What Braze may have carried out counts: when that was all of the day's, the import is capped, and no longer backing off."""
+    braze.script([{"status": 503}])
+    app = await daemon(**importing | {"cohorts__max_data_points_per_day": "2"})
+    await sender(app, client).take(session("members", USERS[:2]))
+    await until(lambda: app.cohort_writer.state == "capped", "the cap")
+    await until(lambda: "cohorts_capped" in {one.alarm for one in app.watch.alarms.open}, "the alarm", 30)
+    braze.script([])
+    await app.membership.allow(0)
+    await in_step(app)
+    assert in_braze(braze) == USERS[:2]
+
+
 # -- as a partner ------------------------------------------------------------------------------------------------------
 
 PARTNER = {"partner_name": "example", "partner_key": "example-partner-key", "data_import_key": "example-import-key"}

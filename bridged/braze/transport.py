@@ -2,6 +2,7 @@
 
 import ssl
 import time
+from types import SimpleNamespace
 from typing import Self
 
 import aiohttp
@@ -25,6 +26,19 @@ class Outcome(Struct, frozen=True):
 
     verdict: Verdict
     rate_limit: RateLimit | None = None
+    left: bool = True  # False: nothing of it did, so Braze surely hasn't carried it out
+
+
+class _Leaving:
+    """Whether a request is on its way: what fails before, or in a proxy's CONNECT, costs no data points."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    @staticmethod
+    async def note(_session: aiohttp.ClientSession, context: SimpleNamespace, _headers: object) -> None:
+        """For aiohttp, which calls it when there is a connection, and before it writes to it."""
+        context.trace_request_ctx.left = True
 
 
 class Transport:
@@ -39,10 +53,13 @@ class Transport:
         proxy_for(self.target.base)
         context = ssl.create_default_context()
         context.set_alpn_protocols(("http/1.1",))
+        tracing = aiohttp.TraceConfig()
+        tracing.on_request_headers_sent.append(_Leaving.note)
         self._session = aiohttp.ClientSession(
             connector=Connector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
+            trace_configs=[tracing],
         )
         return self
 
@@ -57,7 +74,7 @@ class Transport:
 
     async def send(self, request: Request) -> Outcome:
         """Posts one request; never raises but for cancellation."""
-        target, total_s = self.target, self._timeout_s
+        target, total_s, leaving = self.target, self._timeout_s, _Leaving()
         try:
             async with self._session.post(
                 target.base + request.path,
@@ -66,6 +83,7 @@ class Transport:
                 allow_redirects=False,
                 proxy=proxy_for(target.base),
                 timeout=aiohttp.ClientTimeout(total=total_s or None, sock_connect=CONNECT_S),
+                trace_request_ctx=leaving,
             ) as response:
                 # Before anything quotes it, and cuts the quotation off within a secret.
                 said = redacted_bytes(await read_answer(response))
@@ -80,11 +98,14 @@ class Transport:
                 )
                 return Outcome(verdict, rate_limit(response.headers, now_s))
         except aiohttp.ConnectionTimeoutError:
-            return Outcome(Retry("network", f"no connection within {CONNECT_S:g} s"))
+            why = f"no connection within {CONNECT_S:g} s"
         except TimeoutError:
-            return Outcome(Retry("network", f"no answer within {total_s:g} s" if total_s else "no answer in time"))
+            why = f"no answer within {total_s:g} s" if total_s else "no answer in time"
+            if not leaving.left:
+                why = f"no connection within {total_s:g} s"
         except aiohttp.ClientError as error:
             # The class is our own word: a long one isn't to be taken for a secret.
-            return Outcome(Retry("network", f"{type(error).__name__}: {clean(redacted(str(error)))}"))
+            why = f"{type(error).__name__}: {clean(redacted(str(error)))}"
         except (OSError, ConfigError) as error:
-            return Outcome(Retry("network", clean(redacted(str(error)))))
+            why = clean(redacted(str(error)))
+        return Outcome(Retry("network", why), left=leaving.left)

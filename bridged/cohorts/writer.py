@@ -25,12 +25,12 @@ from msgspec import Struct
 
 from bridged.braze import requests
 from bridged.braze.requests import Request
-from bridged.braze.transport import Transport
+from bridged.braze.transport import Outcome, Transport
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.pace import Pace
 from bridged.cohorts.taking import Block, Named, Row, Settled, User
 from bridged.errors import MembershipError
-from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
+from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split
 
 log = structlog.get_logger()
 
@@ -102,7 +102,7 @@ class CohortWriter:
         self._refused = 0  # users, since the last success
         self._took_at = float("-inf")  # loop time of the last success
         self._doubted: set[int] = set()  # users who were refused alone while nobody was taken
-        self._capped = False
+        self._capped = False  # there was nobody to take: the day's points are spent
         self._stopping = False
         membership.changed = self._news.set
 
@@ -121,11 +121,13 @@ class CohortWriter:
         """One of: idle | sending | backing off | halted | capped."""
         if self.halted is not None:
             return "halted"
+        figures = self._membership.figures
+        # Before the backoff: when that is over, nothing goes either.
+        if self._capped and figures.points_left_today == 0 and figures.due and not self._busy:
+            return "capped"
         if self.pace.failures:
             return "backing off"
-        if self._capped and self._membership.figures.due and not self._busy:
-            return "capped"
-        return "sending" if self._membership.figures.due or self._in_flight else "idle"
+        return "sending" if figures.due or self._in_flight else "idle"
 
     def use(self, options: WriterOptions, max_concurrency: int) -> None:
         """Other options, from the next request on."""
@@ -212,9 +214,11 @@ class CohortWriter:
             return False
         per_request = requests.MAX_OBJECTS if membership.options.by_name else requests.MAX_IDS
         limit = 1 if trying else per_request * free
+        # While some are being taken nobody is busy yet, and points that had come back may be spent again.
+        self._capped = self._capped and membership.figures.points_left_today == 0
         block = await membership.take(self._after, limit, list(self._busy))
         self._after = block.last if block.users else -1
-        self._capped = membership.figures.points_left_today == 0
+        self._capped = not block.users and membership.figures.points_left_today == 0
         self._ready = list(self._parcels(block, per_request))
         self._busy.update(user.key for parcel in self._ready for user in parcel.users)
         return bool(self._ready)
@@ -237,7 +241,7 @@ class CohortWriter:
         self._sent_at = asyncio.get_running_loop().time()
         self._probe_at = self._sent_at + self._options.probe_interval_s
         request = requests.announce(self._transport.target, cohort.mixpanel_id, cohort.name, cohort.created_at)
-        verdict = await self._ask(request)
+        verdict = (await self._ask(request)).verdict
         if isinstance(verdict, Delivered):
             await self._membership.announced(cohort)
             return True
@@ -270,7 +274,8 @@ class CohortWriter:
         if not parcel.users:
             return
         target = self._transport.target
-        verdict = await self._ask(self._request(parcel))
+        outcome = await self._ask(self._request(parcel))
+        verdict = outcome.verdict
         outdated = target is not self._transport.target
         match verdict:
             case Delivered(short):
@@ -296,8 +301,8 @@ class CohortWriter:
                     else:
                         self._back(half, result)
             case Retry(kind):
-                # Whether it was carried out can't be known; only a rate limit surely kept it out.
-                if kind == "rate":
+                # Whether it was carried out can't be known, but of what was over a rate limit, or never left.
+                if kind == "rate" or not outcome.left:
                     self._back(parcel, result)
             case Halt():
                 if not outdated:
@@ -321,7 +326,7 @@ class CohortWriter:
     def _takes_others(self) -> bool:
         return asyncio.get_running_loop().time() - self._took_at < _UNDERSTOOD_S
 
-    async def _ask(self, request: Request) -> Verdict:
+    async def _ask(self, request: Request) -> Outcome:
         """Sends a request; the pace and the books know of it."""
         loop = asyncio.get_running_loop()
         sent_at = self.pace.sent(loop.time())
@@ -340,7 +345,7 @@ class CohortWriter:
             self.problem = verdict.reason
         else:
             self.pace.succeeded(sent_at)
-        return verdict
+        return outcome
 
     def _request(self, parcel: _Parcel) -> Request:
         options = self._options
