@@ -438,6 +438,33 @@ async def test_whatever_the_network_does_is_tried_again():
     assert [outcome.left for outcome in outcomes] == [False, False, False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (Target(url="http://127.0.0.1:1", rest_key=f"{KEY}\r\nX-Other: 1"), "header"),
+        (Target(url="http://127.0.0.1:99999", rest_key=KEY), "99999"),
+        (Target(url=f"http://{'a' * 64}.example", rest_key=KEY), "label"),
+    ],
+)
+async def test_a_request_that_cannot_be_made_is_a_halt(target, words):
+    """A key that no header can hold and an address that is none are for a person to change; the key isn't quoted."""
+    hide([KEY])
+
+    async def answer(request):
+        raise AssertionError
+
+    async with server(answer) as url, Transport(target, 20) as transport:
+        if target.url.endswith(":1"):
+            transport.use(msgspec.structs.replace(target, url=url), 20)
+        outcome = await transport.send(track([("ada", ["a"])], "x", update_existing_only=True))
+
+    assert isinstance(outcome.verdict, Halt), outcome
+    assert words in outcome.verdict.reason
+    assert "[braze]" in outcome.verdict.reason
+    assert KEY not in outcome.verdict.reason
+    assert not outcome.left
+
+
 async def test_an_answer_that_echoes_the_key_is_masked():
     """The daemon's secrets are known to `redaction`: no verdict quotes them."""
     hide([KEY])

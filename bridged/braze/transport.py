@@ -14,7 +14,7 @@ from bridged.braze.verdicts import RateLimit, judge, rate_limit
 from bridged.connections import Connector
 from bridged.delivery.transport import CONNECT_S, proxy_for, read_answer
 from bridged.errors import ConfigError
-from bridged.mixpanel.verdicts import Retry, Verdict, clean
+from bridged.mixpanel.verdicts import Halt, Retry, Verdict, clean
 from bridged.redaction import redacted, redacted_bytes
 
 # How many are in flight is the sender's business; the pool only must not be what is waited for.
@@ -103,9 +103,20 @@ class Transport:
             why = f"no answer within {total_s:g} s" if total_s else "no answer in time"
             if not leaving.left:
                 why = f"no connection within {total_s:g} s"
+        except aiohttp.InvalidURL as error:
+            return _impossible(error)
         except aiohttp.ClientError as error:
             # The class is our own word: a long one isn't to be taken for a secret.
             why = f"{type(error).__name__}: {clean(redacted(str(error)))}"
         except (OSError, ConfigError) as error:
             why = clean(redacted(str(error)))
+        except ValueError as error:
+            return _impossible(error)
         return Outcome(Retry("network", why), left=leaving.left)
+
+
+def _impossible(error: ValueError) -> Outcome:
+    """The client couldn't even write the request: another key or address could be."""
+    words = f"{type(error).__name__}: {clean(redacted(str(error)))}"
+    advice = "check [braze] url, and that rest_key is one line of printable characters"
+    return Outcome(Halt(0, f"no request can be made with this address and key: {advice} ({words})"), left=False)
