@@ -376,7 +376,7 @@ async def test_what_is_kept_aside_is_told(daemon, client, emulator):
 
 
 async def test_an_alarm_is_a_line_of_the_status(daemon, client, emulator):
-    """With its name, its weight and its words."""
+    """With its name, its weight and its words; beside a delivery that goes on again, with word of its end."""
     emulator.credentials(token="another")
     app = await daemon()
     await post(client, app, [currents(seed=1)])
@@ -385,6 +385,9 @@ async def test_an_alarm_is_a_line_of_the_status(daemon, client, emulator):
     assert re.search(
         r"^ALARM halted \(critical\) since 20..-.*: Delivery is halted", await status_lines(client, app), re.MULTILINE
     )
+    emulator.credentials(token="example-token")
+    await until(lambda: app.watch.alarms.open[0].ending, "the recovery")
+    assert ", ending (its cause is gone): Delivery is halted" in await status_lines(client, app)
 
 
 async def test_no_counter_falls_when_a_replay_finds_another_type(daemon, client, emulator):

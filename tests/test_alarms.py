@@ -118,6 +118,35 @@ def test_each_fact_has_its_alarm(alarm, bad, neither):
     assert clock.run(1000) == [(alarm, "cleared")]
 
 
+def test_pressure_names_its_reason():
+    """A spool that fills up and a disk that others have filled are two things to do."""
+    texts = {}
+    for name, changes in (
+        ("share", {"used_bytes": 9 * 2**30}),
+        ("little disk", {"used_bytes": 2**30, "disk_free_bytes": 2**27}),
+        ("disk", {"used_bytes": 2**27, "disk_free_bytes": 2**28}),
+    ):
+        clock = Clock()
+        assert clock.run(10, **changes) == [("spool_pressure", "raised")]
+        [texts[name]] = [each.text for each in clock.alarms.open]
+    assert texts["share"].startswith("The spool fills up: 90% of what it can have (9,216 MiB of 10,240 MiB")
+    assert texts["little disk"].startswith("The spool fills up: 89% of what it can have")
+    assert texts["disk"].startswith(
+        "The spool's disk is nearly full: 256 MiB free, fewer than 512 MiB (the spool has 128"
+    )
+
+
+def test_an_alarm_whose_cause_is_gone_is_ending():
+    """Its figures are of its beginning: who reads them after the recovery is told that it is about to end."""
+    clock = Clock()
+    clock.run(10, halted=True, waiting=99)
+    assert [each.ending for each in clock.alarms.open] == [False]
+    clock.run(1)
+    assert [each.ending for each in clock.alarms.open] == [True]
+    clock.run(1, halted=True)
+    assert [each.ending for each in clock.alarms.open] == [False]
+
+
 @pytest.mark.parametrize(
     ("alarm", "counter"),
     [("dead_letters_dropped", "dead_letters_dropped"), ("damaged", "damaged"), ("missing", "missing")],

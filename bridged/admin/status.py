@@ -52,7 +52,8 @@ class AlarmStatus(Struct, kw_only=True):
     alarm: str
     severity: str
     since: float  # wall clock, seconds
-    text: str
+    text: str  # with the figures of that moment
+    ending: bool  # its cause is gone; it is over when that has lasted for a while
 
 
 class RetryStatus(Struct, kw_only=True):
@@ -250,7 +251,13 @@ def totals(app: "App") -> Totals:
 def _open_alarms(app: "App") -> list[AlarmStatus]:
     ahead_s = time.time() - asyncio.get_running_loop().time()
     return [
-        AlarmStatus(alarm=one.alarm, severity=one.severity, since=round(one.since + ahead_s, 3), text=one.text)
+        AlarmStatus(
+            alarm=one.alarm,
+            severity=one.severity,
+            since=round(one.since + ahead_s, 3),
+            text=one.text,
+            ending=one.ending,
+        )
         for one in app.watch.alarms.open
     ]
 

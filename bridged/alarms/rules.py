@@ -82,7 +82,8 @@ class Open(Struct, kw_only=True):
     alarm: str
     severity: Severity
     since: float  # of the clock that `now` is of
-    text: str
+    text: str  # with the figures of that moment
+    ending: bool = False  # the facts are good again: if they stay so for a while, it is cleared
 
 
 class Past(Struct, kw_only=True):
@@ -158,13 +159,28 @@ def _room(facts: Facts) -> tuple[float, bool]:
     free = facts.disk_free_bytes
     capacity = facts.max_bytes if free is None else min(facts.max_bytes, facts.used_bytes + free)
     share = facts.used_bytes / capacity if capacity > 0 else 1.0
-    reserve = min(max(facts.max_bytes // 20, SMALLEST_DISK_RESERVE_BYTES), LARGEST_DISK_RESERVE_BYTES)
-    return share, free is not None and free < reserve
+    return share, free is not None and free < _disk_reserve_bytes(facts)
+
+
+def _disk_reserve_bytes(facts: Facts) -> int:
+    return min(max(facts.max_bytes // 20, SMALLEST_DISK_RESERVE_BYTES), LARGEST_DISK_RESERVE_BYTES)
 
 
 def _pressure(facts: Facts, memory: _Memory) -> Says:
     share, is_disk_full = _room(facts)
     return _said(share >= facts.spool_share or is_disk_full, share < facts.spool_share * CALM and not is_disk_full)
+
+
+def _pressing(facts: Facts, memory: _Memory) -> str:
+    share, _ = _room(facts)
+    has = f"{_mib(facts.used_bytes)} of {_mib(facts.max_bytes)}"
+    free = f"{_mib(facts.disk_free_bytes)} free"
+    if share >= facts.spool_share:
+        return f"The spool fills up: {share:.0%} of what it can have ({has}, {free} on the disk), {_waiting(facts)}"
+    return (
+        f"The spool's disk is nearly full: {free}, fewer than {_mib(_disk_reserve_bytes(facts))} (the spool has {has}), "
+        f"{_waiting(facts)}. Make room on it"
+    )
 
 
 def _burst(facts: Facts, memory: _Memory) -> Says:
@@ -284,10 +300,7 @@ RULES: Final = (
         name="spool_pressure",
         severity="warning",
         says=_pressure,
-        text=lambda facts, _: (
-            f"The spool fills up: {_room(facts)[0]:.0%} of what it can have ({_mib(facts.used_bytes)} of "
-            f"{_mib(facts.max_bytes)}, {_mib(facts.disk_free_bytes)} free on the disk), {_waiting(facts)}"
-        ),
+        text=_pressing,
         end="The spool has room again",
         raise_after_s=5.0,
     ),
@@ -446,6 +459,8 @@ class Alarms:
         says = rule.says(facts, self._memory)
         episode.bad_since = (now if episode.bad_since is None else episode.bad_since) if says == "bad" else None
         episode.good_since = (now if episode.good_since is None else episode.good_since) if says == "good" else None
+        if episode.open is not None:
+            episode.open.ending = says == "good"
         if episode.open is None:
             if episode.bad_since is not None and now - episode.bad_since >= rule.raise_after_s:
                 is_back = episode.ended_at is not None and now - episode.ended_at < COMES_BACK_S

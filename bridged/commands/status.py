@@ -72,7 +72,8 @@ def lines(status: Status) -> Iterator[str]:
 
 def _alarm(alarm: AlarmStatus) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alarm.since))
-    return f"ALARM {alarm.alarm} ({alarm.severity}) since {since}: {printable(alarm.text)}"
+    ending = ", ending (its cause is gone)" if alarm.ending else ""
+    return f"ALARM {alarm.alarm} ({alarm.severity}) since {since}{ending}: {printable(alarm.text)}"
 
 
 def _spool(status: Status) -> Iterator[str]:

@@ -64,7 +64,7 @@ export function open(main, context) {
       if (aside.link) beside.append(" ", el("a", { href: aside.link[1] }, aside.link[0]));
       say(reason, status.halted?.reason ?? (status.state === "backing off" ? status.pace.reason : ""));
       // A halt is the headline already.
-      show(alarms, status.alarms.filter((alarm) => alarm.alarm !== "halted"), (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, prose(alarm.text)), el("p", { class: "hint" }, `Since ${clock(alarm.since)}. `, HELP[alarm.alarm] && el("a", { href: HELP[alarm.alarm][1] }, HELP[alarm.alarm][0]))));
+      show(alarms, status.alarms.filter((alarm) => alarm.alarm !== "halted"), (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, prose(alarm.text)), el("p", { class: "hint" }, `Since ${clock(alarm.since)}${alarm.ending ? ", ending: its cause is gone" : ""}. `, HELP[alarm.alarm] && el("a", { href: HELP[alarm.alarm][1] }, HELP[alarm.alarm][0]))));
       sum.use(status.events);
       facts.use(status);
       show(warnings, status.warnings.length ? [status.warnings] : [], (found) => section("Worth knowing", el("ul", {}, found.map((text) => el("li", {}, prose(text))))));
