@@ -8,6 +8,7 @@ from cohort_sender import Sender, session
 from conftest import until
 
 from bridged.cohorts.pace import Pace
+from bridged.cohorts.strikes import STRIKE_S, STRIKES, Strikes
 
 
 def test_a_success_that_was_on_its_way_ends_no_wait() -> None:
@@ -65,3 +66,20 @@ async def test_nobody_is_sent_while_braze_wants_us_to_wait(daemon, importing, cl
     together = [at for at in times if at < asked_at + 1.0]
     assert 2 <= len(together) < len(times)
     assert min(at for at in times if at not in together) >= asked_at + 1.9
+
+
+def test_an_outage_strikes_nobody() -> None:
+    """However often a user fails alone while nobody is taken, it is one strike at most; and so it is within a minute."""
+    strikes = Strikes()
+    assert [strikes.count(7, at * STRIKE_S, 0.0) for at in range(1, 10)] == [1] + [0] * 8
+    strikes = Strikes()
+    assert {strikes.count(7, 100.0 + at, 99.5 + at) for at in range(50)} == {1}
+
+
+def test_who_fails_alone_while_others_are_taken_is_struck_out() -> None:
+    """Once a minute, until it is taken itself."""
+    strikes = Strikes()
+    minutes = [100.0 + at * STRIKE_S for at in range(STRIKES)]
+    assert [strikes.count(7, at, at - 1) for at in minutes] == [1, 2, 3]
+    strikes.forget(7)
+    assert strikes.count(7, 1000.0, 999.0) == 1

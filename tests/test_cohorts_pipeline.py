@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
+from aiohttp import web
 from cohort_sender import ATTRIBUTE, Sender, session
 from conftest import SLOW, currents, free_port, until
 
 from bridged.app import App
+from bridged.cohorts import pace
 from bridged.emulator.braze import BrazeConfig, BrazeEmulator
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +270,9 @@ async def test_every_trouble_of_braze_ends_in_step(daemon, importing, braze, cli
     """Over the limit, overloaded, silent, lying, broken off, a portal, a 400 for all: it comes again, or is narrowed down."""
     app = await daemon(**importing | {"braze__timeout": "1s"})
     troubles: list[dict[str, Any]] = [
+        # At first: Braze's word about a single user would be a refusal, and after a failure requests are small.
+        {"status": 400},
+        {"status": 413},
         {"status": 429, "headers": {"X-Ratelimit-Retry-After": "1"}},
         {"status": 503},
         {"action": "reset"},
@@ -275,8 +281,6 @@ async def test_every_trouble_of_braze_ends_in_step(daemon, importing, braze, cli
         {"action": "store_then_status"},
         {"action": "truncate"},
         {"action": "html"},
-        {"status": 400},
-        {"status": 413},
     ]
     # With successes in between: it is not an outage, whose pauses grow.
     braze.script([{"times": 1, "after": 2 * at} | trouble for at, trouble in enumerate(troubles)])
@@ -351,6 +355,107 @@ async def test_a_bad_key_halts_and_a_good_one_resumes(daemon, importing, braze, 
     await in_step(app, 90)
     assert in_braze(braze) == sorted({*A[5:], *C})
     assert app.cohort_writer.halted is None
+
+
+@contextlib.asynccontextmanager
+async def fake_braze(answer):
+    """A Braze that answers `answer(ids)`: a status and a body, or None for a success. Gives its address and whom it took."""
+    taken: list[str] = []
+
+    async def track(request):
+        ids = [user["external_id"] for user in (await request.json())["attributes"]]
+        refusal = await answer(ids)
+        if refusal is not None:
+            return web.Response(status=refusal[0], text=refusal[1], content_type="text/html")
+        taken.extend(ids)
+        return web.json_response({"message": "success", "attributes_processed": len(ids)}, status=201)
+
+    app = web.Application()
+    app.router.add_post("/users/track", track)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", taken
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+def _soon(monkeypatch):
+    """The backoff's unit is a second, here a hundredth; and what fails may do so often within a minute."""
+    monkeypatch.setattr(pace, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(pace, "_MAX_BACKOFF_S", 0.05)
+    monkeypatch.setattr("bridged.cohorts.strikes.STRIKE_S", 0.0)
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize("status", [403, 500])
+async def test_a_user_at_whom_braze_fails_stops_nobody_else(daemon, importing, client, status):
+    """A failure of Braze's, or of a firewall before it, for what is in a request: the others are written at little more than
+    their price, and the one is set aside when others were taken again and again and it wasn't.
+    """
+
+    async def answer(ids):
+        return (status, "<h1>no</h1>") if "u030" in ids else None
+
+    async with fake_braze(answer) as (url, taken):
+        app = await daemon(**importing | {"braze__url": url, "braze__probe_interval": "100ms"})
+        mixpanel = sender(app, client)
+        await mixpanel.take(session("members", USERS))
+        await until(lambda: set(taken) == set(USERS) - {"u030"}, "the others", 20)
+        assert app.membership.figures.points_today < 3 * len(USERS)
+        for late in range(8):
+            await mixpanel.take(session("add_members", [f"late{late}"], id_=f"late{late}"))
+            await until(lambda late=late: f"late{late}" in taken, "one more", 20)
+        await until(lambda: app.membership.figures.rejected == 1, "the end of it", 20)
+        [refusal] = await app.membership.refusals()
+        assert refusal.external_id == "u030"
+        assert str(status) in refusal.reason
+        await until(lambda: app.cohort_writer.state == "idle", "nothing left to do", 20)
+        assert sorted(taken) == sorted([*(set(USERS) - {"u030"}), *(f"late{late}" for late in range(8))])
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_400_of_somebody_else_refuses_nobody(daemon, importing, client):
+    """What a load balancer says that is ill for a while, in HTML, isn't Braze's word about a user."""
+    is_ill = asyncio.Event()
+    asked = 0
+
+    async def answer(ids):
+        nonlocal asked
+        asked += 1
+        return (400, "<h1>Bad Request</h1>") if is_ill.is_set() else None
+
+    async with fake_braze(answer) as (url, taken):
+        app = await daemon(**importing | {"braze__url": url})
+        mixpanel = sender(app, client)
+        await mixpanel.take(session("members", USERS[:1]))
+        await until(lambda: taken, "the first")
+        is_ill.set()
+        await mixpanel.take(session("members", USERS))
+        await until(lambda: asked > 12, "its illness")
+        is_ill.clear()
+        await in_step(app)
+        assert app.membership.figures.rejected == 0
+        assert sorted(taken) == USERS
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_request_that_is_too_much_for_a_while_becomes_smaller(daemon, importing, client):
+    """Where only small requests are answered in time, small ones are sent: not one user, and then again as many as ever."""
+
+    async def answer(ids):
+        if len(ids) > 10:
+            await asyncio.sleep(5)
+
+    async with fake_braze(answer) as (url, taken):
+        app = await daemon(**importing | {"braze__url": url, "braze__timeout": "500ms"})
+        await sender(app, client).take(session("members", USERS))
+        await in_step(app)
+        assert sorted(set(taken)) == USERS
+        assert app.cohort_writer.verdicts["retry"] <= 6
+        assert app.membership.figures.points_today <= 4 * len(USERS)
 
 
 # -- data points -------------------------------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ PURE = [
     ROOT / "cohorts" / "webhook.py",
     ROOT / "cohorts" / "records.py",
     ROOT / "cohorts" / "pace.py",
+    ROOT / "cohorts" / "strikes.py",
     ROOT / "admin" / "health.py",
     ROOT / "admin" / "sessions.py",
     ROOT / "admin" / "selection.py",

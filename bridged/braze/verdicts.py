@@ -5,8 +5,10 @@
     2xx  "success" and errors that name none                     Delivered if all are counted, else Split
     2xx  anything else (a portal's page, no JSON, no "success")  Retry(server)
     400  errors that name every object, or a single object       Reject
+    400  no JSON, to a single object                             Retry(server): not Braze's word about it
     400  anything else                                           Split
     413  too large                                               Split
+    413  a single object                                         Retry(server): no size that Braze refuses
     401 402 403 404                                              Halt
     3xx 405 407 411 414 415                                      Halt: the address or a proxy is wrong, not the users
     423  locked (partner endpoints)                              Retry(server)
@@ -97,6 +99,8 @@ def judge(
     if status == 400:
         return _judge_refused(body, objects)
     if status == 413:
+        if objects == 1:
+            return Retry("server", _said("413 to a single object, so a proxy answered in Braze's place", body))
         return Split(_said("413: the request is too large for Braze", body), too_large=True)
     if status == 423:
         return Retry("server", _said("423: Braze has locked the cohort for now", body), _wait_s(headers, now_s))
@@ -162,7 +166,10 @@ def _judge_partial(status: int, answer: dict[str, Any], errors: Any, objects: in
 
 def _judge_refused(body: bytes, objects: int) -> Verdict:
     """A 400: nothing is in. Narrow it down until the object at fault stands alone."""
-    answer = _parse(body) or {}
+    answer = _parse(body)
+    if answer is None and objects == 1:
+        return Retry("server", _said("400 without Braze's JSON, so a proxy answered in its place", body))
+    answer = answer or {}
     errors = answer.get("errors") or []
     if objects == 1:
         said = _merged(errors, answer)

@@ -6,8 +6,11 @@ doesn't promise to carry requests out in order. For a verdict there is one way o
     Delivered   settled
     Reject      settled; the refused ones are kept with Braze's words, and tried again when somebody says so
     Split       its halves, one after the other; a single user who is refused is a Reject
-    Retry       put back: later, whoever is due then, as Mixpanel wants them then
+    Retry       put back: later, whoever is due then, as Mixpanel wants them then; one user, then twice as many each time
     Halt        put back; one user a minute asks whether the key works again
+
+It may be what is in a request that Braze, or a firewall before it, fails at: a 403 is narrowed down, too, and a user who only
+ever failed alone, while others were taken in between, is refused.
 
 With a REST key a user is written as a whole: the array attribute of all names, one data point. With a partner key it is
 told who joins and who leaves which cohort, and of a cohort's name before its first members.
@@ -15,6 +18,7 @@ told who joins and who leaves which cohort, and of a cohort's name before its fi
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +32,7 @@ from bridged.braze.requests import Request
 from bridged.braze.transport import Outcome, Transport
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.pace import Pace
+from bridged.cohorts.strikes import STRIKES, Strikes
 from bridged.cohorts.taking import Block, Named, Row, Settled, User
 from bridged.errors import MembershipError
 from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split
@@ -40,6 +45,8 @@ _EARLY_PROBE_S: Final = 2.0
 _LOOK_S: Final = 10.0
 # So many users refused without one success in between: it isn't they who are wrong.
 _REFUSALS_TO_HALT: Final = 150
+# So many 403 without one success in between: it isn't what is in the requests.
+_NARROWING: Final = 20
 _PUT_BACK_S: Final = 1.0
 # A success so recent shows that it is the user, and not the road, that is refused.
 _UNDERSTOOD_S: Final = 5.0
@@ -100,8 +107,11 @@ class CohortWriter:
         self._probe_at = 0.0  # loop time
         self._sent_at = 0.0  # loop time of the last request
         self._refused = 0  # users, since the last success
-        self._took_at = float("-inf")  # loop time of the last success
+        self._took_at = -math.inf  # loop time of the last success
         self._doubted: set[int] = set()  # users who were refused alone while nobody was taken
+        self._strikes = Strikes()
+        self._forbidden = _NARROWING  # answers 403, since the last success
+        self._most = requests.MAX_IDS  # users a request: small after a failure, which may be one of size or time
         self._capped = False  # there was nobody to take: the day's points are spent
         self._stopping = False
         membership.changed = self._news.set
@@ -161,7 +171,7 @@ class CohortWriter:
     def _wait_s(self, now_s: float) -> float:
         wait_s = self.pace.wait_s(now_s, len(self._in_flight))
         if self.halted is not None:
-            return max(wait_s, self._probe_at - now_s, float("inf") if self._in_flight else 0.0)
+            return max(wait_s, self._probe_at - now_s, math.inf if self._in_flight else 0.0)
         return wait_s
 
     def _send(self, senders: asyncio.TaskGroup, parcel: _Parcel) -> None:
@@ -212,7 +222,7 @@ class CohortWriter:
                     return False
         if not membership.figures.due:
             return False
-        per_request = requests.MAX_OBJECTS if membership.options.by_name else requests.MAX_IDS
+        per_request = min(self._most, requests.MAX_OBJECTS if membership.options.by_name else requests.MAX_IDS)
         limit = 1 if trying else per_request * free
         # While some are being taken nobody is busy yet, and points that had come back may be spent again.
         self._capped = self._capped and membership.figures.points_left_today == 0
@@ -245,8 +255,8 @@ class CohortWriter:
         if isinstance(verdict, Delivered):
             await self._membership.announced(cohort)
             return True
-        if isinstance(verdict, Reject | Split):
-            said = verdict.reason if isinstance(verdict, Split) else verdict.failures[0].message
+        if isinstance(verdict, Reject):
+            said = verdict.failures[0].message
             self._halt(Halt(400, f"Braze doesn't take the cohort {cohort.mixpanel_id} ({cohort.name}): {said}"))
         return False
 
@@ -292,22 +302,40 @@ class CohortWriter:
                 else:
                     self._halt(Halt(0, f"Braze refuses every user, whoever it is: {failures[0].message}"))
                     self._back(parcel, result)
-            case Split(reason) if len(parcel.users) == 1:
-                self._give_up(parcel, reason, result)
             case Split():
-                for half in parcel.halves():
-                    if self.halted is None and not self.pace.failures:
-                        await self._write(half, result)
-                    else:
-                        self._back(half, result)
-            case Retry(kind):
+                await self._write_halves(parcel, result)
+            case Retry(kind, reason):
                 # Whether it was carried out can't be known, but of what was over a rate limit, or never left.
                 if kind == "rate" or not outcome.left:
                     self._back(parcel, result)
-            case Halt():
-                if not outdated:
+                else:
+                    self._most = 1
+                    if len(parcel.users) == 1 and self._strike(parcel.users[0]) >= STRIKES:
+                        self._refuse(parcel, {0: reason}, result)
+                        result.refund -= 1
+            case Halt(403) if len(parcel.users) > 1 and self.halted is None and self._forbidden < _NARROWING:
+                self._forbidden += 1
+                await self._write_halves(parcel, result)
+            case Halt(status, reason):
+                self._most = 1
+                self._forbidden += 1
+                strikes = self._strike(parcel.users[0]) if status == 403 and len(parcel.users) == 1 else 0
+                if strikes >= STRIKES:
+                    self._refuse(parcel, {0: reason}, result)
+                    return
+                if not outdated and (not strikes or self._forbidden > _NARROWING):
                     self._halt(verdict)
                 self._back(parcel, result)
+
+    async def _write_halves(self, parcel: _Parcel, result: Settled) -> None:
+        for half in parcel.halves():
+            if self.halted is None and not self.pace.failures:
+                await self._write(half, result)
+            else:
+                self._back(half, result)
+
+    def _strike(self, user: User) -> int:
+        return self._strikes.count(user.key, asyncio.get_running_loop().time(), self._took_at)
 
     def _give_up(self, parcel: _Parcel, reason: str, result: Settled) -> None:
         """A user alone was refused. Whether for itself is known only when Braze takes others, or says so twice."""
@@ -378,13 +406,15 @@ class CohortWriter:
     def _took(self, parcel: _Parcel, failures: dict[int, str], result: Settled) -> None:
         """Braze has all but the failures."""
         self._resume()
-        self._refused = 0
+        self._refused = self._forbidden = 0
         self._doubted.clear()
         self._took_at = asyncio.get_running_loop().time()
+        self._most = max(self._most, min(2 * len(parcel.users), requests.MAX_IDS))
         self.delivered_at = self._clock()
         self.users_sent += len(parcel.users) - len(failures)
         self.points_spent += len(parcel.users) - len(failures)
         for at, user in enumerate(parcel.users):
+            self._strikes.forget(user.key)
             if at not in failures:
                 result.sent += [(user.key, row.cohort, self._version(parcel, row)) for row in user.rows if row.is_due]
         if failures:
@@ -399,6 +429,7 @@ class CohortWriter:
     def _refuse(self, parcel: _Parcel, failures: dict[int, str], result: Settled) -> None:
         for at, why in failures.items():
             user = parcel.users[at]
+            self._strikes.forget(user.key)
             result.refused += [(user.key, row.cohort, row.sent, row.wanted) for row in user.rows if row.is_due]
             result.reasons.append((user.key, why))
         result.refund += len(failures)
