@@ -537,6 +537,22 @@ async def test_as_a_partner_cohorts_are_cohorts(daemon, importing, client):
         assert braze.summary().points == points + 1
 
 
+async def test_a_partner_s_key_that_is_refused_at_a_cohort_s_name_halts(daemon, importing, client):
+    """The first request of a partner names a cohort: a refused key is a halt there, too, and ends with the right key."""
+    async with BrazeEmulator(BrazeConfig(port=0, **PARTNER)) as braze:
+        keys = {f"braze__{name}": value for name, value in PARTNER.items()}
+        braze.credentials(partner_key="another")
+        app = await daemon(
+            **importing | keys | {"braze__url": braze.url, "braze__rest_key": "", "braze__probe_interval": "200ms"}
+        )
+        await sender(app, client).take(FIRST)
+        await until(lambda: app.cohort_writer.state == "halted", "the halt", 30)
+        assert "partner_key" in app.cohort_writer.problem
+        braze.credentials(partner_key=PARTNER["partner_key"])
+        await in_step(app, 60)
+        assert app.cohort_writer.halted is None
+
+
 # -- who may ask, and who is there -------------------------------------------------------------------------------------
 
 

@@ -254,7 +254,10 @@ class CohortWriter:
         verdict = (await self._ask(request)).verdict
         if isinstance(verdict, Delivered):
             await self._membership.announced(cohort)
+            self._resume()
             return True
+        if isinstance(verdict, Halt):
+            self._halt(verdict)
         if isinstance(verdict, Reject):
             said = verdict.failures[0].message
             self._halt(Halt(400, f"Braze doesn't take the cohort {cohort.mixpanel_id} ({cohort.name}): {said}"))
