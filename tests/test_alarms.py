@@ -314,6 +314,7 @@ class Chat:
         self.tokens = []
         self.answers = []
         self.gate = None
+        self.delay_s = 0.0  # before it answers; what it was told it has by then
 
     async def __aenter__(self):
         app = web.Application()
@@ -336,6 +337,7 @@ class Chat:
         if status == 200:
             self.got.append(body)
             self.tokens.append(request.headers.get("Authorization"))
+        await asyncio.sleep(self.delay_s)
         return web.Response(status=status, headers={"Location": "/hook"} if status == 302 else {})
 
 
@@ -386,6 +388,20 @@ async def test_a_notice_is_tried_until_it_is_taken(chat, sender):
 
     assert [body["text"] for body in chat.got] == list("012")
     assert (sender.failures, sender.dropped, sender.last_error) == (5, 0, "")
+
+
+async def test_a_slow_receiver_is_waited_for(chat, sender, monkeypatch):
+    """One that needs longer for an answer than we wait at first isn't told the same for ever, and the next isn't kept from it."""
+    monkeypatch.setattr(webhook, "_TIMEOUT_S", 0.05)
+    sender.use(Hook(chat.url, "slow"))
+    chat.delay_s = 0.3
+    for n in range(3):
+        sender.put({"text": str(n)})
+    await until(lambda: sender.sent == 3, "all of them")
+
+    texts = [body["text"] for body in chat.got]
+    assert sorted(set(texts)) == list("012")
+    assert len(texts) <= 3 + 3, "it learns once how slow it is"
 
 
 async def test_a_notice_that_is_not_wanted_blocks_nobody(chat, sender):

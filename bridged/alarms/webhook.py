@@ -20,6 +20,8 @@ log = structlog.get_logger()
 
 _MAX_QUEUED: Final = 100
 _TIMEOUT_S: Final = 10.0
+# Twice as long each time that it wasn't enough: who is slow has most likely taken the notice, and shall not be told it for ever.
+_LONGEST_TIMEOUT_S: Final = 80.0
 _BACKOFF_S: Final = 1.0
 _BACKOFF_CAP_S: Final = 300.0
 # These say that it is this notice that isn't wanted; whatever else is no success may be another time.
@@ -53,6 +55,7 @@ class Webhook:
         self.hook = hook
         self.sent = self.failures = self.dropped = 0
         self.last_error = ""
+        self._timeout_s = _TIMEOUT_S
         self._queue: deque[dict[str, Any]] = deque()
         self._changed = asyncio.Event()
         self._rng = rng or random.Random()
@@ -74,6 +77,7 @@ class Webhook:
         """Another address or token from now on: what waits is tried there at once."""
         if hook != self.hook:
             self.hook = hook
+            self._timeout_s = _TIMEOUT_S
             self._changed.set()
 
     def put(self, body: dict[str, Any]) -> None:
@@ -90,7 +94,6 @@ class Webhook:
         """Posts what is queued, one after the other, until it is cancelled."""
         async with aiohttp.ClientSession(
             connector=Connector(),
-            timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
             trust_env=True,  # a proxy, as for the events; here its cost doesn't matter
@@ -139,17 +142,22 @@ class Webhook:
 
     async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> str:
         """What went wrong, without address, token or any word of the answer; empty when nothing did."""
-        hook = self.hook
+        hook, timeout_s = self.hook, self._timeout_s
         headers = {"Content-Type": "application/json"}
         if hook.token:
             headers["Authorization"] = f"Bearer {hook.token}"
         try:
             async with session.post(
-                hook.url, data=msgspec.json.encode(body), headers=headers, allow_redirects=False
+                hook.url,
+                data=msgspec.json.encode(body),
+                headers=headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as response:
                 return "" if 200 <= response.status < 300 else f"HTTP {response.status}"
         except TimeoutError:
-            return f"no answer within {_TIMEOUT_S:g} s"
+            self._timeout_s = min(2 * timeout_s, _LONGEST_TIMEOUT_S)
+            return f"no answer within {timeout_s:g} s"
         except Exception as error:
             # Whatever it is, it is no reason to stop telling people. Its text may quote the address, which may be a secret.
             return type(error).__name__
