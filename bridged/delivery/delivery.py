@@ -378,7 +378,8 @@ class Delivery:
         while True:
             await asyncio.sleep(self._options.probe_interval_s)
             if self._aside:
-                self._backlog.again(self._aside.pop(0))
+                # By turns with others: while halted there is one request in the same time, and it must not always be this one.
+                self._backlog.in_vain(self._aside.pop(0))
 
     def _learn(self, max_bytes: int | None, refused_bytes: int) -> None:
         """Makes requests smaller from now on: as the answer says, or half of what was refused if it says nothing useful."""
@@ -416,7 +417,7 @@ class Delivery:
         self._splits = 0
         for parcel in [each for each in self._aside if each.due_at <= now][:_RELEASED]:
             self._aside.remove(parcel)
-            self._backlog.again(parcel)
+            self._backlog.in_vain(parcel)
         if self.halted is not None:
             log.info(
                 "delivery_resumed", halted_s=round(self._clock() - (self.halted_at or 0)), waiting=self._backlog.events
