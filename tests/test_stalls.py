@@ -397,6 +397,12 @@ poison = st.dictionaries(st.integers(0, 399), st.sampled_from(["400", "403", "50
     suppress_health_check=list(HealthCheck),
 )
 @example([], {192: "reset", 214: "400", 289: "403"}, 1158677336, 1)  # who was aside took each probe of the halt
+@example(  # what had failed often was given up at the first refusal of a sick proxy
+    [("413", 0.2, 200.0), ("500", 0.2, 200.0), ("413", 0.2, 30.0)],
+    {255: "400", 163: "400", 233: "reset", 210: "reset"},
+    3504740819,
+    7,
+)
 @given(st.lists(trouble, max_size=4), poison, st.integers(0, 2**32), st.sampled_from([1, 7, 100]))
 def test_whatever_happened_good_events_arrive(tmp_path_factory, troubles, poison, seed, together):
     """Troubles of all kinds, one after the other, and events that are refused or fail for what is in them: an hour later all

@@ -30,13 +30,14 @@ class Parcel(Struct, eq=False):
     segments: list[Segment]
     attempts: int = 0  # in vain
     strikes: int = 0  # those of them before which others were taken: then it isn't the road that is to blame
+    refusals: int = 0  # those of the strikes that weren't mere failures
     in_vain_at: float | None = None  # loop time of the last of them
     in_vain_since: float | None = None  # loop time of the first, also of what it is a half of
     due_at: float = 0.0  # loop time; of a single event that was set aside
 
     def half(self, segments: list[Segment]) -> "Parcel":
         """A part of it, which has its history."""
-        return Parcel(segments, self.attempts, self.strikes, self.in_vain_at, self.in_vain_since)
+        return Parcel(segments, self.attempts, self.strikes, 0, self.in_vain_at, self.in_vain_since)
 
     @property
     def events(self) -> int:

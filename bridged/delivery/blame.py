@@ -4,7 +4,8 @@ A sick proxy refuses whatever passes, and a rule of one refuses a single event f
 difference is whether others are taken. A parcel that is told something again, although a request that left after the
 last time was taken, has a strike:
 
-    Split   its halves are tried; a single event is set aside, and given up (a dead letter) after eight strikes
+    Split   its halves are tried; a single event is set aside, and given up (a dead letter) after eight strikes of
+            this kind
     Retry   the same again; after two strikes its halves, a single event is set aside for ever: what fails isn't given up
     Halt    everything stops; after one strike as for Split, if the status can be about what is in a request
 
@@ -21,7 +22,7 @@ from bridged.mixpanel.verdicts import Halt, Retry, Split
 Fate = Literal["again", "split", "aside", "give up", "halt"]
 
 STRIKES_TO_SPLIT: Final = 2
-STRIKES_TO_GIVE_UP: Final = 8
+REFUSALS_TO_GIVE_UP: Final = 8
 FAILURES_TO_SPLIT: Final = 5  # in a row
 # A single event waits so long before it may ask again, and with each strike twice as long.
 _ASIDE_S: Final = 5.0
@@ -46,7 +47,9 @@ class Blame:
         if isinstance(verdict, Retry) and verdict.kind == "rate":
             return "again"
         parcel.attempts += 1
-        parcel.strikes += parcel.in_vain_at is not None and self._taken_at > parcel.in_vain_at
+        if parcel.in_vain_at is not None and self._taken_at > parcel.in_vain_at:
+            parcel.strikes += 1
+            parcel.refusals += not isinstance(verdict, Retry)
         parcel.in_vain_at = now
         parcel.in_vain_since = now if parcel.in_vain_since is None else parcel.in_vain_since
         self._failures += isinstance(verdict, Retry)
@@ -68,7 +71,7 @@ class Blame:
             return "split"
         if isinstance(verdict, Split) and verdict.too_large and parcel.raw_bytes > (verdict.max_bytes or math.inf):
             return "give up"  # the limit that was named is proof enough
-        return "aside" if halted or parcel.strikes < STRIKES_TO_GIVE_UP else "give up"
+        return "aside" if halted or parcel.refusals < REFUSALS_TO_GIVE_UP else "give up"
 
 
 def aside_s(parcel: Parcel, most_s: float) -> float:
