@@ -55,7 +55,6 @@ class Manager:
         }
         self.ports = {name: sock.getsockname()[1] for name, sock in self.sockets.items() if name != "unix"}
         self.watchdog_s = watchdog_s
-        self.stderr: int | None = None  # a file descriptor in the log's place
         self.told: list[tuple[float, str]] = []  # (monotonic, message): all of this start
         self.process: asyncio.subprocess.Process
         self.settings = {
@@ -113,7 +112,7 @@ class Manager:
                 },
                 pass_fds=fds,
                 stdout=log,
-                stderr=log if self.stderr is None else self.stderr,
+                stderr=log,
             )
 
     async def hears(self, assignment: str) -> None:

@@ -514,3 +514,19 @@ async def test_what_was_said_while_nobody_asked_is_no_answer():
 
     assert outcome.verdict == Delivered()
     assert asked == [first.body, second.body]
+
+
+async def test_a_key_that_no_request_can_hold_is_a_halt():
+    """Whatever let it through: who imports says what is wrong, and goes on when it is corrected."""
+    request = track([("ada", ["a"])], "x", update_existing_only=True)
+
+    async def answer(_request):
+        return web.json_response(SUCCESS, status=201)
+
+    async with server(answer) as url, Transport(Target(url=url, rest_key="two\nlines"), 5) as transport:
+        outcome = await transport.send(request)
+        assert isinstance(outcome.verdict, Halt)
+        assert "rest_key is one line" in outcome.verdict.reason
+        assert not outcome.left
+        transport.use(rest(url), 5)
+        assert (await transport.send(request)).verdict == Delivered()

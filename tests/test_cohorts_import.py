@@ -446,19 +446,3 @@ async def test_the_day_s_points_and_the_key_can_change_while_it_runs(
     assert app.restart_needed == []
     await synced(app)
     assert (await post(app, client, body("add_members", ["c"])))[0] == 401
-
-
-async def test_a_key_that_no_request_can_hold_is_halted_until_it_is_corrected(
-    importer: Importer, client: aiohttp.ClientSession
-) -> None:
-    """Two lines in the secret's file: the import says so, is still there, and goes on with the next file."""
-    app = await importer(braze__rest_key=f"{KEY}\nsecond line", braze__probe_interval="1h")
-    await post(app, client, body("members", ["a", "b"]))
-    await until(lambda: app.cohort_writer.state == "halted")
-    assert "rest_key is one line" in app.cohort_writer.halted.reason
-    app.reload(
-        lambda: msgspec.structs.replace(app.config, braze=msgspec.structs.replace(app.config.braze, rest_key=KEY))
-    )
-    await synced(app)
-    assert app.cohorts_problem == ""
-    assert app.membership.figures.points_today == 2
