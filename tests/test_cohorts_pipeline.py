@@ -357,6 +357,14 @@ async def test_a_bad_key_halts_and_a_good_one_resumes(daemon, importing, braze, 
     assert app.cohort_writer.halted is None
 
 
+async def test_a_braze_that_cannot_be_reached_for_long_is_an_alarm(daemon, importing, braze, client):
+    """As long as events may wait for a success: nobody would know otherwise, since what never leaves spends no points."""
+    app = await daemon(**importing | {"braze__url": f"http://127.0.0.1:{free_port()}", "alerts__undelivered": "1s"})
+    await sender(app, client).take(FIRST)
+    await until(lambda: "cohorts_halted" in {one.alarm for one in app.watch.alarms.open}, "the alarm", 60)
+    assert any("Backing off" in one.text for one in app.watch.alarms.open)
+
+
 @contextlib.asynccontextmanager
 async def fake_braze(answer):
     """A Braze that answers `answer(ids)`: a status and a body, or None for a success. Gives its address and whom it took."""

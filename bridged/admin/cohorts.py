@@ -130,7 +130,12 @@ def trouble(app: "App") -> tuple[str, str]:
     status = cohorts_status(app)
     if status is None:
         return "", ""
-    is_broken = status.writer.state in ("halted", "off") or bool(app.membership is not None and app.membership.full)
+    is_broken = (
+        status.writer.state in ("halted", "off")
+        or bool(app.membership is not None and app.membership.full)
+        # As for events: a Braze that can't be reached for so long needs somebody.
+        or (app.cohort_writer is not None and app.cohort_writer.failing_s >= float(app.config.alerts.undelivered))
+    )
     return status.sentence if is_broken else "", status.sentence if status.writer.state == "capped" else ""
 
 

@@ -22,6 +22,7 @@ class Pace:
     def __init__(self, max_concurrency: int, rng: random.Random) -> None:
         self.max_concurrency = max_concurrency
         self.failures = 0  # in a row
+        self.failing_since_s = 0.0  # if there are any
         self.until_s = 0.0  # nothing goes before
         self.reason = ""
         self._rng = rng
@@ -65,6 +66,8 @@ class Pace:
         """A request failed for a reason that passes. Those that went out before the last failure are the same failure."""
         self.reason = reason
         if sent_at_s >= self._failed_at or not self.failures:
+            if not self.failures:
+                self.failing_since_s = now_s
             self.failures += 1
             self._failed_at = now_s
             longest_s = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(self.failures - 1, 30))

@@ -127,6 +127,11 @@ class CohortWriter:
         return self.pace.until_s if self.pace.failures else None
 
     @property
+    def failing_s(self) -> float:
+        """Seconds since the first of the failures without a success between them; 0: the last request didn't fail."""
+        return asyncio.get_running_loop().time() - self.pace.failing_since_s if self.pace.failures else 0.0
+
+    @property
     def state(self) -> str:
         """One of: idle | sending | backing off | halted | capped."""
         if self.halted is not None:
