@@ -224,14 +224,25 @@ def _with_secrets(config: Config, environ: Mapping[str, str], wanted: Iterable[t
             raise ConfigError(f"can't read {'.'.join(path)} from {source}: {error}") from error
         if not secret:
             raise ConfigError(f"can't read {'.'.join(path)} from {source}: it is empty")
-        if problem := secret_problem(secret):
+        if problem := secret_problem(secret, path):
             raise ConfigError(f"can't use {'.'.join(path)} from {source}: {problem}")
         config = replaced(config, path, secret)
     return config
 
 
-def secret_problem(secret: str) -> str:
+# Secrets that are encoded before they are put into a header, or aren't in one.
+_OF_ANY_LETTERS: Final = {
+    ("mixpanel", "api_secret"),
+    ("mixpanel", "service_secret"),
+    ("cohorts", "password"),
+    ("alerts", "webhook_url"),
+}
+
+
+def secret_problem(secret: str, path: tuple[str, ...] = ()) -> str:
     """What is wrong with a secret that no header can carry; it isn't quoted. Empty: nothing."""
+    if path in _OF_ANY_LETTERS:
+        return "" if secret.isprintable() else "expected one line of printable characters"
     if not (secret.isprintable() and secret.isascii()):
         return "expected printable ASCII, in one line: was it copied whole, and nothing else?"
     return "it has blanks around it" if secret != secret.strip() else ""
@@ -299,7 +310,7 @@ def is_loopback(host: str) -> bool:
 def _problems(config: Config) -> Iterator[str]:
     """What no type can say. Empty means that the daemon may start."""
     for path in SECRETS:
-        if problem := secret_problem(value_at(config, path)):
+        if problem := secret_problem(value_at(config, path), path):
             yield f"{'.'.join(path)}: {problem}"
     mixpanel = config.mixpanel
     if config.cohorts.enabled:

@@ -176,6 +176,18 @@ async def test_stopped_while_halted(process, emulator):
     assert process.waiting() == 5
 
 
+async def test_a_client_without_acks_sees_that_it_was_killed(process, emulator):
+    """An orderly close would say that everything is on disk: half a line isn't, and the last whole ones needn't be."""
+    await process.up()
+    reader, writer = await asyncio.open_connection("127.0.0.1", process.tcp)
+    writer.write(ndjson(batch(1)) + b'{"half a line')
+    await until(lambda: arrived(emulator) == ids(batch(1)))  # it was read, and so was the rest
+    await process.end(signal.SIGKILL)
+    with pytest.raises(ConnectionResetError):
+        assert await asyncio.wait_for(reader.read(), 20) == b"no goodbye"
+    writer.close()
+
+
 async def test_stopped_during_a_long_backoff(process, emulator):
     """Nothing would be sent within the grace: it isn't used up."""
     emulator.script([{"status": 503, "headers": {"Retry-After": "600"}}])

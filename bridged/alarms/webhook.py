@@ -143,7 +143,7 @@ class Webhook:
     async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> str:
         """What went wrong, without address, token or any word of the answer; empty when nothing did."""
         hook, timeout_s = self.hook, self._timeout_s
-        headers = {"Content-Type": "application/json"}
+        headers, asked_at = {"Content-Type": "application/json"}, asyncio.get_running_loop().time()
         if hook.token:
             headers["Authorization"] = f"Bearer {hook.token}"
         try:
@@ -154,6 +154,8 @@ class Webhook:
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as response:
+                took_s = asyncio.get_running_loop().time() - asked_at
+                self._timeout_s = min(timeout_s, max(_TIMEOUT_S, 2 * took_s))
                 return "" if 200 <= response.status < 300 else f"HTTP {response.status}"
         except TimeoutError:
             self._timeout_s = min(2 * timeout_s, _LONGEST_TIMEOUT_S)

@@ -20,8 +20,10 @@ from bridged.backlog.spool import Settlement, Spool
 
 # What is settled and can't be committed stays in memory: beyond so much, nothing new is leased.
 _MAX_UNSETTLED_BYTES: Final = 32 * 2**20
-# As many parcels that were tried in vain let others go before them, by turns. In an outage all are, and wait in memory.
-_MAX_IN_VAIN: Final = 32
+# What is tried again lets others go before it, by turns, until so much is in memory. In an outage everything is tried again.
+_MAX_LEASED_BYTES: Final = 8 * 2**20
+# Halves of what was split go before everything; but after so many of them others have a turn. All of them may be refused.
+_FIRST_IN_A_ROW: Final = 8
 
 
 class Parcel(Struct, eq=False):
@@ -34,6 +36,7 @@ class Parcel(Struct, eq=False):
     in_vain_at: float | None = None  # loop time of the last of them
     in_vain_since: float | None = None  # loop time of the first, also of what it is a half of
     due_at: float = 0.0  # loop time; of a single event that was set aside
+    counted_short: bool = False  # a success counted fewer events: it is sent once more
 
     def half(self, segments: list[Segment]) -> "Parcel":
         """A part of it, which has its history."""
@@ -85,15 +88,14 @@ class Backlog:
         # The newest segment that is, or was, in the ring: what comes after it is on disk only.
         self._read_to = 0
         self._leased: dict[int, Segment] = {}
+        self._leased_bytes = 0
         # Leased parcels that come before everything: halves of what was split, and what was held back.
         self._again: deque[Parcel] = deque()
         # Leased parcels that were tried in vain. Others get their turn beside them: two requests that are never understood,
         # and are never given up, would stop everything.
         self._in_vain: deque[Parcel] = deque()
         self._passed_over = False  # they: somebody else had his turn last
-        self._parting: deque[Parcel | None] = (
-            deque()
-        )  # of each part that the spool is about to write: what it is a part of
+        self._firsts = 0  # of `_again`, in a row
         # Parts that lie after `_read_to`: when it gets there, they were taken long ago.
         self._ahead: set[int] = set()
         self._changed = asyncio.Event()
@@ -139,16 +141,16 @@ class Backlog:
                 break
         self._changed.set()
 
-    def _append_parts(self, segments: Sequence[Segment]) -> None:
+    def _append_parts(self, segments: Sequence[Segment], wholes: Sequence[Parcel | None]) -> None:
         """Each part travels alone: joined again, parts would be what was just refused, for ever."""
         for segment in segments:
-            self._leased[segment.id] = segment
+            self._lease_one(segment)
             if self._read_to == segment.id - 1:
                 self._read_to = segment.id
             else:
                 self._ahead.add(segment.id)
-        wholes = [self._parting.popleft() for _ in segments]
-        self.first([(whole or Parcel([])).half([segment]) for whole, segment in zip(wholes, segments, strict=True)])
+        whole_of = zip(segments, wholes, strict=True)
+        self.first([whole.half([segment]) if whole else Parcel([segment]) for segment, whole in whole_of])
 
     def _push(self, segment: Segment) -> None:
         self._ring.append(segment)
@@ -162,8 +164,12 @@ class Backlog:
         self._ring_size -= segment.size
         self._ring_events -= len(segment.codes)
         self._ring_raw_bytes -= segment.raw_bytes
-        self._leased[segment.id] = segment
+        self._lease_one(segment)
         return segment
+
+    def _lease_one(self, segment: Segment) -> None:
+        self._leased[segment.id] = segment
+        self._leased_bytes += segment.size
 
     @property
     def _behind(self) -> bool:
@@ -187,9 +193,11 @@ class Backlog:
         """
         while True:
             self._changed.clear()
-            if self._again:
+            if self._again and self._firsts < _FIRST_IN_A_ROW:
+                self._firsts += 1
                 return self._again.popleft()
-            if self._passed_over or len(self._in_vain) >= _MAX_IN_VAIN:
+            self._firsts = 0
+            if self._passed_over or self._leased_bytes >= _MAX_LEASED_BYTES:
                 self._passed_over = False
                 if self._in_vain:
                     return self._in_vain.popleft()
@@ -209,6 +217,8 @@ class Backlog:
                     continue
             if self._in_vain:
                 return self._in_vain.popleft()
+            if self._again:
+                return self._again.pop()  # from the other end: what is first may be all that is bad
             await self._wait(wait_s)
 
     def _lease(self, max_events: int, max_bytes: int) -> Parcel:
@@ -230,14 +240,11 @@ class Backlog:
         except TimeoutError:
             pass
 
-    def settle(self, settlement: Settlement, whole: Parcel | None = None) -> None:
-        """Gives leases back for good: each segment is delivered, dead-lettered, expired or replaced by its parts.
-
-        `whole`: what the parts are parts of, whose history they have.
-        """
-        self._parting.extend([whole] * len(settlement.parts))
+    def settle(self, settlement: Settlement) -> None:
+        """Gives leases back for good: each segment is delivered, dead-lettered, expired or replaced by its parts."""
         for segment in settlement.segments:
-            self._leased.pop(segment.id, None)
+            if self._leased.pop(segment.id, None) is not None:
+                self._leased_bytes -= segment.size
         self._spool.settle(settlement)
 
     def again(self, parcel: Parcel) -> None:

@@ -1,7 +1,7 @@
 """What comes to the spool and what leaves it: events taken in, segments settled, dead letters. Pure."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
@@ -68,6 +68,7 @@ class Settlement(Struct, gc=False):
     expired: bytes = b""
     dead_letters: Sequence[DeadLetter] = ()
     parts: Sequence[Batch] = ()  # of one segment that was refused as a whole; they are as old as it is
+    whole: Any = None  # what they are parts of, for whoever gets them
 
     size: int = 0  # what it keeps in memory until it is committed, in bytes
     came_bytes: int = 0  # of that, what takes the segments' place on disk, at most

@@ -84,7 +84,7 @@ class Spool:
         self.accounts = Accounts()  # true as of the last commit
         # Set by the backlog: new segments, and the parts of ones that were too large. Ids rise from each call to the next.
         self.committed: Callable[[list[Segment]], None] = lambda _segments: None
-        self.parted: Callable[[list[Segment]], None] = lambda _segments: None
+        self.parted: Callable[[list[Segment], list[Any]], None] = lambda _segments, _wholes: None
         self.settled: Callable[[], None] = lambda: None  # settlements were committed
         self.commits = 0
         self._company = Company()
@@ -433,11 +433,12 @@ class Spool:
         self.commits += 1
         self.commit_seconds += committed.seconds
         self._look_for_room()
-        parts = sum(len(settlement.parts) for settlement in work.settlements)
-        if len(segments) > parts:
-            self.committed(segments[: len(segments) - parts])
-        if parts:
-            self.parted(segments[len(segments) - parts :])
+        wholes = [settlement.whole for settlement in work.settlements for _ in settlement.parts]
+        new = len(segments) - len(wholes)
+        if new:
+            self.committed(segments[:new])
+        if wholes:
+            self.parted(segments[new:], wholes)
         if work.settlements:
             self.unsettled_bytes -= sum([settlement.size for settlement in work.settlements])
             self.settled()

@@ -4,26 +4,30 @@ A sick proxy refuses whatever passes, and a rule of one refuses a single event f
 difference is whether others are taken. A parcel that is told something again, although a request that left after the
 last time was taken, has a strike:
 
-    Split   its halves are tried; a single event is set aside, and given up (a dead letter) after eight strikes of
+    Split   its halves are tried; a single event is set aside, and given up (a dead letter) after six strikes of
             this kind
     Retry   the same again; after two strikes its halves, a single event is set aside for ever: what fails isn't given up
     Halt    everything stops; after one strike as for Split, if the status can be about what is in a request
 
-While nothing is taken at all what fails is split too, but only between its segments, which costs nothing: it may be too
-large for something on the way, as everything else then is.
+While nothing is taken at all what fails is split too, between its segments, which costs nothing: it may be too large for
+something on the way, as everything else then is. After a while a few segments are cut as well, to see: each may hold an
+event that fails.
 """
 
 import math
 from typing import Final, Literal
 
 from bridged.backlog.backlog import Parcel
-from bridged.mixpanel.verdicts import Halt, Retry, Split
+from bridged.mixpanel.verdicts import Halt, Retry, Split, Verdict
 
 Fate = Literal["again", "split", "aside", "give up", "halt"]
 
 STRIKES_TO_SPLIT: Final = 2
-REFUSALS_TO_GIVE_UP: Final = 8
+REFUSALS_TO_GIVE_UP: Final = 6
 FAILURES_TO_SPLIT: Final = 5  # in a row
+FAILURES_TO_CUT: Final = 20
+_REMEMBERED_S: Final = 600.0
+_CUTS: Final = 12  # enough to come to single events; then one more for as many failures
 # A single event waits so long before it may ask again, and with each strike twice as long.
 _ASIDE_S: Final = 5.0
 # About who sends, and not what: the credential, the plan, a proxy's credential, and what is no answer at all.
@@ -36,44 +40,66 @@ class Blame:
     def __init__(self) -> None:
         self._taken_at = -math.inf
         self._failures = 0  # in a row
+        self._cuts = 0  # of segments, meanwhile
+        self._about_content: dict[int, float] = {}  # by status: loop time until which it is taken for that
 
     def taken(self, sent_at: float) -> None:
         """A request that left then was taken, in whole or in part. Loop time."""
         self._taken_at = max(self._taken_at, sent_at)
-        self._failures = 0
+        self._failures = self._cuts = 0
+
+    def is_its_own(self, parcel: Parcel, verdict: Verdict) -> bool:
+        """Whether others, that left after it was last tried in vain, were taken: the road is well, then."""
+        is_rate = isinstance(verdict, Retry) and verdict.kind == "rate"
+        return not is_rate and parcel.in_vain_at is not None and self._taken_at > parcel.in_vain_at
 
     def fate(self, parcel: Parcel, verdict: Split | Retry | Halt, now: float, *, halted: bool) -> Fate:
         """Notes in its history that a parcel was tried in vain, and says what becomes of it."""
+        parcel.attempts += 1
         if isinstance(verdict, Retry) and verdict.kind == "rate":
             return "again"
-        parcel.attempts += 1
-        if parcel.in_vain_at is not None and self._taken_at > parcel.in_vain_at:
+        if self.is_its_own(parcel, verdict):
             parcel.strikes += 1
             parcel.refusals += not isinstance(verdict, Retry)
         parcel.in_vain_at = now
         parcel.in_vain_since = now if parcel.in_vain_since is None else parcel.in_vain_since
         self._failures += isinstance(verdict, Retry)
-        fate = self._fate(parcel, verdict, halted=halted)
+        fate = self._fate(parcel, verdict, now, halted=halted)
         if fate == "split":
             parcel.strikes = min(parcel.strikes, 1)  # its halves are told apart sooner than it was, but each for itself
         return fate
 
-    def _fate(self, parcel: Parcel, verdict: Split | Retry | Halt, *, halted: bool) -> Fate:
+    def _fate(self, parcel: Parcel, verdict: Split | Retry | Halt, now: float, *, halted: bool) -> Fate:
         single = parcel.events == 1
         match verdict:
             case Retry() if parcel.strikes >= STRIKES_TO_SPLIT:
                 return "aside" if single else "split"
+            case Retry() if len(parcel.segments) > 1:
+                return "split" if self._failures >= FAILURES_TO_SPLIT else "again"
             case Retry():
-                return "split" if self._failures >= FAILURES_TO_SPLIT and len(parcel.segments) > 1 else "again"
-            case Halt() if halted or not parcel.strikes or verdict.status in _ABOUT_ALL:
+                return "again" if single or not self._may_experiment() else "split"
+            case Halt() if halted or verdict.status in _ABOUT_ALL:
                 return "halt"
+            case Halt():
+                # Once a status was about what is in a request, the next one is first taken for the same.
+                if not parcel.strikes and now > self._about_content.get(verdict.status, -math.inf):
+                    return "halt"
+                self._about_content[verdict.status] = now + _REMEMBERED_S
         if not single:
             return "split"
         if isinstance(verdict, Split) and verdict.too_large and parcel.raw_bytes > (verdict.max_bytes or math.inf):
             return "give up"  # the limit that was named is proof enough
         return "aside" if halted or parcel.refusals < REFUSALS_TO_GIVE_UP else "give up"
 
+    def _may_experiment(self) -> bool:
+        beyond = self._failures - FAILURES_TO_CUT
+        if beyond < 0 or self._cuts >= _CUTS + beyond // FAILURES_TO_CUT:
+            return False
+        self._cuts += 1
+        return True
 
-def aside_s(parcel: Parcel, most_s: float) -> float:
-    """How long a single event waits before it may ask again."""
+
+def aside_s(parcel: Parcel, verdict: Split | Retry | Halt, probe_interval_s: float) -> float:
+    """How long a single event waits before it may ask again. What fails is asked for ever, and so less often in the end."""
+    most_s = 10 * probe_interval_s if isinstance(verdict, Retry) else probe_interval_s
     return min(_ASIDE_S * 2.0 ** min(parcel.strikes, 10), most_s)

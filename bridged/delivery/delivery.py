@@ -48,8 +48,9 @@ _LEARNED_S = 600.0
 _RELEASED = 2
 # The same problem is logged no more often, though successes lie in between.
 _SAME_PROBLEM_S = 60.0
-# A poison event among 2,000 is alone after some 22 requests, half of which are understood in between.
-_SPLITS_TO_HALT = 40
+# Of requests in a row. A poison event among 2,000 is alone after some 22, half of which are understood in between; but after a
+# restart some hundreds that are set aside may stand side by side, and are told apart anew.
+_SPLITS_TO_HALT = 500
 
 
 class DeliveryOptions(Struct, frozen=True, kw_only=True):
@@ -176,6 +177,7 @@ class Delivery:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as senders:
             senders.create_task(self._try_aside(), name="aside")
+            senders.create_task(self._ask(), name="ask")
             while True:
                 parcel = await self._take()
                 if loop.time() > self._learned_until:
@@ -245,22 +247,28 @@ class Delivery:
         try:
             verdict = await self._transport.send(parcel.body(), parcel.events, lambda: _insert_ids(parcel))
         finally:
-            self._pace.judged(loop.time(), attempt, verdict)
+            # What fails although others are taken is no reason for those to wait.
+            its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
+            self._pace.judged(loop.time(), attempt, Halt(0, "") if its_own else verdict)
         self.judged_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
-        if isinstance(verdict, Delivered | Reject):
-            self._retried.pop(first.id, None)
         # What an old credential is told says nothing about the new one.
         outdated = target is not self._transport.target
         match verdict:
+            case Delivered(short) if short and not parcel.counted_short:
+                # Mixpanel may have a reason; or it was the answer to something else. A repetition is harmless, and tells.
+                parcel.counted_short = True
+                self._backlog.again(parcel)
             case Delivered(short):
                 self.uncounted += short
                 self.age_sum_s += max(0.0, self._clock() - first.created_at)
                 self.ages += 1
+                self._retried.pop(first.id, None)
                 self._resume(sent_at)
                 self._backlog.settle(Settlement(parcel.segments, delivered=parcel.codes))
             case Reject(failures):
+                self._retried.pop(first.id, None)
                 self._resume(sent_at)
                 self._reject(parcel, failures)
             case Halt() if outdated:
@@ -347,7 +355,7 @@ class Delivery:
                     self._learn(None, parcel.raw_bytes)
                 self._split(parcel, verdict.reason)
             case "aside":
-                parcel.due_at = now + aside_s(parcel, self._options.probe_interval_s)
+                parcel.due_at = now + aside_s(parcel, verdict, self._options.probe_interval_s)
                 self._aside.append(parcel)
             case "give up":
                 self._give_up(parcel, verdict.reason)
@@ -371,7 +379,7 @@ class Delivery:
         events, codes = segments.lines(parcel.segments), parcel.codes
         half = len(events) // 2
         parts = [Batch(b"\n".join([*events[at:to], b""]), codes[at:to]) for at, to in ((0, half), (half, len(events)))]
-        self._backlog.settle(Settlement(parcel.segments, parts=parts), parcel)
+        self._backlog.settle(Settlement(parcel.segments, parts=parts, whole=parcel))
 
     async def _try_aside(self) -> None:
         """One of the events set aside asks now and then: there may be no other request whose success could tell."""
@@ -380,6 +388,21 @@ class Delivery:
             if self._aside:
                 # By turns with others: while halted there is one request in the same time, and it must not always be this one.
                 self._backlog.in_vain(self._aside.pop(0))
+
+    async def _ask(self) -> None:
+        """Without an event to probe with, as when all have expired, a halt asks all the same whether it is over."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_HALTED_LOOK_S)
+            if self.halted is None or self._backlog.events or loop.time() < self._probe_at:
+                continue
+            self._sent_at = sent_at = loop.time()
+            self._probe_at = sent_at + self._options.probe_interval_s
+            verdict = await self._transport.ask()
+            if isinstance(verdict, Delivered | Reject):
+                self._resume(sent_at)
+            elif isinstance(verdict, Halt):
+                self._halt(verdict)
 
     def _learn(self, max_bytes: int | None, refused_bytes: int) -> None:
         """Makes requests smaller from now on: as the answer says, or half of what was refused if it says nothing useful."""
@@ -456,7 +479,9 @@ class Delivery:
         self._backlog.flush()
         loop = asyncio.get_running_loop()
         until = loop.time() + grace_s
-        while loop.time() < until and self.halted is None and (self._in_flight or self._backlog.events):
+        while (
+            loop.time() < until and self.halted is None and (self._in_flight or self._backlog.events > len(self._aside))
+        ):
             if not self._in_flight and loop.time() + self.pace.backing_off_s > until:
                 break  # nothing more would be sent
             await asyncio.sleep(0.01)

@@ -4,13 +4,10 @@ The record has no event name: a refusal of the record proves that the credential
 page's "Test connection", which tell what is wrong in the same words.
 """
 
-import secrets
-import time
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
-from isal import igzip
 from msgspec import Struct
 
 from bridged.delivery.transport import Transport
@@ -147,11 +144,5 @@ _NETWORK: Final = (
 
 async def _ask(target: Target, timeout_s: float) -> tuple[Verdict, float | None]:
     """The verdict, and how far our clock is from Mixpanel's. Raises ConfigError for a proxy that can't be used."""
-    insert_id = f"bridged-check-{secrets.token_hex(8)}"
-    properties: dict[str, object] = {"time": int(time.time()), "distinct_id": "bridged-check", "$insert_id": insert_id}
-    if target.credentials.token:
-        properties["token"] = target.credentials.token
-    record = msgspec.json.encode({"event": "", "properties": properties}) + b"\n"
     async with Transport(target, min(timeout_s or _TIMEOUT_S, _TIMEOUT_S)) as transport:
-        verdict = await transport.send(igzip.compress(record, 1), 1, lambda: [insert_id])
-        return verdict, transport.clock_skew_s
+        return await transport.ask(), transport.clock_skew_s

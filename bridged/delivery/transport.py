@@ -1,6 +1,7 @@
 """The one HTTP client call of the path: bytes out, a verdict back. Every exception of the network is translated here."""
 
 import functools
+import secrets
 import ssl
 import time
 import urllib.parse
@@ -9,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 import aiohttp
+import msgspec
+from isal import igzip
 
 from bridged import __version__
 from bridged.connections import Connector
@@ -53,6 +56,19 @@ class Transport:
         proxy_for(target.import_url)
         self.target = target
         self._timeout = _timeout(timeout_s)
+
+    async def ask(self) -> Verdict:
+        """Whether the credential works: one record without a name, which Mixpanel must refuse, so that nothing is stored."""
+        insert_id = f"bridged-check-{secrets.token_hex(8)}"
+        properties: dict[str, object] = {
+            "time": int(time.time()),
+            "distinct_id": "bridged-check",
+            "$insert_id": insert_id,
+        }
+        if self.target.credentials.token:
+            properties["token"] = self.target.credentials.token
+        record = msgspec.json.encode({"event": "", "properties": properties}) + b"\n"
+        return await self.send(igzip.compress(record, 1), 1, lambda: [insert_id])
 
     async def send(self, body: bytes, events: int, insert_ids: Callable[[], Sequence[str]]) -> Verdict:
         """Posts one gzip NDJSON body; never raises but for cancellation."""

@@ -259,6 +259,9 @@ class _Connection(asyncio.Protocol):
         # Acks that aren't read stay few: the next one says more.
         self._transport.set_write_buffer_limits(high=1024)
         tcp.keep_alive(transport)
+        if not self._is_tls:
+            # A client without acks goes by how the connection ends: it must not look orderly if we are killed.
+            tcp.end_with(transport, reset=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._source.leave(self)
@@ -368,6 +371,8 @@ class _Connection(asyncio.Protocol):
             self._accept([head], oversized=True)
         if self._acks is None and lines:
             self._acks = self._handshake(lines)
+            if self._acks:
+                tcp.end_with(self._transport, reset=False)  # it goes by its acks, and shall get the last one
         if len(lines) and max(map(len, lines)) > self._source.max_line:
             for line in lines:
                 if len(line.removesuffix(b"\n").removesuffix(b"\r")) > self._source.max_line:
@@ -451,6 +456,7 @@ class _Connection(asyncio.Protocol):
                 self._transport.write_eof()
                 self._transport.resume_reading()
             else:
+                tcp.end_with(self._transport, reset=False)
                 self._transport.close()
 
     def _fail(self, error: BaseException | None) -> None:

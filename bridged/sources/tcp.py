@@ -23,10 +23,15 @@ def keep_alive(transport: asyncio.BaseTransport) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def reset(transport: asyncio.Transport) -> None:
-    """Ends it at once, and not as if all were well. (Unix sockets know no reset.)"""
+def end_with(transport: asyncio.BaseTransport, *, reset: bool) -> None:
+    """How it ends, also if the process dies: by a reset, or as if all were well. (Unix sockets know no reset.)"""
     if (sock := _socket(transport)) is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Ends it at once, and not as if all were well."""
+    end_with(transport, reset=True)
     transport.abort()
 
 
