@@ -151,6 +151,21 @@ def test_damage_costs_what_is_behind_it(tmp_path):
     assert len(lines) > 1000
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_last_line_that_is_no_whole_event_waits_for_its_end(tmp_path, end):
+    """Without a newline it may be cut off: it doesn't come, and the error says so. With one it is what somebody wrote."""
+    path = tmp_path / "events.ndjson"
+    path.write_bytes(b'{"a":1}\n{"b":' + end)
+    lines = []
+    if end:
+        lines.extend(currents_files.lines(path, MAX_LINE))
+    else:
+        with pytest.raises(SpoolError, match=r"events\.ndjson ends in the middle of a line"):
+            lines.extend(currents_files.lines(path, MAX_LINE))
+
+    assert lines == [b'{"a":1}\n', b'{"b":\n'][: 1 + len(end)]
+
+
 def test_what_is_no_file_of_events(tmp_path):
     """Told before anything is sent: a pipe, a folder without events, a missing file; and zstd, with the way out."""
     os.mkfifo(tmp_path / "pipe")
@@ -162,6 +177,10 @@ def test_what_is_no_file_of_events(tmp_path):
     packed.write_bytes(b"\x28\xb5\x2f\xfd....")
     with pytest.raises(SpoolError, match="zstd -d"):
         list(currents_files.lines(packed, MAX_LINE))
+    # As /dev/stdin can be, when it is a file without a name: beside it nothing may be written.
+    (tmp_path / "link.ndjson").symlink_to("/proc/version")
+    with pytest.raises(SpoolError, match="has no place of its own"):
+        currents_files.found([tmp_path / "link.ndjson"])
 
 
 # -- into a daemon -----------------------------------------------------------------------------------------------------
@@ -314,7 +333,53 @@ async def test_the_daemon_restarts_meanwhile(backfill, config, emulator, tmp_pat
         assert len({event["properties"]["$insert_id"] for event in emulator.events()}) == total
 
 
-async def test_a_damaged_file_stops_it(backfill, daemon, emulator, tmp_path):
+async def test_a_file_that_was_cut_off_goes_on_where_it_ended(backfill, daemon, emulator, tmp_path):
+    """Half an event at its end is neither sent nor counted: when the file is whole, it is an event like the others."""
+    app = await daemon()
+    path = written(tmp_path / "events.ndjson", 20)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+
+    code, out, err = await backfill(app, path)
+
+    assert (code, "ends in the middle of a line" in err) == (74, True)
+    assert "1 file: 19 events read, 19 acked, 0 not" in out
+    path.write_bytes(whole)
+    code, out, err = await backfill(app, path)
+    assert code == 0, err
+    assert "1 file: 1 events read, 1 acked, 0 not" in out
+    assert len(await arrived(app, emulator, 20)) == 20
+    assert app.spool.accounts.total("dead_lettered") == 0
+
+
+async def test_damaged_files_do_not_stop_the_others(backfill, daemon, emulator, tmp_path):
+    """All others are sent, and at the end every bad one is named with what is wrong with it, and the exit code is 74."""
+    app = await daemon()
+    for n in range(5):
+        body = gzip.compress(ndjson([currents(id=f"f{n}-{i}") for i in range(3000 if n == 1 else 50)]))
+        (tmp_path / f"f{n}.json.gz").write_bytes(body)
+    whole = (tmp_path / "f1.json.gz").read_bytes()
+    (tmp_path / "f1.json.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "f2.json.gz.backfill").write_bytes(b"mine")
+
+    code, out, err = await backfill(app, tmp_path)
+
+    readable = acked(tmp_path / "f1.json.gz")
+    assert code == 74
+    assert "2 files weren't sent to their ends" in err
+    assert f"can't read {tmp_path}/f1.json.gz" in err
+    assert f"rm {tmp_path}/f2.json.gz.backfill" in err
+    assert 0 < readable < 3000
+    assert f"{150 + readable:,} events read, {150 + readable:,} acked, 0 not" in out
+    (tmp_path / "f1.json.gz").write_bytes(whole)
+    (tmp_path / "f2.json.gz.backfill").unlink()
+    code, out, err = await backfill(app, tmp_path)
+    assert code == 0, err
+    assert "3 more had been sent whole" in out
+    assert len(await arrived(app, emulator, 3200)) == 3200
+
+
+async def test_a_damaged_file_goes_on_when_it_is_mended(backfill, daemon, emulator, tmp_path):
     """What stood before the damage is acked, the exit code is 74, and a mended file goes on there."""
     app = await daemon()
     whole = gzip.compress(ndjson([currents(id=f"e{i}") for i in range(3000)]))
@@ -363,6 +428,23 @@ async def test_refusals_name_the_way_out(backfill, daemon, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "fastavro", None)
     code, _, err = await backfill(app, tmp_path / "events.avro")
     assert (code, "pip install fastavro" in err) == (78, True)
+
+
+def test_the_state_stands_beside_the_file_itself(tmp_path):
+    """Not beside a link to it, such as /dev/stdin; so it is one, by whichever name the file is called."""
+    for folder in ("data", "links"):
+        (tmp_path / folder).mkdir()
+    path, link = written(tmp_path / "data" / "events.ndjson", 1), tmp_path / "links" / "stdin"
+    link.symlink_to(path)
+    for state in (None, tmp_path / "state"):
+        for name in (path, link):
+            with Progress(name, state) as progress:
+                assert progress.state.acked == (name == link)
+                progress.add(1)
+
+    assert [name.name for name in (tmp_path / "links").iterdir()] == ["stdin"]
+    assert sorted(name.name for name in path.parent.iterdir()) == ["events.ndjson", "events.ndjson.backfill"]
+    assert len(list((tmp_path / "state").iterdir())) == 1
 
 
 def test_the_state_can_be_elsewhere(tmp_path):
@@ -469,6 +551,9 @@ async def test_an_export_arrives_as_the_connector_would_have_sent_it(backfill, d
         avro(folder / "x+0+1.avro", event["event_type"], [flat(event)], name, "deflate" if n % 3 else "null")
     orphan = {"id": "o", "time": 1, "user_id": "u", "orphaned_by_id": "v"}
     avro(export / "event_type=users.UserOrphan" / "x.avro", "users.UserOrphan", [orphan], "whatever")
+    for packed in list(export.rglob("x+0+1.avro"))[::4]:  # by whoever copied the export
+        packed.with_name("x+0+1.avro.gz").write_bytes(gzip.compress(packed.read_bytes()))
+        packed.unlink()
 
     code, out, err = await backfill(app, "--state", tmp_path / "state", tmp_path / "currents")
 

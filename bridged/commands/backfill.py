@@ -24,14 +24,16 @@ from msgspec import Struct
 from bridged import config
 from bridged.commands import currents_files
 from bridged.commands.client import EVERYWHERE, this_certificate
+from bridged.commands.currents_files import FileError
 from bridged.commands.stream_client import StreamClient
 from bridged.config import split_address
 from bridged.errors import BridgedError, ConfigError, SpoolError
 from bridged.settings import Config
 
 EPILOG = """\
-Files hold Currents events as Braze's Custom HTTP connector sends them: one a line, or as a JSON array, gzip or not; or they are
-Avro, as Currents' export to cloud storage writes them (for which fastavro must be installed). A folder means the files below it.
+Files hold Currents events as Braze's Custom HTTP connector sends them: one a line, or as a JSON array; or they are Avro, as
+Currents' export to cloud storage writes them (for which fastavro must be installed). Any may be gzip. A folder means the files
+below it; one that can't be read to its end doesn't stop the others: it is named at the end (exit code 74).
 
 FILE.backfill, beside each, says how far it was sent. After an interruption the same command goes on there; a file that was
 sent whole is passed over. To send one again, delete it. --state keeps them elsewhere, if the folder can't be written.
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Sends them in order; stops at the first that can't be read or sent."""
+    """Sends them in order; goes on behind one that can't be read to its end."""
     settings = config.load(config.find_config(arguments.config), secrets=())
     files = currents_files.found(path for path in arguments.files if path.suffix != _SUFFIX)
     return Backfill(settings, arguments.to, arguments.state, arguments.events_per_second).run(files)
@@ -89,13 +91,14 @@ class Progress:
     """How far one file was sent; the only one who may send it, until it is closed."""
 
     def __init__(self, path: Path, folder: Path | None) -> None:
-        """Raises SpoolError when it can't be kept, or is about another file of this name."""
+        """Raises SpoolError when it can't be kept, FileError when it is about another file of this name or in use."""
         self.path = path
-        self._at = path.with_name(f"{path.name}{_SUFFIX}")
+        real = path.resolve()  # never beside a link: that may stand in a folder of somebody else's, as /dev/stdin does
+        self._at = real.with_name(f"{real.name}{_SUFFIX}")
         if folder is not None:
             # Files of one name lie in many folders of an export.
-            mark = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:12]
-            self._at = folder / f"{path.name}.{mark}{_SUFFIX}"
+            mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
+            self._at = folder / f"{real.name}.{mark}{_SUFFIX}"
         try:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -107,10 +110,10 @@ class Progress:
             self.state = self._read()
         except BlockingIOError:
             os.close(self._fd)
-            raise SpoolError(f"another `bridged backfill` is sending {path}", "let it finish, or end it") from None
+            raise FileError(f"another `bridged backfill` is sending {path}", "let it finish, or end it") from None
         except OSError as error:
             os.close(self._fd)
-            raise SpoolError(
+            raise FileError(
                 f"can't read {path} or {self._at}: {error}", "--state DIR keeps the latter elsewhere"
             ) from error
         except BaseException:
@@ -143,7 +146,7 @@ class Progress:
         try:
             return self.path.stat().st_size
         except OSError as error:
-            raise SpoolError(f"{self.path} has gone: {error}") from error
+            raise FileError(f"{self.path} has gone: {error}", "put it back, or leave it out") from error
 
     def _read(self) -> _State:
         told = os.pread(self._fd, _STATE_BYTES, 0)
@@ -152,10 +155,10 @@ class Progress:
                 try:
                     state = msgspec.json.decode(told, type=_State)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    raise SpoolError(f"{self._at} isn't what bridged wrote: {error}", self._hint()) from error
+                    raise FileError(f"{self._at} isn't what bridged wrote: {error}", self._hint()) from error
                 head = file.read(state.head_bytes)
                 if len(head) < state.head_bytes or zlib.crc32(head) != state.head_crc32:
-                    raise SpoolError(f"{self.path} isn't the file that {self._at} is about", self._hint())
+                    raise FileError(f"{self.path} isn't the file that {self._at} is about", self._hint())
                 return state
             head = file.read(_HEAD_BYTES)
         return _State(head_bytes=len(head), head_crc32=zlib.crc32(head))
@@ -221,16 +224,22 @@ class Backfill:
         self._spoke = self._began
 
     def run(self, files: list[Path]) -> int:
-        """Sends the files; gives the exit code. Raises BridgedError, when what was sent before has its acks or never will."""
+        """Sends the files; gives the exit code. Raises BridgedError, when what was sent before has its acks or never will: at
+        once if the others couldn't be sent either, else at the end.
+        """
+        bad: list[FileError] = []
         client = StreamClient(self._connect, self._on_acked, self._speak)
         try:
             for path in files:
-                with Progress(path, self._state) as self._progress:
-                    if self._progress.done:
-                        self._passed_over += 1
-                        self._before += self._progress.state.acked
-                        continue
-                    self._send(path, self._progress, client)
+                try:
+                    with Progress(path, self._state) as self._progress:
+                        if self._progress.done:
+                            self._passed_over += 1
+                            self._before += self._progress.state.acked
+                            continue
+                        self._send(path, self._progress, client)
+                except FileError as error:
+                    bad.append(error)
         except KeyboardInterrupt:
             self._give_up(client, "interrupted")
             return 130
@@ -241,6 +250,13 @@ class Backfill:
         finally:
             client.close()
         self._summary()
+        if len(bad) == 1:
+            raise bad[0]
+        if bad:
+            each = "\n  ".join(f"{error.args[0]} ({error.hint})" for error in bad)
+            raise FileError(
+                f"{len(bad)} files weren't sent to their ends:\n  {each}", "then run the same command again"
+            )
         return 0
 
     def _send(self, path: Path, progress: Progress, client: StreamClient) -> None:
@@ -248,19 +264,25 @@ class Backfill:
         self._before += progress.state.acked
         lines = currents_files.lines(path, int(self._settings.sources.stream.max_line))
         rest = itertools.islice(lines, progress.state.acked, None)
+        damage: FileError | None = None
+        # Those on their way belong to this file: it must hear of their acks while it is open.
         try:
-            for chunk in currents_files.chunks(rest, self._chunk, _CHUNK_BYTES):
-                self._ages.look(chunk)
-                self._read += len(chunk)
-                if self._rate is not None:
-                    client.pause_until(self._due)
-                    self._due = max(self._due, time.monotonic() - 0.1) + len(chunk) / self._rate
-                client.send(chunk)
+            try:
+                for chunk in currents_files.chunks(rest, self._chunk, _CHUNK_BYTES):
+                    self._ages.look(chunk)
+                    self._read += len(chunk)
+                    if self._rate is not None:
+                        client.pause_until(self._due)
+                        self._due = max(self._due, time.monotonic() - 0.1) + len(chunk) / self._rate
+                    client.send(chunk)
+            except FileError as error:
+                damage = error
             client.drain()
         except BaseException:
-            # Those on their way belong to this file: it must hear of their acks while it is open.
             client.drain(_LAST_ACKS_S)
             raise
+        if damage is not None:
+            raise damage
         progress.finish()
 
     def _on_acked(self, lines: int) -> None:

@@ -1,4 +1,4 @@
-"""Files of Currents events, made into the lines that the stream door takes: NDJSON, a JSON array, gzip of either, Avro.
+"""Files of Currents events, made into the lines that the stream door takes: NDJSON, a JSON array, Avro, gzip of any.
 
 Avro is what Currents' export to cloud storage writes: a flat record of an event. What Braze's Custom HTTP connector puts under
 `user` and `properties` stands beside each other in it, and the customer's own properties are a JSON string.
@@ -16,7 +16,7 @@ import msgspec
 
 from bridged.errors import BridgedError, ConfigError, SpoolError
 
-SUFFIXES: Final = (".ndjson", ".jsonl", ".json", ".ndjson.gz", ".jsonl.gz", ".json.gz", ".avro")
+SUFFIXES: Final = (".ndjson", ".jsonl", ".json", ".ndjson.gz", ".jsonl.gz", ".json.gz", ".avro", ".avro.gz")
 # Currents' types that no Mixpanel event is made of. In an export they are many, and as dead letters they would crowd out others.
 WITHOUT_FORM: Final = frozenset(
     {
@@ -28,11 +28,16 @@ WITHOUT_FORM: Final = frozenset(
 _GZIP, _ZSTD, _AVRO = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Obj\x01"
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
+_NOT_FILES = (Path("/dev"), Path("/proc"))
 _USER = ("user_id", "external_user_id", "device_id", "timezone")
 _CUSTOM = {
     "users.behaviors.CustomEvent": "custom_properties",
     "users.behaviors.Purchase": "purchase_properties",
 }
+
+
+class FileError(SpoolError):
+    """One file can't be read to its end, or resumed: nothing of that is about the others."""
 
 
 def found(paths: Iterable[Path]) -> list[Path]:
@@ -49,29 +54,36 @@ def found(paths: Iterable[Path]) -> list[Path]:
         else:
             what = "is no file" if path.exists() else "doesn't exist"
             raise SpoolError(f"{path} {what}", "only what can be read twice can be resumed: no pipes")
+    for path in files:
+        real = path.resolve()
+        if any(real.is_relative_to(place) for place in _NOT_FILES) or not real.is_file():
+            raise SpoolError(f"{path} has no place of its own: it is {real}", "give it as a file in a folder of yours")
     return list(dict.fromkeys(files))
 
 
 def lines(path: Path, max_line: int) -> Iterator[bytes]:
     """A file's events in order, one a line. A line longer than `max_line` comes cut, still too long for the door.
 
-    What isn't an event comes as it is: the daemon keeps it as a dead letter. Raises SpoolError when the file can't be read on.
+    What isn't an event comes as it is: the daemon keeps it as a dead letter. Raises FileError when the file can't be read on, or
+    ends within a line.
     """
     try:
         with path.open("rb") as file:
             magic = file.read(4)
             file.seek(0)
             if magic.startswith(_ZSTD):
-                raise SpoolError(f"{path} is compressed with zstd", f"unpack it first: zstd -d {path}")
+                raise FileError(f"{path} is compressed with zstd", f"unpack it first: zstd -d {path}")
             if magic.startswith(_AVRO):
                 yield from _avro(path, file)
             elif magic.startswith(_GZIP):
                 with gzip.open(file, "rb") as unpacked:
-                    yield from _text(path, unpacked, max_line)
+                    is_avro = unpacked.read(4) == _AVRO
+                    unpacked.seek(0)
+                    yield from _avro(path, unpacked) if is_avro else _text(path, unpacked, max_line)
             else:
                 yield from _text(path, file, max_line)
     except (OSError, EOFError, zlib.error) as error:
-        raise SpoolError(f"can't read {path}: {error}", "what stood before the damage was sent") from error
+        raise FileError(f"can't read {path}: {error}", "what stood before the damage was sent") from error
 
 
 def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterator[bytes]:
@@ -88,9 +100,22 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
             rest = line
             while rest and not rest.endswith(b"\n"):
                 rest = file.readline(max_line)
+            if not rest and line.strip() and len(line) <= max_line and not _is_json(line):
+                raise FileError(
+                    f"{path} ends in the middle of a line, which wasn't sent",
+                    "run the same command again when the file is whole; if this is all of it, end it with a newline",
+                )
             line += b"\n"
         if not line.isspace() and line:
             yield line
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def _array(path: Path, data: bytes) -> Iterator[bytes]:
@@ -98,7 +123,7 @@ def _array(path: Path, data: bytes) -> Iterator[bytes]:
     try:
         elements = msgspec.json.decode(data, type=list[msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise SpoolError(f"{path} begins as a JSON array and isn't one: {error}", "nothing of it was sent") from error
+        raise FileError(f"{path} begins as a JSON array and isn't one: {error}", "nothing of it was sent") from error
     for element in elements:
         yield msgspec.json.format(bytes(element), indent=-1) + b"\n"
 
@@ -106,7 +131,7 @@ def _array(path: Path, data: bytes) -> Iterator[bytes]:
 # -- Avro --------------------------------------------------------------------------------------------------------------
 
 
-def _avro(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
     try:
         import fastavro  # noqa: PLC0415  # an extra: only who has Avro files needs it
     except ImportError as error:
@@ -114,7 +139,7 @@ def _avro(path: Path, file: BinaryIO) -> Iterator[bytes]:
             f"{path} is Avro, for which fastavro is missing", f"{sys.executable} -m pip install fastavro"
         ) from error
     try:
-        reader = fastavro.reader(file)
+        reader = fastavro.reader(file)  # type: ignore[arg-type]  # whatever can be read
         event_type = _event_type(path, reader.writer_schema)
         if event_type in WITHOUT_FORM:
             return
@@ -126,10 +151,10 @@ def _avro(path: Path, file: BinaryIO) -> Iterator[bytes]:
             if record is None:
                 return
             yield msgspec.json.encode(event(event_type, record, singles)) + b"\n"
-    except SpoolError:
+    except FileError:
         raise
     except Exception as error:
-        raise SpoolError(f"can't read {path} as Avro: {error!r}", "what stood before the damage was sent") from error
+        raise FileError(f"can't read {path} as Avro: {error!r}", "what stood before the damage was sent") from error
 
 
 def event(event_type: str, record: dict[str, Any], singles: Iterable[str] = ()) -> dict[str, Any]:
@@ -168,7 +193,7 @@ def _event_type(path: Path, schema: Any) -> str:
     for part in reversed(path.absolute().parts):
         if part.startswith("event_type="):
             return part.removeprefix("event_type=")
-    raise SpoolError(
+    raise FileError(
         f"{path} doesn't say of which event type it is: its record is called {name!r}",
         "keep the folders of the export (event_type=.../...)",
     )
