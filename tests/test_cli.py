@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -425,6 +426,41 @@ async def test_an_export_replaces_a_file_only_when_told_to(bridged, daemon, clie
     assert file.read_bytes() == b""
     assert link.is_symlink()
     assert sorted(path.name for path in tmp_path.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("end", ["whole", "no room", "interrupted"])
+async def test_an_export_leaves_nothing_but_its_file(end, tmp_path):
+    """A neighbour called FILE.part is somebody's own; and what is half written goes, whatever ended it."""
+    folder = tmp_path / "exports"
+    folder.mkdir()
+    (folder / "letters.part").write_text("mine")
+    letters = b'{"id":1}\n' * 1000
+    hanging = asyncio.Event()
+
+    async def door(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        more = 1 if end == "interrupted" else 0
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(letters) + more) + letters)
+        await hanging.wait()
+        writer.close()
+
+    async with await asyncio.start_server(door, "127.0.0.1", 0) as server:
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", 'ulimit -f "$1"; shift; exec "$@"', "-", "1" if end == "no room" else "unlimited"),
+            *(sys.executable, "-m", "bridged", "dead-letters", "export", folder / "letters"),
+            env=os.environ | {"BRIDGED__ADMIN__LISTEN": f"127.0.0.1:{server.sockets[0].getsockname()[1]}"},
+            cwd=ROOT,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        if end == "interrupted":
+            await until(lambda: len(list(folder.iterdir())) == 2, "the file that is being written", 30)
+            process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+        hanging.set()
+
+    left = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert process.returncode == {"whole": 0, "no room": 74, "interrupted": 130}[end], err
+    assert left == {"letters.part": b"mine"} | ({"letters": letters} if end == "whole" else {})
 
 
 async def test_an_export_into_a_pipe_leaves_it_one(bridged, daemon, client, tmp_path):

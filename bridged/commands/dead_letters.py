@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import sys
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -126,24 +127,28 @@ def _export(daemon: Daemon, arguments: argparse.Namespace) -> int:
         return 0
     path, is_new = _target(arguments.file, replace=arguments.force)
     # Nothing half-written ever stands under the name that was asked for. A pipe or a device is no file to be replaced.
-    part = path.with_name(path.name + ".part") if is_new else path
+    part: Path | None = None
     count = 0
     try:
-        # Events are personal data.
-        opened = os.open(part, os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if is_new else 0), 0o600)
+        if is_new:
+            # For nobody else's eyes: events are personal data.
+            opened, name = tempfile.mkstemp(".part", ".bridged-export-", path.parent)
+            part = Path(name)
+        else:
+            opened = os.open(path, os.O_WRONLY)
         with os.fdopen(opened, "wb") as file:
             for piece in pieces:
                 file.write(piece)
                 count += piece.count(b"\n")
-        if is_new:
+        if part is not None:
             settle_file(part, path)
-    except BridgedError:
-        if is_new:
-            with contextlib.suppress(OSError):
-                part.unlink()
-        raise
+            part = None
     except OSError as error:
         raise FileError(f"can't write {path}: {error}", "is the folder there, and is there room?") from error
+    finally:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink()
     print(f"{count:,} dead letters written to {path}", file=sys.stderr)
     return 0
 
