@@ -4,6 +4,7 @@ import asyncio
 import base64
 import collections
 import json
+import socket
 import urllib.parse
 
 import msgspec
@@ -13,6 +14,7 @@ from conftest import balanced, currents, until
 from bridged.backlog import dead_letters
 from bridged.backlog.dead_letters import DeadLetters, Filter, exported
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken
+from bridged.config import split_address
 from bridged.errors import SpoolError, SpoolFull
 
 OPEN = "users.messages.email.Open"
@@ -360,6 +362,28 @@ async def test_listing_and_export(daemon, client):
     assert [len(page["dead_letters"]), len(rest["dead_letters"]), rest["next"]] == [2, 3, None]
     assert [group["count"] for group in groups] == [5, 1]
     assert sorted(export["event"]["id"] for export in exports) == ["0", "1", "2", "3", "4", "x"]
+
+
+async def test_who_leaves_an_export_is_no_error(daemon, client, caplog):
+    """As `export - | head` does: nothing is logged, and the daemon answers on."""
+    app = await daemon()
+    large = fax("a")
+    large["properties"]["note"] = "x" * 500_000
+    for n in range(20):
+        await send(client, app, large | {"id": f"{n}"})
+    await until(lambda: app.spool.dead_letters == 20, "the dead letters")
+    others = set(asyncio.all_tasks())
+    sock = socket.create_connection(split_address(app.config.admin.listen))
+    sock.sendall(b"GET /api/dead-letters/export HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    sock.setblocking(False)
+    assert await asyncio.get_running_loop().sock_recv(sock, 100)
+    answering = set(asyncio.all_tasks()) - others
+    assert answering
+    sock.close()
+
+    await until(lambda: all(task.done() for task in answering), "the end of the answer")
+    assert [record.getMessage() for record in caplog.records] == []
+    assert (await call(client, app, "GET", "?limit=1"))[0] == 200
 
 
 @pytest.mark.parametrize(

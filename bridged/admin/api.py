@@ -23,6 +23,7 @@
 What changes something is a POST of JSON, and only that. Errors are {"error": what happened, "hint": what to do}.
 """
 
+import contextlib
 import math
 import time
 from typing import TYPE_CHECKING, Final
@@ -197,10 +198,11 @@ class Api:
     async def _export(self, request: web.Request) -> web.StreamResponse:
         wanted = _filter(dict(request.query))
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await response.prepare(request)
-        async for rows in self._dead_letters.slices(wanted):
-            await response.write(msgspec.json.Encoder().encode_lines([exported(row) for row in rows]))
-        await response.write_eof()
+        with contextlib.suppress(ConnectionError):  # who asked has gone
+            await response.prepare(request)
+            async for rows in self._dead_letters.slices(wanted):
+                await response.write(msgspec.json.Encoder().encode_lines([exported(row) for row in rows]))
+            await response.write_eof()
         return response
 
     async def _replay(self, request: web.Request) -> web.Response:
