@@ -22,6 +22,10 @@ from bridged.redaction import hide
 from bridged.settings import SECRETS, Config, Seconds, Section, Size
 
 NO_CREDENTIAL: Final = "mixpanel has no credential: set service_account, api_secret or token (or export = false)"
+WITH_SYSTEMD: Final = (
+    "if systemd hands secrets to the daemon: run this as root, with "
+    "CREDENTIALS_DIRECTORY=/run/credentials/bridged.service (or bridged@NAME.service)"
+)
 
 
 class Key(NamedTuple):
@@ -88,24 +92,26 @@ def load(
     except msgspec.ValidationError as error:
         raise _explained(where, error) from error
     config = _with_secrets(config, environ, secrets)
-    demand_good(config, where, complete=secrets is SECRETS)
+    hint = "" if "CREDENTIALS_DIRECTORY" in environ else WITH_SYSTEMD
+    demand_good(config, where, complete=secrets is SECRETS, about_secrets=hint)
     return config
 
 
-def demand_good(config: Config, where: str = "", *, complete: bool = True) -> None:
-    """Raises ConfigError for what contradicts itself, and if it is `complete`, for secrets that are missing. From here on
-    its secrets are masked in whatever is said.
+def demand_good(config: Config, where: str = "", *, complete: bool = True, about_secrets: str = "") -> None:
+    """Raises ConfigError for what contradicts itself, and if it is `complete`, for secrets that are missing, with a hint
+    `about_secrets`. From here on its secrets are masked in whatever is said.
 
     A credential may be missing as long as there is a page to give it on.
     """
     hide(_spoken_secrets(config))
-    problems = list(_problems(config))
+    problems, missing = list(_problems(config)), list[str]()
     if complete:
-        problems += _missing_secrets(config)
+        missing += _missing_secrets(config)
         if config.mixpanel.export and not has_credential(config) and not config.admin.listen:
-            problems.append(NO_CREDENTIAL)
-    if problems:
-        raise ConfigError((f"{where}: " if where else "") + "\n  ".join(problems))
+            missing.append(NO_CREDENTIAL)
+    if problems or missing:
+        told = (f"{where}: " if where else "") + "\n  ".join(problems + missing)
+        raise ConfigError(told, about_secrets if missing else "")
 
 
 def has_credential(config: Config) -> bool:

@@ -18,6 +18,7 @@ from bridged.commands.printing import duration, printable, size, table
 from bridged.currents.table import EVENT_TYPES
 
 ROOT = Path(__file__).parent.parent
+IN_SYSTEMDS_HANDS = "CREDENTIALS_DIRECTORY=/run/credentials/bridged.service (or bridged@NAME.service)"
 
 
 def written(value):
@@ -190,7 +191,9 @@ async def test_commands_read_only_the_secrets_that_they_use(bridged, daemon, mon
     ):
         monkeypatch.setenv(f"BRIDGED__{name}", value)
     code, _, err = await bridged(None, "status")
-    assert (code, "CREDENTIALS_DIRECTORY" in err) == (69, True)
+    assert (code, IN_SYSTEMDS_HANDS in err) == (69, True)
+    code, _, err = await bridged(None, "send-test-events")
+    assert (code, IN_SYSTEMDS_HANDS in err) == (69, True)
     (tmp_path / "credentials").mkdir()
     (tmp_path / "credentials" / "admin_token").write_text("admin")
     (tmp_path / "credentials" / "sources_http_bearer_token").write_text("bearer")
@@ -201,6 +204,29 @@ async def test_commands_read_only_the_secrets_that_they_use(bridged, daemon, mon
 
     code, _, err = await bridged(None, "check")
     assert (code, "mixpanel.token from not-here" in err) == (78, True)
+
+
+@pytest.mark.parametrize("command", ["check", "config"])
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"ADMIN__LISTEN": "0.0.0.0:8481"},  # its token
+        {"MIXPANEL__SERVICE_ACCOUNT": "ada", "MIXPANEL__PROJECT_ID": "1"},
+        {"MIXPANEL__TOKEN": "", "ADMIN__LISTEN": ""},
+    ],
+)
+async def test_missing_secrets_may_be_with_systemd(bridged, monkeypatch, tmp_path, command, lacking):
+    """Whoever isn't systemd is told where they are then; a call that was told already isn't."""
+    monkeypatch.setenv("BRIDGED__SPOOL__PATH", str(tmp_path / "spool.db"))
+    monkeypatch.setenv("BRIDGED__MIXPANEL__TOKEN", "example-token")
+    for name, value in lacking.items():
+        monkeypatch.setenv(f"BRIDGED__{name}", value)
+    code, _, err = await bridged(None, command)
+    assert (code, IN_SYSTEMDS_HANDS in err) == (78, True)
+
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    code, _, err = await bridged(None, command)
+    assert (code, "systemd" in err) == (78, False)
 
 
 async def test_wrong_admin_token_is_69(bridged, daemon, monkeypatch):

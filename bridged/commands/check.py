@@ -52,7 +52,10 @@ def main(arguments: argparse.Namespace) -> int:
         hint = "`bridged send-test-events --list` names the types" if "event type" in "".join(problems) else ""
         raise ConfigError(f"{where}: " + "\n  ".join(problems), hint)
     if settings.mixpanel.export and not config.has_credential(settings):
-        raise ConfigError(f"{where}: {config.NO_CREDENTIAL}", "or give it on the page: `bridged run` starts without")
+        hint = "or give it on the page: `bridged run` starts without"
+        if "CREDENTIALS_DIRECTORY" not in os.environ:
+            hint += f"; {config.WITH_SYSTEMD}"
+        raise ConfigError(f"{where}: {config.NO_CREDENTIAL}", hint)
     print(f"{path or 'no file, only the environment and the defaults'}: good")
     print(table(_summary(settings)))
     if saved.values:

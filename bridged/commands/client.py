@@ -8,13 +8,14 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from bridged.config import find_config, load, split_address
+from bridged.config import WITH_SYSTEMD, find_config, load, split_address
 from bridged.errors import BridgedError, ConfigError, UpstreamError
 from bridged.settings import Config
 
 T = TypeVar("T")
 
 _TIMEOUT_S: Final = 30.0
+ANOTHER_TOKEN: Final = f"is this the configuration that the daemon was started with? {WITH_SYSTEMD}"
 _ADMIN_SECRETS: Final = (("admin", "token"),)
 EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -134,8 +135,7 @@ class Daemon:
         if answer.status == 401:
             return UpstreamError(
                 f"the daemon refuses us: {message}",
-                "is this the configuration that the daemon was started with? with a token that systemd hands to it: run "
-                "this as root, with CREDENTIALS_DIRECTORY=/run/credentials/bridged.service",
+                ANOTHER_TOKEN,
             )
         if answer.status >= 500:
             return UpstreamError(f"the daemon says: {message}", str(said.get("hint", "")))

@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from bridged import config, options
-from bridged.commands.client import Daemon
+from bridged.commands.client import ANOTHER_TOKEN, Daemon
 from bridged.currents.examples import example_event
 from bridged.currents.table import EVENT_TYPES, EventType
 from bridged.errors import ConfigError, UpstreamError
@@ -51,7 +51,8 @@ def main(arguments: argparse.Namespace) -> int:
     door = Daemon(http.listen, http.bearer_token, "[sources.http] listen")
     answer = door.call("POST", PATH, {"events": events})
     if answer.status != 200:
-        raise UpstreamError(f"the door answered {answer.status}: {_said(answer.body)}", "see `bridged status`")
+        hint = ANOTHER_TOKEN if answer.status == 401 else "see `bridged status`"
+        raise UpstreamError(f"the door answered {answer.status}: {_said(answer.body)}", hint)
     print(f"{len(events)} events accepted, one of each selected type; `bridged status` tells what becomes of them")
     return 0
 
