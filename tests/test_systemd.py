@@ -116,6 +116,22 @@ def test_verify_would_find_a_mistake(installed):
     assert "WatchdogSex" in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("name", ["bridged.socket", "bridged@shop.socket"])
+def test_a_unix_door_can_be_given_to_a_group(installed, name):
+    """The line that says so has only to lose its mark: without it root alone may connect."""
+    needs("systemd-analyze")
+    unit = installed / name.replace("@shop", "@")
+    text = unit.read_text()
+    assert "\n#SocketGroup=" in text
+    unit.write_text(text.replace("\n#SocketGroup=", "\nSocketGroup="))
+    result = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(installed / name)], capture_output=True, text=True, check=False
+    )
+
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+    assert Unit(unit).several("SocketMode") == ["0660"]
+
+
 @pytest.mark.parametrize("name", ["bridged.service", "bridged@shop.service"])
 def test_a_service_is_hardened(installed, name):
     """`systemd-analyze security` calls its exposure 1.5 or less, of 10."""
