@@ -410,6 +410,23 @@ async def test_the_cap_of_a_day(options: MembershipOptions) -> None:
         assert membership.figures.due == 0
 
 
+@pytest.mark.parametrize(("points", "goes"), [(0, 8), (3, 3)])
+async def test_what_is_allowed_goes_though_the_cap_came_late(
+    options: MembershipOptions, points: int, goes: int
+) -> None:
+    """A cap that is set below what the day has cost already takes nothing off what is allowed then."""
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abcdef"))
+        assert await deliver(membership) == "abcdef"
+        membership.use(1)
+        await hear(membership, page("add_members", "ghijklmn", "s2"))
+        assert await deliver(membership) == ""
+        plan = await membership.allow(points)
+        assert (plan.points, plan.spent_today, plan.left_today) == (8, 6, goes)
+        assert len(await deliver(membership)) == goes
+        assert await deliver(membership) == ""
+
+
 async def test_busy_users_are_not_taken_twice(membership: Membership) -> None:
     """And blocks go round: behind the last key, then from the first on."""
     await hear(membership, page("members", "abcd"))

@@ -301,8 +301,12 @@ class Membership:
             points = max(0, plan.points - (plan.left_today or 0))
 
         def more(db: sqlite3.Connection) -> None:
+            day = self.day()
             with tables.transaction(db):
-                taking.charge(db, self.day(), 0, points)
+                budget = taking.budget(db, day, self.options.max_points_per_day)
+                # A cap that came late is exceeded already: what is allowed comes on top of that.
+                over = 0 if budget.allowed is None else max(0, budget.spent - budget.allowed)
+                taking.charge(db, day, 0, points + over)
 
         await self._guarded(more)
         self.changed()
