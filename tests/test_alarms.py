@@ -529,6 +529,37 @@ async def test_a_halt_outlives_a_restart(config, emulator, client, chat, monkeyp
         assert app.watch.alarms.open == []
 
 
+async def test_what_was_not_sent_yet_outlives_a_restart(config, emulator, client, chat, monkeypatch):
+    """A notice that waits for its receiver when the daemon stops is sent by the next one, once, and by none after that."""
+    monkeypatch.setattr("bridged.alarms.watch._LOOK_S", 0.05)
+    emulator.credentials(token="another")
+    async with App(config(alerts__webhook_url=f"http://127.0.0.1:{free_port()}/hook")) as app:
+        await post(client, app, 7)
+        await until(lambda: app.watch.webhook.failures, "the notice")
+    for _ in range(2):
+        async with App(config(alerts__webhook_url=chat.url)) as app:
+            await until(lambda: app.delivery.halted and not app.watch.webhook.status.queued, "the halt")
+            app.watch.step(asyncio.get_running_loop().time())
+    assert [(notice["alarm"], notice["state"]) for notice in chat.got] == [("halted", "raised")]
+    assert "7 events waiting" in chat.got[0]["text"]
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_what_was_sent_is_not_sent_again_after_a_crash(tmp_path, chat):
+    """What `.alarms` says is to be sent is soon no more than that: a daemon that ends without a word leaves it right, too."""
+    spool, problem = str(tmp_path / "spool.db"), facts(configuration_problem="a slip")
+    watch = Watch(lambda: problem, spool, Webhook(Hook(chat.url)))
+    watching = asyncio.create_task(watch.run())
+    kept = Path(f"{spool}.alarms")
+    try:
+        await until(lambda: watch.webhook.sent == 1, "the notice")
+        await until(lambda: b"a slip" in kept.read_bytes() and b"bridged on" not in kept.read_bytes(), "the file")
+        assert Watch(lambda: problem, spool, Webhook(Hook(chat.url))).webhook.status.queued == 0
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
 @pytest.mark.usefixtures("_soon")
 async def test_a_webhook_that_hangs_holds_nobody_up(daemon, emulator, client, chat):
     """Events go on, the failure is in the status, and the daemon stops in time."""

@@ -8,7 +8,7 @@ end: whatever flaps becomes one long episode, not a storm.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from msgspec import Struct
 
@@ -93,6 +93,7 @@ class Past(Struct, kw_only=True):
     ended_at: float | None = None
     came_back: int = 0
     text: str = ""
+    unsent: list[dict[str, Any]] = []  # notices that wait for their receiver, as they are posted
 
 
 class _Memory:
@@ -144,14 +145,6 @@ class _Rule(Struct, frozen=True, kw_only=True):
 
 def _said(bad: bool, good: bool) -> Says:
     return "bad" if bad else "good" if good else "neither"
-
-
-def _aged(share: float) -> Callable[[Facts, _Memory], Says]:
-    def says(facts: Facts, memory: _Memory) -> Says:
-        age_s = facts.oldest_age_s or 0.0
-        return _said(facts.halted and facts.expires and age_s >= share * facts.max_age_s, not facts.halted)
-
-    return says
 
 
 def _room(facts: Facts) -> tuple[float, bool]:
@@ -216,10 +209,20 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def _expiring(percent: int) -> Callable[[Facts, _Memory], str]:
-    return lambda facts, _: (
-        f"{percent} % of retention.max_age ({_duration(facts.max_age_s)}) is over while Mixpanel refuses us: "
-        f"{_waiting(facts)}. Repair the credential, or they expire. {facts.halt_reason}"
+def _expiring(percent: int, severity: Severity) -> _Rule:
+    def says(facts: Facts, memory: _Memory) -> Says:
+        age_s = facts.oldest_age_s or 0.0
+        return _said(facts.halted and facts.expires and age_s >= percent / 100 * facts.max_age_s, not facts.halted)
+
+    return _Rule(
+        name=f"expiring_{percent}",
+        severity=severity,
+        says=says,
+        text=lambda facts, _: (
+            f"{percent} % of retention.max_age ({_duration(facts.max_age_s)}) is over while Mixpanel refuses us: "
+            f"{_waiting(facts)}. Repair the credential, or they expire. {facts.halt_reason}"
+        ),
+        end="Delivery goes on: nothing expires",
     )
 
 
@@ -231,20 +234,8 @@ RULES: Final = (
         text=lambda facts, _: f"Delivery is halted, everything is kept ({_waiting(facts)}): {facts.halt_reason}",
         end="Delivery goes on",
     ),
-    _Rule(
-        name="expiring_50",
-        severity="warning",
-        says=_aged(0.5),
-        text=_expiring(50),
-        end="Delivery goes on: nothing expires",
-    ),
-    _Rule(
-        name="expiring_90",
-        severity="critical",
-        says=_aged(0.9),
-        text=_expiring(90),
-        end="Delivery goes on: nothing expires",
-    ),
+    _expiring(50, "warning"),
+    _expiring(90, "critical"),
     _Rule(
         name="expired",
         severity="critical",

@@ -1,6 +1,7 @@
 """The look at the facts, once a second, and the four places where a notice goes: the log, the webhook, metrics, the status.
 
-What was told is kept in `<spool>.alarms`, so that a restart tells nothing twice, and the end of what began before it.
+What was told is kept in `<spool>.alarms`, so that a restart tells nothing twice, and the end of what began before it; with it
+what the webhook's receiver has yet to take.
 """
 
 import asyncio
@@ -39,10 +40,17 @@ class Watch:
         self._failed = False
         self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
         self._kept = Path(f"{spool_path}.alarms")
+        self._unsent: list[dict[str, Any]] = []  # as kept
         self._remember()
 
     async def run(self) -> None:
         """Looks until it is cancelled. Whatever goes wrong here is told, and is nobody else's trouble."""
+        try:
+            await self._run()
+        finally:
+            self._keep_unsent(asyncio.get_running_loop().time())
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.webhook.run(), name="webhook")
             tasks.create_task(self._look_at_disk(), name="disk")
@@ -68,18 +76,32 @@ class Watch:
             self._tell(notice, facts)
         if notices:
             self._keep(now)
+        self._keep_unsent(now)
 
     def _remember(self) -> None:
         """What can't be read is forgotten: then something is told twice."""
         with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             past = msgspec.json.decode(self._kept.read_bytes(), type=dict[str, Past])
             self.alarms.remember(past, time.time() - time.monotonic())
+            unsent = [body for one in past.values() for body in one.unsent]
+            for body in sorted(unsent, key=lambda body: str(body.get("at"))):
+                self.webhook.put(body)
+            self._unsent = unsent
+
+    def _keep_unsent(self, now: float) -> None:
+        """If it has changed: a notice that was sent isn't to be sent again."""
+        if self.webhook.queued != self._unsent:
+            self._keep(now)
 
     def _keep(self, now: float) -> None:
+        past = self.alarms.past(time.time() - now)
+        self._unsent = self.webhook.queued
+        for body in self._unsent:
+            past.setdefault(str(body.get("alarm")), Past()).unsent.append(body)
         partial = self._kept.with_name(f"{self._kept.name}.partial")
         # Alarms come when a disk is full, too. No sync: what a power cut undoes is told twice.
         with contextlib.suppress(OSError):
-            partial.write_bytes(msgspec.json.encode(self.alarms.past(time.time() - now)))
+            partial.write_bytes(msgspec.json.encode(past))
             partial.chmod(0o600)
             partial.replace(self._kept)
 

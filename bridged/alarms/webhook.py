@@ -73,6 +73,11 @@ class Webhook:
             last_error=self.last_error,
         )
 
+    @property
+    def queued(self) -> list[dict[str, Any]]:
+        """What waits, oldest first."""
+        return list(self._queue)
+
     def use(self, hook: Hook) -> None:
         """Another address or token from now on: what waits is tried there at once."""
         if hook != self.hook:
