@@ -137,7 +137,7 @@ def test_pressure_names_its_reason():
 
 
 def test_an_alarm_whose_cause_is_gone_is_ending():
-    """Its figures are of its beginning: who reads them after the recovery is told that it is about to end."""
+    """Its figures are those of the trouble: who reads them after the recovery is told that it is about to end."""
     clock = Clock()
     clock.run(10, halted=True, waiting=99)
     assert [each.ending for each in clock.alarms.open] == [False]
@@ -145,6 +145,48 @@ def test_an_alarm_whose_cause_is_gone_is_ending():
     assert [each.ending for each in clock.alarms.open] == [True]
     clock.run(1, halted=True)
     assert [each.ending for each in clock.alarms.open] == [False]
+
+
+def test_an_open_alarm_has_the_figures_of_now():
+    """Who reads of a halt after days is told what waits and has expired by then, not at its beginning; no notice says it."""
+    clock, halt = Clock(), {"halted": True, "max_age_s": 100.0}
+    clock.run(10, **halt, waiting=99, oldest_age_s=95.0)
+    clock.run(10, **halt, waiting=60, oldest_age_s=99.0, expired=39)
+    told = list(clock.told)
+    assert clock.run(10, **halt, waiting=0, expired=99) == []
+
+    texts = {each.alarm: each.text for each in clock.alarms.open}
+    assert list(texts) == [alarm for alarm, _ in told] == ["halted", "expiring_50", "expiring_90", "expired"]
+    assert "events are kept for 100 s (0 events waiting)" in texts["halted"]
+    assert "0 events waiting" in texts["expiring_90"]
+    assert "99 so far" in texts["expired"]
+    clock.run(1, waiting=7, expired=99)
+    assert {each.alarm: each.text for each in clock.alarms.open} == texts, "its cause is gone"
+
+    after = Clock()
+    after.alarms.remember(clock.alarms.past(0.0), 0.0)
+    after.run(10, **halt, waiting=5, expired=99)
+    texts = {each.alarm: each.text for each in after.alarms.open}
+    assert "5 events waiting" in texts["halted"]
+    assert "99 so far" in texts["expired"], "after a restart, too"
+
+
+@pytest.mark.parametrize(
+    ("bad", "between", "has"),
+    [
+        ({"used_bytes": 8 * 2**30}, {"used_bytes": 7 * 2**30}, "The spool fills up: 70% of what it can have"),
+        ({"disk_free_bytes": 2**26}, {"used_bytes": 7 * 2**30}, "The spool fills up: 70% of what it can have"),
+        ({"skew_s": -301.0}, {"skew_s": -290.0}, "clock is 5 min behind"),
+        ({"skew_s": -301.0}, {"skew_s": None}, "clock is 5 min behind"),
+    ],
+)
+def test_between_its_thresholds_an_alarm_says_what_is_true(bad, between, has):
+    """Figures that are no longer bad, nor good yet, or not known, make no false sentence."""
+    clock = Clock()
+    clock.run(10, **bad)
+    clock.run(10, **between)
+    [text] = [each.text for each in clock.alarms.open]
+    assert has in text
 
 
 @pytest.mark.parametrize(

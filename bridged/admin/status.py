@@ -52,7 +52,7 @@ class AlarmStatus(Struct, kw_only=True):
     alarm: str
     severity: str
     since: float  # wall clock, seconds
-    text: str  # with the figures of that moment
+    text: str  # with the figures of now, or of when its cause was last there
     ending: bool  # its cause is gone; it is over when that has lasted for a while
 
 

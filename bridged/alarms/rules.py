@@ -82,7 +82,7 @@ class Open(Struct, kw_only=True):
     alarm: str
     severity: Severity
     since: float  # of the clock that `now` is of
-    text: str  # with the figures of that moment
+    text: str  # with the figures of the last look that wasn't good
     ending: bool = False  # the facts are good again: if they stay so for a while, it is cleared
 
 
@@ -101,6 +101,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self.grew: dict[str, int] = {}
+        self.expired = 0  # since the halt began, or the start
         self._last: Facts | None = None
         self._slots: deque[tuple[float, int, int]] = deque()  # began at, dead letters, events that came or went
 
@@ -108,16 +109,13 @@ class _Memory:
         last = self._last
         if last is None:
             # The books go on from an earlier life; what is counted since the start began at 0.
-            last = Facts(
-                accepted=facts.accepted,
-                delivered=facts.delivered,
-                dead_lettered=facts.dead_lettered,
-                expired=facts.expired,
-            )
+            books = ("accepted", "delivered", "dead_lettered", "expired")
+            last = Facts(**{name: getattr(facts, name) for name in books})
         self._last = facts
         counts = ("accepted", "delivered", "dead_lettered", "expired", "dead_letters_dropped", "damaged", "missing")
         # A replay takes dead letters out of the books: what they grow by next is what is new.
         self.grew = {name: max(0, getattr(facts, name) - getattr(last, name)) for name in counts}
+        self.expired = (self.expired if facts.halted else 0) + self.grew["expired"]
         letters = self.grew["dead_lettered"]
         moved = max(self.grew["accepted"], self.grew["delivered"] + letters)
         if not self._slots or now >= self._slots[-1][0] + BURST_S / _BURST_SLOTS:
@@ -137,7 +135,7 @@ class _Rule(Struct, frozen=True, kw_only=True):
     name: str
     severity: Severity
     says: Callable[[Facts, _Memory], Says]
-    text: Callable[[Facts, _Memory], str]
+    text: Callable[[Facts, _Memory], str]  # empty: nothing is known any more, it stays as it was
     end: str
     raise_after_s: float = 0.0
     calm_s: float = 0.0  # how long it must have been good; 0: CLEAR_AFTER_S. What only happens at moments wants longer
@@ -165,10 +163,10 @@ def _pressure(facts: Facts, memory: _Memory) -> Says:
 
 
 def _pressing(facts: Facts, memory: _Memory) -> str:
-    share, _ = _room(facts)
+    share, is_disk_full = _room(facts)
     has = f"{_mib(facts.used_bytes)} of {_mib(facts.max_bytes)}"
     free = f"{_mib(facts.disk_free_bytes)} free"
-    if share >= facts.spool_share:
+    if share >= facts.spool_share or not is_disk_full:
         return f"The spool fills up: {share:.0%} of what it can have ({has}, {free} on the disk), {_waiting(facts)}"
     return (
         f"The spool's disk is nearly full: {free}, fewer than {_mib(_disk_reserve_bytes(facts))} (the spool has {has}), "
@@ -220,7 +218,7 @@ def _expiring(percent: int, severity: Severity) -> _Rule:
         says=says,
         text=lambda facts, _: (
             f"{percent} % of retention.max_age ({_duration(facts.max_age_s)}) is over while Mixpanel refuses us: "
-            f"{_waiting(facts)}. Repair the credential, or they expire. {facts.halt_reason}"
+            f"{_waiting(facts)}. Repair the credential, or events expire. {facts.halt_reason}"
         ),
         end="Delivery goes on: nothing expires",
     )
@@ -231,7 +229,10 @@ RULES: Final = (
         name="halted",
         severity="critical",
         says=lambda facts, _: _said(facts.halted, good=True),
-        text=lambda facts, _: f"Delivery is halted, everything is kept ({_waiting(facts)}): {facts.halt_reason}",
+        text=lambda facts, _: (
+            f"Delivery is halted, events are kept{f' for {_duration(facts.max_age_s)}' if facts.expires else ''} "
+            f"({_waiting(facts)}): {facts.halt_reason}"
+        ),
         end="Delivery goes on",
     ),
     _expiring(50, "warning"),
@@ -241,8 +242,10 @@ RULES: Final = (
         severity="critical",
         says=lambda facts, memory: _said(memory.grew["expired"] > 0, good=not facts.halted),
         text=lambda facts, memory: (
-            f"Events have begun to expire: {memory.grew['expired']:,} so far, older than retention.max_age "
+            f"Events have begun to expire: {memory.expired:,} so far, older than retention.max_age "
             f"({_duration(facts.max_age_s)}). `bridged replay` sends what was archived. {facts.halt_reason}"
+            if memory.expired
+            else ""
         ),
         end="No more events expire",
     ),
@@ -354,9 +357,11 @@ RULES: Final = (
         severity="warning",
         says=_skewed,
         text=lambda facts, _: (
-            f"This machine's clock is {_duration(abs(facts.skew_s or 0.0))} "
-            f"{'ahead of' if (facts.skew_s or 0.0) > 0 else 'behind'} Mixpanel's: times of events, what expires when, and "
-            "which events are dead letters for being more than an hour ahead depend on it"
+            ""
+            if facts.skew_s is None
+            else f"This machine's clock is {_duration(abs(facts.skew_s))} {'ahead of' if facts.skew_s > 0 else 'behind'} "
+            "Mixpanel's: times of events, what expires when, and which events are dead letters for being more than an hour "
+            "ahead depend on it"
         ),
         end="This machine's clock is right again",
         raise_after_s=5.0,
@@ -452,6 +457,8 @@ class Alarms:
         episode.good_since = (now if episode.good_since is None else episode.good_since) if says == "good" else None
         if episode.open is not None:
             episode.open.ending = says == "good"
+            if says != "good":
+                episode.open.text = rule.text(facts, self._memory) or episode.open.text
         if episode.open is None:
             if episode.bad_since is not None and now - episode.bad_since >= rule.raise_after_s:
                 is_back = episode.ended_at is not None and now - episode.ended_at < COMES_BACK_S
