@@ -432,6 +432,14 @@ async def test_a_notice_is_tried_until_it_is_taken(chat, sender):
     assert (sender.failures, sender.dropped, sender.last_error) == (5, 0, "")
 
 
+async def test_a_receiver_that_is_quick_again_is_not_waited_for_as_long(chat, sender):
+    """Else a dead one would hold up each notice for as long as the slowest answer ever was."""
+    sender._timeout_s = 80.0
+    sender.put({"text": "one"})
+    await until(lambda: sender.sent == 1)
+    assert sender._timeout_s == 10.0
+
+
 async def test_a_slow_receiver_is_waited_for(chat, sender, monkeypatch):
     """One that needs longer for an answer than we wait at first isn't told the same for ever, and the next isn't kept from it."""
     monkeypatch.setattr(webhook, "_TIMEOUT_S", 0.05)

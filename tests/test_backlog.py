@@ -1,6 +1,7 @@
 """The backlog: what is taken, when, and in which order; the ring and the disk behind it are one queue."""
 
 import asyncio
+import sqlite3
 
 import pytest
 from conftest import NAMES, until
@@ -226,6 +227,36 @@ async def test_parts_are_not_joined_again(spool, clock, ring_bytes):
         rest += names(await take(backlog))
 
     assert rest == ["e0", "e1", "e2", "e3", "e4", "last"]
+
+
+async def test_parts_have_the_history_of_what_they_are_parts_of(spool, clock):
+    """Also when a full disk makes the writer try settlements in another order."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, batch("a", "b"), batch("c", "d"))
+    parcels = [await take(backlog, max_events=2) for _ in range(2)]
+    for strikes, parcel in enumerate(parcels):
+        parcel.strikes = strikes
+    transact, failures = spool._transact, [1, 2]
+
+    def full(*arguments):
+        if failures:
+            failures.pop()
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return transact(*arguments)
+
+    spool._transact = full
+    for parcel in parcels:
+        one, other = names(parcel)
+        backlog.settle(Settlement(parcel.segments, parts=[batch(one), batch(other)], whole=parcel))
+    found = {}
+    while len(found) < 4:
+        part = await take(backlog)
+        found |= dict.fromkeys(names(part), part.strikes)
+
+    assert not failures
+    assert found == {"a": 0, "b": 0, "c": 1, "d": 1}
 
 
 async def test_parts_that_were_damaged_on_disk_are_settled_once(spool, clock):

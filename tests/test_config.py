@@ -17,6 +17,7 @@ from bridged.config import (
     keys,
     load,
     masked,
+    secret_problem,
     split_address,
 )
 from bridged.errors import ConfigError
@@ -280,7 +281,7 @@ def test_a_secrets_file_that_holds_none_is_an_error(
 
 
 @pytest.mark.parametrize("path", SECRETS, ids=".".join)
-@pytest.mark.parametrize("text", ["s3cr3t-\nsecond line", "€uro-s3cr3t", "s3cr3t-\x00", "s3cr3t-\x7f"])
+@pytest.mark.parametrize("text", ["s3cr3t-\nsecond line", "s3cr3t-\x00", "s3cr3t-\x7f"])
 def test_a_secret_that_no_header_holds_is_told_by_its_key(tmp_path: Path, path: tuple[str, ...], text: str) -> None:
     """Wherever it comes from, where the configuration is read, and without a quotation: later it is somebody's traceback."""
     named = tmp_path / "named"
@@ -294,7 +295,7 @@ def test_a_secret_that_no_header_holds_is_told_by_its_key(tmp_path: Path, path: 
         said = str(caught.value)
         assert ".".join(path) in said
         assert where in said
-        assert "printable ASCII" in said
+        assert "printable" in said
         assert "s3cr3t" not in said
 
 
@@ -464,3 +465,11 @@ def test_the_default_is_a_configuration_but_for_its_credential(tmp_path: Path) -
     path.write_text(default_toml())
     assert not has_credential(load(path, {}))
     assert load(path, TOKEN) == load(None, TOKEN)
+
+
+def test_a_password_may_have_any_letters() -> None:
+    """It is encoded before it is put into a header; only a line break, or what can't be seen, is a mistake for sure."""
+    secrets = {"mixpanel.api_secret": "geheim-Grüße", "cohorts.password": "Müller-geheim-123456"}
+    assert [secret_problem(secret, tuple(key.split("."))) for key, secret in secrets.items()] == ["", ""]
+    assert secret_problem("two\nlines", ("cohorts", "password"))
+    assert secret_problem("Grüße", ("admin", "token"))

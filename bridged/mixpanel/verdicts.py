@@ -18,8 +18,9 @@ makes a dead letter with the reason; `Retry` and `Halt` keep everything. Sending
 Mixpanel drops the copy by its `$insert_id`.
 
 A 200 that counts fewer events than were sent is still a success: Mixpanel documents that a 200 means all of them, and the
-count may leave out what it knows already or what the project's owner blocks. The difference is kept and shown. One that
-counts more is the answer to some other request, from a proxy that is out of step.
+count may leave out what it knows already or what the project's owner blocks. The request is sent once more, since it may
+have been another's answer; then the difference is kept and shown. One that counts more is the answer to some other request,
+from a proxy that is out of step.
 """
 
 import re

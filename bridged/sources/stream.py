@@ -4,7 +4,7 @@ A client that sends `{"acks":true}` as its first line is told `{"acked":N}`: so 
 the handshake, are on disk. Acks are cumulative and coalesced; one that the client doesn't read is replaced by the next,
 so it never grows our memory. `{"error":"..."}` means that the lines after the last ack are not on disk; the connection
 ends then. Who sends no handshake learns the same, over TCP, from an orderly close: it comes when everything sent is on disk;
-else the connection is reset.
+else, also if the daemon is killed, the connection is reset.
 
 A connection reads on only while the spool has room; otherwise TCP makes the client wait.
 
