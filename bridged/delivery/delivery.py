@@ -42,7 +42,7 @@ _EARLY_PROBE_S = 2.0
 _ARCHIVE_RETRY_S = 60.0
 _SMALLEST_CAP_BYTES = 16 * 1024
 _SMALLEST_GUESS_BYTES = 256 * 1024
-# What was learned from a 413 is forgotten after so long: a proxy that was mended must not cost anything for ever.
+# What was learned from a 413, or a short count, is forgotten after so long: what was mended must not cost anything for ever.
 _LEARNED_S = 600.0
 # A success lets so many of those set aside ask again: if they are taken, they do the same for others.
 _RELEASED = 2
@@ -125,6 +125,7 @@ class Delivery:
         self._blame = Blame()
         self._noted_at = -math.inf  # loop time at which a problem was logged
         self._noted = ""
+        self._short_until = -math.inf  # loop time; till then a count that is short is believed: it was confirmed
         self._aside: list[Parcel] = []  # single events that were refused, or fail though others are taken
         self._archive_at = 0.0  # loop time before which no file is tried: the last one couldn't be written
 
@@ -256,11 +257,13 @@ class Delivery:
         # What an old credential is told says nothing about the new one.
         outdated = target is not self._transport.target
         match verdict:
-            case Delivered(short) if short and not parcel.counted_short:
+            case Delivered(short) if short and not parcel.counted_short and loop.time() > self._short_until:
                 # Mixpanel may have a reason; or it was the answer to something else. A repetition is harmless, and tells.
                 parcel.counted_short = True
                 self._backlog.again(parcel)
             case Delivered(short):
+                if short:
+                    self._short_until = loop.time() + _LEARNED_S
                 self.uncounted += short
                 self.age_sum_s += max(0.0, self._clock() - first.created_at)
                 self.ages += 1
