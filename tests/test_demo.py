@@ -36,7 +36,14 @@ def start(tmp_path, *argv):
     env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     env |= {"BRIDGED__MIXPANEL__TOKEN": "a-real-one", "HTTP_PROXY": "http://127.0.0.1:1"}
     command = [sys.executable, "-m", "bridged", "demo", *argv]
-    return subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Whoever runs the tests may ignore it, as `nohup` does, and children would, too.
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
 
 
 def ours(tmp_path):
