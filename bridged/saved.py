@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from bridged.config import Key, choices, convert, demand_good, keys, replaced, secret_problem, toml_value, value_at
+from bridged.durable import settle_file
 from bridged.errors import BridgedError, ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config
@@ -163,15 +164,9 @@ class Saved:
             os.fchmod(file, 0o600)  # also if somebody had made it
             with open(file, "wb", closefd=False) as whole:  # a descriptor
                 whole.write(f"{_HEADER}{toml(values)}".encode())
-            os.fsync(file)
         finally:
             os.close(file)
-        part.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        settle_file(part, self.path)
 
     def write_again(self) -> bool:
         """Puts the file back if it said something and is gone; gives whether that was so. Raises OSError. Blocks."""

@@ -24,13 +24,13 @@ LADDER: dict[str, set[str]] = {
     "reloading": {"config", "settings"},
     "memory": set(),
     "connections": set(),
+    "durable": set(),
     # What was saved on the page, over the configuration.
-    "saved": {"config", "errors", "redaction", "settings"},
+    "saved": {"config", "durable", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
     "alarms": {"connections"},
     "currents": set(),
     "mixpanel": {"currents"},
-    "durable": set(),
     "presence": {"durable", "errors"},
     "backlog": {"durable", "errors", "presence"},
     "delivery": {"backlog", "connections", "errors", "mixpanel", "redaction"},

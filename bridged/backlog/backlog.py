@@ -188,8 +188,9 @@ class Backlog:
     async def take(self, max_events: int, max_bytes: int, flush_interval_s: float) -> Parcel:
         """Leases the oldest segments that fill one request, or what there is once it has waited for `flush_interval_s`.
 
-        Waits until there is something, and as long as too much that was settled isn't committed. A segment larger than the
-        limits comes alone; events are never reordered within it.
+        Before it come halves of what was split, and by turns with it what was tried in vain. Waits until there is something, and
+        as long as too much that was settled isn't committed. A segment larger than the limits comes alone; events are never
+        reordered within it.
         """
         while True:
             self._changed.clear()

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Final
 
 import msgspec
 
+from bridged.currents.schema import is_json
 from bridged.errors import BridgedError, ConfigError, SpoolError
 
 SUFFIXES: Final = (".ndjson", ".jsonl", ".json", ".ndjson.gz", ".jsonl.gz", ".json.gz", ".avro", ".avro.gz")
@@ -100,7 +101,7 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
             rest = line
             while rest and not rest.endswith(b"\n"):
                 rest = file.readline(max_line)
-            if not rest and line.strip() and len(line) <= max_line and not _is_json(line):
+            if not rest and line.strip() and len(line) <= max_line and not is_json(line):
                 raise FileError(
                     f"{path} ends in the middle of a line, which wasn't sent",
                     "run the same command again when the file is whole; if this is all of it, end it with a newline",
@@ -108,14 +109,6 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
             line += b"\n"
         if not line.isspace() and line:
             yield line
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
 
 
 def _array(path: Path, data: bytes) -> Iterator[bytes]:

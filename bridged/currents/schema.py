@@ -287,7 +287,7 @@ def _scanned(data: bytes) -> list[bytes] | None:
     or there is more after they did, so that this is no JSON at all. JSON without events is one element: the whole.
     """
     if data[:1] not in (b"{", b"["):
-        return [data] if _is_json(data) else None
+        return [data] if is_json(data) else None
     is_object = data[:1] == b"{"
     depth, start, end = 0, 0, 0
     at_array = -1  # the depth of the array being cut: 1 for a bare array, 2 for {"events": [...]}
@@ -323,10 +323,11 @@ def _is_events(token: bytes) -> bool:
     """Whether a token is the name "events", whatever escapes it is written with."""
     if token[:1] != b'"' or b"\\" not in token:
         return token == b'"events"'
-    return _is_json(token) and msgspec.json.decode(token) == "events"
+    return is_json(token) and msgspec.json.decode(token) == "events"
 
 
-def _is_json(data: bytes) -> bool:
+def is_json(data: bytes) -> bool:
+    """Whether a parser takes it, whatever it says."""
     try:
         msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -22,10 +22,10 @@ from bridged.mixpanel.verdicts import Halt, Retry, Split, Verdict
 
 Fate = Literal["again", "split", "aside", "give up", "halt"]
 
-STRIKES_TO_SPLIT: Final = 2
-REFUSALS_TO_GIVE_UP: Final = 6
-FAILURES_TO_SPLIT: Final = 5  # in a row
-FAILURES_TO_CUT: Final = 20
+_STRIKES_TO_SPLIT: Final = 2
+_REFUSALS_TO_GIVE_UP: Final = 6
+_FAILURES_TO_SPLIT: Final = 5  # in a row
+_FAILURES_TO_CUT: Final = 20
 _REMEMBERED_S: Final = 600.0
 _CUTS: Final = 12  # enough to come to single events; then one more for as many failures
 # A single event waits so long before it may ask again, and with each strike twice as long.
@@ -72,12 +72,12 @@ class Blame:
     def _fate(self, parcel: Parcel, verdict: Split | Retry | Halt, now: float, *, halted: bool) -> Fate:
         single = parcel.events == 1
         match verdict:
-            case Retry() if parcel.strikes >= STRIKES_TO_SPLIT:
+            case Retry() if parcel.strikes >= _STRIKES_TO_SPLIT:
                 return "aside" if single else "split"
             case Retry() if len(parcel.segments) > 1:
-                return "split" if self._failures >= FAILURES_TO_SPLIT else "again"
+                return "split" if self._failures >= _FAILURES_TO_SPLIT else "again"
             case Retry():
-                return "again" if single or not self._may_experiment() else "split"
+                return "again" if single or not self._spends_a_cut() else "split"
             case Halt() if halted or verdict.status in _ABOUT_ALL:
                 return "halt"
             case Halt():
@@ -89,11 +89,12 @@ class Blame:
             return "split"
         if isinstance(verdict, Split) and verdict.too_large and parcel.raw_bytes > (verdict.max_bytes or math.inf):
             return "give up"  # the limit that was named is proof enough
-        return "aside" if halted or parcel.refusals < REFUSALS_TO_GIVE_UP else "give up"
+        return "aside" if halted or parcel.refusals < _REFUSALS_TO_GIVE_UP else "give up"
 
-    def _may_experiment(self) -> bool:
-        beyond = self._failures - FAILURES_TO_CUT
-        if beyond < 0 or self._cuts >= _CUTS + beyond // FAILURES_TO_CUT:
+    def _spends_a_cut(self) -> bool:
+        """Whether a segment is cut, to see; then there is one such trial less."""
+        beyond = self._failures - _FAILURES_TO_CUT
+        if beyond < 0 or self._cuts >= _CUTS + beyond // _FAILURES_TO_CUT:
             return False
         self._cuts += 1
         return True

@@ -50,7 +50,7 @@ _RELEASED = 2
 _SAME_PROBLEM_S = 60.0
 # Of requests in a row. A poison event among 2,000 is alone after some 22, half of which are understood in between; but after a
 # restart some hundreds that are set aside may stand side by side, and are told apart anew.
-_SPLITS_TO_HALT = 500
+_REFUSALS_TO_HALT = 500
 
 
 class DeliveryOptions(Struct, frozen=True, kw_only=True):
@@ -120,7 +120,7 @@ class Delivery:
         self._probe_at = 0.0  # loop time
         self._sent_at = -math.inf  # loop time of the last request
         self._retried: dict[int, Parcel] = {}  # those that were tried in vain and will be again, by their first segment
-        self._splits = 0  # since the last request that was understood
+        self._refusals = 0  # since the last request that was understood
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
         self._blame = Blame()
         self._noted_at = -math.inf  # loop time at which a problem was logged
@@ -250,7 +250,7 @@ class Delivery:
         finally:
             # What fails although others are taken is no reason for those to wait.
             its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
-            self._pace.judged(loop.time(), attempt, Halt(0, "") if its_own else verdict)
+            self._pace.judged(loop.time(), attempt, None if its_own else verdict)
         self.judged_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
@@ -277,7 +277,7 @@ class Delivery:
             case Halt() if outdated:
                 self._backlog.again(parcel)
             case _:
-                self._in_vain(parcel, verdict, outdated=outdated)
+                self._not_taken(parcel, verdict, outdated=outdated)
 
     def _too_old(self, parcel: Parcel) -> list[Segment]:
         """What of a parcel is older than it may get while nothing can be delivered."""
@@ -326,7 +326,7 @@ class Delivery:
         log.warning("events_rejected", events=len(letters), reason=letters[0].reason if letters else "")
         self._backlog.settle(Settlement(parcel.segments, delivered=delivered, dead_letters=letters))
 
-    def _in_vain(self, parcel: Parcel, verdict: Split | Retry | Halt, *, outdated: bool) -> None:
+    def _not_taken(self, parcel: Parcel, verdict: Split | Retry | Halt, *, outdated: bool) -> None:
         now = asyncio.get_running_loop().time()
         fate = self._blame.fate(parcel, verdict, now, halted=self.halted is not None)
         for_its_size = (
@@ -342,8 +342,8 @@ class Delivery:
         elif fate == "halt" and isinstance(verdict, Halt):
             self._halt(verdict)
         elif not for_its_size and not parcel.due_at:  # what was set aside asks again and again, and is no further proof
-            self._splits += 1
-            if self._splits == _SPLITS_TO_HALT:
+            self._refusals += 1
+            if self._refusals == _REFUSALS_TO_HALT:
                 # No single poison event does this: something refuses everything, and dead letters would be all of it.
                 self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
         if fate in ("split", "give up"):
@@ -440,7 +440,7 @@ class Delivery:
         self._understood_at = now = asyncio.get_running_loop().time()
         self._blame.taken(sent_at)
         self.last_problem = ""
-        self._splits = 0
+        self._refusals = 0
         for parcel in [each for each in self._aside if each.due_at <= now][:_RELEASED]:
             self._aside.remove(parcel)
             self._backlog.in_vain(parcel)

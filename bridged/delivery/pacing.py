@@ -179,8 +179,8 @@ class Pace:
             self._hold.probe = attempt
         return attempt
 
-    def judged(self, now: float, attempt: Attempt, verdict: Verdict) -> None:
-        """Learn from the answer to an attempt, and end it."""
+    def judged(self, now: float, attempt: Attempt, verdict: Verdict | None) -> None:
+        """Learn from the answer to an attempt, and end it. None: it was about that request alone."""
         if attempt.ended:
             raise ValueError("an attempt is judged exactly once")
         attempt.ended = True
@@ -192,7 +192,7 @@ class Pace:
                 self._learn_from_retry(now, attempt, verdict)
             case Delivered() | Reject() | Split():
                 self._learn_from_answer(now, attempt, verdict)
-            case Halt():
+            case Halt() | None:
                 # Says nothing about rate or load. Whoever stops for it also asks again, at long intervals.
                 pass
 
