@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import currents
 from page_bridge import ACCOUNT, PATIENCE_S, PROJECT, SECRET, TOKEN, Bridge, call, until
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
@@ -486,6 +486,25 @@ def test_what_looks_like_markup_is_shown_as_text(eyes: Eyes, bridge: Callable[..
         expect(page.get_by_role("heading", level=1)).to_be_visible()
     assert page.locator("main script, main img, dialog script, dialog img").count() == 0
     assert "broken" not in page.title()
+
+
+def test_who_leaves_the_events_before_they_are_there(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """The answer comes when another view is shown: nothing goes wrong, and the way back shows them."""
+    page = eyes.open(bridge(), "activity")
+    asked: list[Route] = []
+    page.route("**/api/events", lambda route: asked.append(route))  # noqa: PLW0108  # playwright wants a function
+    links = page.get_by_role("navigation").get_by_role("link", name="Events")
+    links.click()
+    expect(page.get_by_role("heading", level=1, name="Events")).to_be_visible()
+    until(lambda: page.wait_for_timeout(20) or asked, "the question")
+    page.get_by_role("navigation").get_by_role("link", name="Activity").click()
+    expect(page.get_by_role("heading", level=1, name="Activity")).to_be_visible()
+    with page.expect_response("**/api/events"):
+        asked[0].continue_()
+    page.evaluate("() => new Promise(done => setTimeout(done))")  # whoever waited for it has had his turn
+    page.unroute("**/api/events")
+    links.click()
+    expect(page.get_by_role("checkbox", name="Forward this group").first).to_be_visible()
 
 
 @pytest.mark.parametrize("path", sorted((HERE.parent / "bridged" / "page").glob("*.js")), ids=lambda path: path.name)

@@ -112,12 +112,13 @@ export function open(main, context) {
     }
     for (const type of answer.types) update(rows.get(type.event_type), type);
     for (const group of answer.groups) {
-      const box = document.getElementById(`group-${group.group}`);
+      // Whoever has gone to another view meanwhile took the groups out of the document.
+      const box = groups.querySelector(`#group-${CSS.escape(group.group)}`);
       const of = answer.types.filter((type) => type.group === group.group);
       const on = of.filter((type) => type.selected).length;
       if (!isBusy(box)) box.checked = group.selected;
       box.indeterminate = on > 0 && on < of.length;
-      say(document.getElementById(`group-${group.group}-told`), `${on} of ${of.length} types are forwarded`);
+      say(groups.querySelector(`#group-${CSS.escape(group.group)}-told`), `${on} of ${of.length} types are forwarded`);
     }
     const live = context.live();
     if (live) useCounts(live.status.by_type);
