@@ -8,6 +8,7 @@ Leases live in memory only: after a crash every row waits again, and Mixpanel kn
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -194,33 +195,45 @@ class Backlog:
         """
         while True:
             self._changed.clear()
-            if self._again and self._firsts < _FIRST_IN_A_ROW:
-                self._firsts += 1
-                return self._again.popleft()
-            self._firsts = 0
-            if self._passed_over or self._leased_bytes >= _MAX_LEASED_BYTES:
-                self._passed_over = False
-                if self._in_vain:
-                    return self._in_vain.popleft()
-            wait_s = None
-            if self._spool.unsettled_bytes <= _MAX_UNSETTLED_BYTES:
-                if self._behind and (self._ring_events < max_events and self._ring_raw_bytes < max_bytes):
-                    await self._refill()
-                if self._ring:
-                    age_s = self._clock() - self._ring[0].created_at
-                    # A clock that was set back must not make anybody wait until it is there again.
-                    wait_s = flush_interval_s - age_s if age_s >= 0 else 0.0
-                    full = self._ring_events >= max_events or self._ring_raw_bytes >= max_bytes
-                    if full or wait_s <= 0 or self._flushing:
-                        self._passed_over = True
-                        return self._lease(max_events, max_bytes)
-                elif self._behind:
-                    continue
+            if parcel := self._put_back():
+                return parcel
+            due_s = await self._due_s(max_events, max_bytes, flush_interval_s)
+            if due_s <= 0:
+                self._passed_over = True
+                return self._lease(max_events, max_bytes)
             if self._in_vain:
                 return self._in_vain.popleft()
             if self._again:
                 return self._again.pop()  # from the other end: what is first may be all that is bad
-            await self._wait(wait_s)
+            await self._wait(due_s)
+
+    def _put_back(self) -> Parcel | None:
+        """What of that which was taken before has its turn now, though something else may be due."""
+        if self._again and self._firsts < _FIRST_IN_A_ROW:
+            self._firsts += 1
+            return self._again.popleft()
+        self._firsts = 0
+        if self._passed_over or self._leased_bytes >= _MAX_LEASED_BYTES:
+            self._passed_over = False
+            return self._in_vain.popleft() if self._in_vain else None
+        return None
+
+    async def _due_s(self, max_events: int, max_bytes: int, flush_interval_s: float) -> float:
+        """Seconds until what was never taken may go: when it fills a request, or has waited. Infinite: there is nothing."""
+        while self._spool.unsettled_bytes <= _MAX_UNSETTLED_BYTES:
+            if self._behind and not self._fills(max_events, max_bytes):
+                await self._refill()
+            if self._ring:
+                age_s = self._clock() - self._ring[0].created_at
+                # A clock that was set back must not make anybody wait until it is there again.
+                at_once = age_s < 0 or self._flushing or self._fills(max_events, max_bytes)
+                return 0.0 if at_once else flush_interval_s - age_s
+            if not self._behind:
+                break
+        return math.inf
+
+    def _fills(self, max_events: int, max_bytes: int) -> bool:
+        return self._ring_events >= max_events or self._ring_raw_bytes >= max_bytes
 
     def _lease(self, max_events: int, max_bytes: int) -> Parcel:
         parcel = [self._pop()]
@@ -234,9 +247,9 @@ class Backlog:
             parcel.append(self._pop())
         return Parcel(parcel)
 
-    async def _wait(self, seconds: float | None) -> None:
+    async def _wait(self, seconds: float) -> None:
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(None if math.isinf(seconds) else seconds):
                 await self._changed.wait()
         except TimeoutError:
             pass

@@ -26,6 +26,10 @@ _STRIKES_TO_SPLIT: Final = 2
 _REFUSALS_TO_GIVE_UP: Final = 6
 _FAILURES_TO_SPLIT: Final = 5  # in a row
 _FAILURES_TO_CUT: Final = 20
+# Of requests in a row. A poison event among 2,000 is alone after some 22, half of which are understood in between; but after a
+# restart some hundreds that are set aside may stand side by side, and are told apart anew.
+_REFUSALS_OF_ALL: Final = 500
+SMALLEST_CAP_BYTES: Final = 16 * 1024  # what is smaller isn't too large
 _REMEMBERED_S: Final = 600.0
 _CUTS: Final = 12  # enough to come to single events; then one more for as many failures
 # A single event waits so long before it may ask again, and with each strike twice as long.
@@ -41,12 +45,18 @@ class Blame:
         self._taken_at = -math.inf
         self._failures = 0  # in a row
         self._cuts = 0  # of segments, meanwhile
+        self._refusals = 0  # in a row
         self._about_content: dict[int, float] = {}  # by status: loop time until which it is taken for that
 
     def taken(self, sent_at: float) -> None:
         """A request that left then was taken, in whole or in part. Loop time."""
         self._taken_at = max(self._taken_at, sent_at)
-        self._failures = self._cuts = 0
+        self._failures = self._cuts = self._refusals = 0
+
+    @property
+    def all_refused(self) -> bool:
+        """Whether no single poison event explains it any more: something refuses everything, and would make it dead letters."""
+        return self._refusals >= _REFUSALS_OF_ALL
 
     def is_its_own(self, parcel: Parcel, verdict: Verdict) -> bool:
         """Whether others, that left after it was last tried in vain, were taken: the road is well, then."""
@@ -65,6 +75,9 @@ class Blame:
         parcel.in_vain_since = now if parcel.in_vain_since is None else parcel.in_vain_since
         self._failures += isinstance(verdict, Retry)
         fate = self._fate(parcel, verdict, now, halted=halted)
+        # What was set aside asks again and again, and is no further proof.
+        if not isinstance(verdict, Retry) and fate != "halt" and not (too_large(parcel, verdict) or parcel.due_at):
+            self._refusals += 1
         if fate == "split":
             parcel.strikes = min(parcel.strikes, 1)  # its halves are told apart sooner than it was, but each for itself
         return fate
@@ -98,6 +111,12 @@ class Blame:
             return False
         self._cuts += 1
         return True
+
+
+def too_large(parcel: Parcel, verdict: Split | Retry | Halt) -> bool:
+    """Whether it is refused for its size, and not for what is in it."""
+    is_large = parcel.raw_bytes >= SMALLEST_CAP_BYTES and parcel.events > 1
+    return isinstance(verdict, Split) and verdict.too_large and is_large
 
 
 def aside_s(parcel: Parcel, verdict: Split | Retry | Halt, probe_interval_s: float) -> float:

@@ -27,7 +27,7 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog, Parcel
 from bridged.backlog.segment import Batch, Segment
 from bridged.backlog.spool import DeadLetter, Settlement, Spool
-from bridged.delivery.blame import Blame, aside_s
+from bridged.delivery.blame import SMALLEST_CAP_BYTES, Blame, aside_s, too_large
 from bridged.delivery.pacing import Attempt, Pace, PaceLimits
 from bridged.delivery.transport import Transport
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, Verdict
@@ -40,7 +40,6 @@ _HALTED_LOOK_S = 1.0
 # that changes all the time must not make a storm.
 _EARLY_PROBE_S = 2.0
 _ARCHIVE_RETRY_S = 60.0
-_SMALLEST_CAP_BYTES = 16 * 1024
 _SMALLEST_GUESS_BYTES = 256 * 1024
 # What was learned from a 413, or a short count, is forgotten after so long: what was mended must not cost anything for ever.
 _LEARNED_S = 600.0
@@ -48,9 +47,6 @@ _LEARNED_S = 600.0
 _RELEASED = 2
 # The same problem is logged no more often, though successes lie in between.
 _SAME_PROBLEM_S = 60.0
-# Of requests in a row. A poison event among 2,000 is alone after some 22, half of which are understood in between; but after a
-# restart some hundreds that are set aside may stand side by side, and are told apart anew.
-_REFUSALS_TO_HALT = 500
 
 
 class DeliveryOptions(Struct, frozen=True, kw_only=True):
@@ -120,7 +116,6 @@ class Delivery:
         self._probe_at = 0.0  # loop time
         self._sent_at = -math.inf  # loop time of the last request
         self._retried: dict[int, Parcel] = {}  # those that were tried in vain and will be again, by their first segment
-        self._refusals = 0  # since the last request that was understood
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
         self._blame = Blame()
         self._noted_at = -math.inf  # loop time at which a problem was logged
@@ -329,33 +324,21 @@ class Delivery:
     def _not_taken(self, parcel: Parcel, verdict: Split | Retry | Halt, *, outdated: bool) -> None:
         now = asyncio.get_running_loop().time()
         fate = self._blame.fate(parcel, verdict, now, halted=self.halted is not None)
-        for_its_size = (
-            isinstance(verdict, Split)
-            and verdict.too_large
-            and parcel.raw_bytes >= _SMALLEST_CAP_BYTES  # else it can't be that
-            and parcel.events > 1
-        )
         if isinstance(verdict, Retry):
             self._note(f"{verdict.kind}: {verdict.reason}")
             if not outdated:
                 self._probe_at = now + self._options.probe_interval_s
-        elif fate == "halt" and isinstance(verdict, Halt):
+        elif isinstance(verdict, Halt) and fate == "halt":
             self._halt(verdict)
-        elif not for_its_size and not parcel.due_at:  # what was set aside asks again and again, and is no further proof
-            self._refusals += 1
-            if self._refusals == _REFUSALS_TO_HALT:
-                # No single poison event does this: something refuses everything, and dead letters would be all of it.
-                self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
+        elif self._blame.all_refused:
+            self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
         if fate in ("split", "give up"):
             self._retried.pop(parcel.segments[0].id, None)
         elif fate == "aside" or isinstance(verdict, Retry):
             self._retried[parcel.segments[0].id] = parcel
         match fate:
             case "split":
-                if for_its_size and isinstance(verdict, Split):
-                    self._learn(verdict.max_bytes, parcel.raw_bytes)
-                elif isinstance(verdict, Retry) and parcel.strikes and parcel.raw_bytes > _SMALLEST_GUESS_BYTES:
-                    self._learn(None, parcel.raw_bytes)
+                self._learn_from(parcel, verdict)
                 self._split(parcel, verdict.reason)
             case "aside":
                 parcel.due_at = now + aside_s(parcel, verdict, self._options.probe_interval_s)
@@ -407,12 +390,18 @@ class Delivery:
             elif isinstance(verdict, Halt):
                 self._halt(verdict)
 
+    def _learn_from(self, parcel: Parcel, verdict: Split | Retry | Halt) -> None:
+        if isinstance(verdict, Split) and too_large(parcel, verdict):
+            self._learn(verdict.max_bytes, parcel.raw_bytes)
+        elif isinstance(verdict, Retry) and parcel.strikes and parcel.raw_bytes > _SMALLEST_GUESS_BYTES:
+            self._learn(None, parcel.raw_bytes)
+
     def _learn(self, max_bytes: int | None, refused_bytes: int) -> None:
         """Makes requests smaller from now on: as the answer says, or half of what was refused if it says nothing useful."""
         if max_bytes is None or max_bytes >= refused_bytes:
             max_bytes = max(refused_bytes // 2, _SMALLEST_GUESS_BYTES)
         # One odd answer must not mean tiny requests for ever; below this a split finds the limit each time.
-        max_bytes = max(max_bytes, _SMALLEST_CAP_BYTES)
+        max_bytes = max(max_bytes, SMALLEST_CAP_BYTES)
         if max_bytes < self._max_batch_bytes:
             log.warning("batch_cap_learned", max_bytes=max_bytes)
             self._max_batch_bytes = max_bytes
@@ -440,7 +429,6 @@ class Delivery:
         self._understood_at = now = asyncio.get_running_loop().time()
         self._blame.taken(sent_at)
         self.last_problem = ""
-        self._refusals = 0
         for parcel in [each for each in self._aside if each.due_at <= now][:_RELEASED]:
             self._aside.remove(parcel)
             self._backlog.in_vain(parcel)
