@@ -150,7 +150,7 @@ LONGER = {
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
     "sources/http_connections.py": (530, "the same for the HTTP door"),
-    "delivery/delivery.py": (505, "one dispatcher: the ways on for each verdict read best side by side"),
+    "delivery/delivery.py": (515, "one dispatcher: the ways on for each verdict read best side by side"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "cohorts/membership.py": (490, "one owner, as the spool: opening, the writer and its transactions belong together"),
     "backlog/spool.py": (

@@ -289,6 +289,132 @@ def test_an_outage_holds_little_in_memory(play, tmp_path):
     play(scene())
 
 
+def test_more_that_fails_than_may_be_in_memory(play, tmp_path, monkeypatch):
+    """A burst of one kind of event that always fails is all that is tried again: scouts from behind it find that others are taken."""
+    monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", 8_000)
+
+    async def scene():
+        failing = lambda numbers: Retry("server", "500") if any(n >= 10**6 for n in numbers) else Delivered()  # noqa: E731
+        async with Road(tmp_path, failing, max_batch_events=50) as road:
+            await road.put(*range(10))
+            for number in range(10**6, 10**6 + 1000, 50):
+                await road.put(*range(number, number + 50))
+            for number in range(10, 3600, 10):
+                await road.put(*range(number, number + 10))
+                await asyncio.sleep(10)
+            await asyncio.sleep(60)
+            assert road.mixpanel.got == set(range(3600))
+
+    play(scene())
+
+
+def test_an_outage_with_much_in_vain_holds_little_in_memory(play, tmp_path, monkeypatch):
+    """Scouts that fail wait in the ring again: however long it lasts, no more is leased, and in the end nothing is missing."""
+    monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", 8_000)
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Retry("server", "503"), max_batch_events=50) as road:
+            for at in range(0, 5000, 50):
+                await road.put(*range(at, at + 50))
+            await road.at(3 * HOUR_S)
+            assert 0 < road.backlog._leased_bytes < 16_000
+            road.mixpanel.answer = lambda _: Delivered()
+            await road.at(4 * HOUR_S)
+            assert road.mixpanel.got == set(range(5000))
+            assert road.books() == {"accepted": 5000, "delivered": 5000}
+            assert road.backlog.ring == (0, 0, 0)
+
+    play(scene())
+
+
+def test_whoever_is_aside_and_hangs_takes_a_part_of_the_places(play, tmp_path):
+    """Each that may ask again hangs for a minute: three quarters of the requests stay for others."""
+
+    async def scene():
+        hanging, most = set(), 0
+        async with Road(tmp_path, lambda n: Retry("network", "timeout") if n[0] >= 10**6 else Delivered()) as road:
+            send = road.mixpanel.send
+
+            async def noted(body, events, insert_ids):
+                nonlocal most
+                number = min(int(found) for found in NUMBER.findall(gzip.decompress(body)))
+                if number < 10**6:
+                    return await send(body, events, insert_ids)
+                hanging.add(number)
+                most = max(most, len(hanging) if road.delivery.set_aside > 50 else 0)
+                try:
+                    return await send(body, events, insert_ids)
+                finally:
+                    hanging.discard(number)
+
+            road.mixpanel.send = noted
+            road.mixpanel.latency = lambda numbers: 60.0 if min(numbers) >= 10**6 else 0.1
+            for number in range(60):
+                await road.put(10**6 + number)
+            for second in range(7200):
+                await road.put(second)
+                await asyncio.sleep(1)
+            assert road.delivery.set_aside > 50
+            assert 0 < most <= 20 // 4 + 1  # and the one a minute
+
+    play(scene())
+
+
+def test_a_mended_credential_is_asked_for_while_much_expires(play, tmp_path):
+    """The age was lowered, and a file takes a second: the probe is sent when it is due, not when all has been archived."""
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Halt(401, "no"), max_age_s=100.0, max_batch_events=1) as road:
+            for number in range(500):
+                await road.put(number)
+            write = road.delivery._archive.write
+
+            def slow(too_old):
+                road.loop.made_up.now += 1
+                if road.loop.time() > 120:
+                    road.mixpanel.answer = lambda _: Delivered()
+                return write(too_old)
+
+            road.delivery._archive.write = slow
+            await road.at(HOUR_S)
+            books = road.books()
+            assert books["expired"] < 150
+            assert books["delivered"] == 500 - books["expired"]
+
+    play(scene())
+
+
+def test_a_success_that_counts_too_few_ends_a_halt(play, tmp_path):
+    """The credential works: what a count leaves out says nothing about that."""
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Halt(401, "no")) as road:
+            await road.put(1, 2)
+            await road.at(10)
+            road.mixpanel.answer = lambda _: Delivered(1)
+            await road.at(61.5)
+            assert road.delivery.halted is None
+
+    play(scene())
+
+
+def test_the_alarm_about_the_archive_ends_with_the_halt(play, tmp_path):
+    """What couldn't be archived was kept, and is delivered: nothing is wrong with the folder that anybody needs to know."""
+
+    async def scene():
+        async with Road(tmp_path, lambda _: Halt(401, "no"), max_age_s=100.0) as road:
+            (tmp_path / "archive").write_bytes(b"in the way")
+            await road.put(1)
+            await road.at(150)
+            assert road.delivery.archived_in_vain
+            road.mixpanel.answer = lambda _: Delivered()
+            await road.at(300)
+            assert road.books() == {"accepted": 1, "delivered": 1}
+            assert not road.delivery.archived_in_vain
+
+    play(scene())
+
+
 def test_one_event_alone_asks_again(play, tmp_path):
     """One odd answer, from a proxy, say, while nothing else is there: nobody's success could tell that it may go."""
 

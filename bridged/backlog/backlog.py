@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from msgspec import Struct
 
@@ -21,7 +21,8 @@ from bridged.backlog.spool import Settlement, Spool
 
 # What is settled and can't be committed stays in memory: beyond so much, nothing new is leased.
 _MAX_UNSETTLED_BYTES: Final = 32 * 2**20
-# What is tried again lets others go before it, by turns, until so much is in memory. In an outage everything is tried again.
+# What is tried again lets others go before it, by turns. Is so much of it in memory, they are scouts: in an outage everything
+# is tried again.
 _MAX_LEASED_BYTES: Final = 8 * 2**20
 # Halves of what was split go before everything; but after so many of them others have a turn. All of them may be refused.
 _FIRST_IN_A_ROW: Final = 8
@@ -38,6 +39,7 @@ class Parcel(Struct, eq=False):
     in_vain_since: float | None = None  # loop time of the first, also of what it is a half of
     due_at: float = 0.0  # loop time; of a single event that was set aside
     counted_short: bool = False  # a success counted fewer events: it is sent once more
+    scout: bool = False  # sent to see whether others are taken; tried in vain, it waits in the ring as before
 
     def half(self, segments: list[Segment]) -> "Parcel":
         """A part of it, which has its history."""
@@ -83,6 +85,7 @@ class Backlog:
         self._clock = clock
         self._ring: deque[Segment] = deque()
         self._ring_capacity = ring_bytes
+        self._turned = False  # it isn't in order: scouts went back into it
         self._ring_size = 0  # bytes
         self._ring_events = 0
         self._ring_raw_bytes = 0
@@ -155,22 +158,28 @@ class Backlog:
 
     def _push(self, segment: Segment) -> None:
         self._ring.append(segment)
+        self._count(segment, 1)
         self._read_to = segment.id
-        self._ring_size += segment.size
-        self._ring_events += len(segment.codes)
-        self._ring_raw_bytes += segment.raw_bytes
 
-    def _pop(self) -> Segment:
-        segment = self._ring.popleft()
-        self._ring_size -= segment.size
-        self._ring_events -= len(segment.codes)
-        self._ring_raw_bytes -= segment.raw_bytes
+    def _count(self, segment: Segment, sign: Literal[1, -1]) -> None:
+        self._ring_size += sign * segment.size
+        self._ring_events += sign * len(segment.codes)
+        self._ring_raw_bytes += sign * segment.raw_bytes
+
+    def _pop(self, at: int) -> Segment:
+        segment = self._ring[at]
+        del self._ring[at]
+        self._count(segment, -1)
         self._lease_one(segment)
         return segment
 
     def _lease_one(self, segment: Segment) -> None:
         self._leased[segment.id] = segment
         self._leased_bytes += segment.size
+
+    def _give_back(self, segment: Segment) -> None:
+        if self._leased.pop(segment.id, None) is not None:
+            self._leased_bytes -= segment.size
 
     @property
     def _behind(self) -> bool:
@@ -200,7 +209,7 @@ class Backlog:
             due_s = await self._due_s(max_events, max_bytes, flush_interval_s)
             if due_s <= 0:
                 self._passed_over = True
-                return self._lease(max_events, max_bytes)
+                return self._lease(max_events, max_bytes, scout=self._much_in_vain)
             if self._in_vain:
                 return self._in_vain.popleft()
             if self._again:
@@ -213,10 +222,14 @@ class Backlog:
             self._firsts += 1
             return self._again.popleft()
         self._firsts = 0
-        if self._passed_over or self._leased_bytes >= _MAX_LEASED_BYTES:
+        if self._passed_over:
             self._passed_over = False
             return self._in_vain.popleft() if self._in_vain else None
         return None
+
+    @property
+    def _much_in_vain(self) -> bool:
+        return bool(self._in_vain) and self._leased_bytes >= _MAX_LEASED_BYTES
 
     async def _due_s(self, max_events: int, max_bytes: int, flush_interval_s: float) -> float:
         """Seconds until what was never taken may go: when it fills a request, or has waited. Infinite: there is nothing."""
@@ -235,17 +248,21 @@ class Backlog:
     def _fills(self, max_events: int, max_bytes: int) -> bool:
         return self._ring_events >= max_events or self._ring_raw_bytes >= max_bytes
 
-    def _lease(self, max_events: int, max_bytes: int) -> Parcel:
-        parcel = [self._pop()]
-        events, raw_bytes = len(parcel[0].codes), parcel[0].raw_bytes
+    def _lease(self, max_events: int, max_bytes: int, *, scout: bool) -> Parcel:
+        """The oldest that fill a request; for a scout the newest: what is old may be more of what fails."""
+        if self._turned and not scout:
+            self._ring, self._turned = deque(sorted(self._ring, key=lambda segment: segment.id)), False
+        at = -1 if scout else 0
+        segments = [self._pop(at)]
+        events, raw_bytes = len(segments[0].codes), segments[0].raw_bytes
         while self._ring:
-            head = self._ring[0]
+            head = self._ring[at]
             events += len(head.codes)
             raw_bytes += head.raw_bytes
             if events > max_events or raw_bytes > max_bytes:
                 break
-            parcel.append(self._pop())
-        return Parcel(parcel)
+            segments.append(self._pop(at))
+        return Parcel(segments[::-1] if scout else segments, scout=scout)
 
     async def _wait(self, seconds: float) -> None:
         try:
@@ -257,8 +274,7 @@ class Backlog:
     def settle(self, settlement: Settlement) -> None:
         """Gives leases back for good: each segment is delivered, dead-lettered, expired or replaced by its parts."""
         for segment in settlement.segments:
-            if self._leased.pop(segment.id, None) is not None:
-                self._leased_bytes -= segment.size
+            self._give_back(segment)
         self._spool.settle(settlement)
 
     def again(self, parcel: Parcel) -> None:
@@ -272,8 +288,16 @@ class Backlog:
         self._changed.set()
 
     def in_vain(self, parcel: Parcel) -> None:
-        """Puts back what was tried in vain: `take` gives it by turns with others."""
-        self._in_vain.append(parcel)
+        """Puts back what was tried in vain: `take` gives it by turns with others. A scout goes back into the ring."""
+        if parcel.scout:
+            # At the end from which scouts aren't taken: the next one is another, until all have been.
+            self._turned = True
+            for segment in reversed(parcel.segments):
+                self._give_back(segment)
+                self._ring.appendleft(segment)
+                self._count(segment, 1)
+        else:
+            self._in_vain.append(parcel)
         self._changed.set()
 
     @property

@@ -45,6 +45,8 @@ _SMALLEST_GUESS_BYTES = 256 * 1024
 _LEARNED_S = 600.0
 # A success lets so many of those set aside ask again: if they are taken, they do the same for others.
 _RELEASED = 2
+# And they may be one of so many requests in flight.
+_ASIDE_SHARE = 4
 # The same problem is logged no more often, though successes lie in between.
 _SAME_PROBLEM_S = 60.0
 
@@ -122,6 +124,7 @@ class Delivery:
         self._noted = ""
         self._short_until = -math.inf  # loop time; till then a count that is short is believed: it was confirmed
         self._aside: list[Parcel] = []  # single events that were refused, or fail though others are taken
+        self._asking: set[int] = set()  # those of them that were let go, by their segments
         self._archive_at = 0.0  # loop time before which no file is tried: the last one couldn't be written
 
     @property
@@ -183,8 +186,8 @@ class Delivery:
                     self._retried.pop(parcel.segments[0].id, None)
                     self._split(parcel, f"larger than {self._max_batch_bytes} bytes")
                     continue
-                parcel = await self._may_go(parcel)
-                if too_old := self._too_old(parcel):
+                parcel, too_old = await self._may_go(parcel)
+                if too_old:
                     await self._expire(parcel, too_old)
                     continue
                 if self.halted is not None and len(parcel.segments) > 1:
@@ -205,31 +208,34 @@ class Delivery:
         options = self._options
         return await self._backlog.take(options.max_batch_events, self._max_batch_bytes, options.flush_interval_s)
 
-    async def _may_go(self, parcel: Parcel) -> Parcel:
-        """Returns when the pace lets a parcel go; while halted, when it is time for a probe or the parcel is too old.
+    async def _may_go(self, parcel: Parcel) -> tuple[Parcel, list[Segment]]:
+        """Returns when the pace lets a parcel go; while halted, when it is time for a probe, or with what is too old of it.
 
-        While halted another takes the parcel's place if it is too old: what was refused at once comes back in any order.
+        While halted another takes the parcel's place if it is too old: what was refused at once comes back in any order. A
+        probe goes first: what is too old is taken as well if the credential works again.
         """
         loop = asyncio.get_running_loop()
         while True:
             self._answered.clear()
-            if self.halted is not None:
+            if self.halted is None:
+                wait_s = self._pace.wait_s(loop.time(), parcel.events, parcel.raw_bytes)
+            elif self._in_flight or loop.time() < self._probe_at:
                 for parcel_aside in [each for each in self._aside if self._too_old(each)]:
                     self._aside.remove(parcel_aside)
                     self._backlog.again(parcel_aside)
                 oldest = self._backlog.oldest_again
-                if oldest is not None and self._too_old(oldest):
+                if oldest is not None and (too_old := self._too_old(oldest)):
                     self._backlog.exchange(oldest, parcel)
-                    return oldest
-                if self._too_old(parcel):
-                    return parcel
+                    return oldest, too_old
+                if too_old := self._too_old(parcel):
+                    return parcel, too_old
                 wait_s = _HALTED_LOOK_S if self._in_flight else min(self._probe_at - loop.time(), _HALTED_LOOK_S)
             else:
-                wait_s = self._pace.wait_s(loop.time(), parcel.events, parcel.raw_bytes)
+                wait_s = 0.0
             if wait_s <= 0:
                 # A probe, while halted: whatever comes of it, the next is due no sooner.
                 self._probe_at = loop.time() + self._options.probe_interval_s
-                return parcel
+                return parcel, []
             try:
                 async with asyncio.timeout(None if math.isinf(wait_s) else wait_s):
                     await self._answered.wait()
@@ -246,6 +252,7 @@ class Delivery:
             # What fails although others are taken is no reason for those to wait.
             its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
             self._pace.judged(loop.time(), attempt, None if its_own else verdict)
+        self._asking.discard(parcel.segments[0].id)
         self.judged_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
@@ -256,6 +263,8 @@ class Delivery:
                 # Mixpanel may have a reason; or it was the answer to something else. A repetition is harmless, and tells.
                 parcel.counted_short = True
                 self._backlog.again(parcel)
+                if self.halted is not None:
+                    self._resume(sent_at)
             case Delivered(short):
                 if short:
                     self._short_until = loop.time() + _LEARNED_S
@@ -305,6 +314,7 @@ class Delivery:
         self.happened("expired", f"Events expired and were {fate}", "critical", events=len(codes), archived_as=file)
         self._backlog.settle(Settlement(too_old, expired=codes))
         gone = {segment.id for segment in too_old}
+        self._asking -= gone
         self._retried.pop(parcel.segments[0].id, None)
         if younger := [segment for segment in parcel.segments if segment.id not in gone]:
             self._backlog.again(parcel.half(younger))
@@ -323,6 +333,7 @@ class Delivery:
 
     def _not_taken(self, parcel: Parcel, verdict: Split | Retry | Halt, *, outdated: bool) -> None:
         now = asyncio.get_running_loop().time()
+        parcel.scout &= isinstance(verdict, Retry)  # else it is kept, with its history
         fate = self._blame.fate(parcel, verdict, now, halted=self.halted is not None)
         if isinstance(verdict, Retry):
             self._note(f"{verdict.kind}: {verdict.reason}")
@@ -334,7 +345,7 @@ class Delivery:
             self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
         if fate in ("split", "give up"):
             self._retried.pop(parcel.segments[0].id, None)
-        elif fate == "aside" or isinstance(verdict, Retry):
+        elif fate == "aside" or (isinstance(verdict, Retry) and not parcel.scout):
             self._retried[parcel.segments[0].id] = parcel
         match fate:
             case "split":
@@ -373,7 +384,12 @@ class Delivery:
             await asyncio.sleep(self._options.probe_interval_s)
             if self._aside:
                 # By turns with others: while halted there is one request in the same time, and it must not always be this one.
-                self._backlog.in_vain(self._aside.pop(0))
+                self._let_ask(self._aside[0])
+
+    def _let_ask(self, parcel: Parcel) -> None:
+        self._aside.remove(parcel)
+        self._asking.add(parcel.segments[0].id)
+        self._backlog.in_vain(parcel)
 
     async def _ask(self) -> None:
         """Without an event to probe with, as when all have expired, a halt asks all the same whether it is over."""
@@ -384,10 +400,11 @@ class Delivery:
                 continue
             self._sent_at = sent_at = loop.time()
             self._probe_at = sent_at + self._options.probe_interval_s
+            target = self._transport.target
             verdict = await self._transport.ask()
             if isinstance(verdict, Delivered | Reject):
                 self._resume(sent_at)
-            elif isinstance(verdict, Halt):
+            elif isinstance(verdict, Halt) and target is self._transport.target:
                 self._halt(verdict)
 
     def _learn_from(self, parcel: Parcel, verdict: Split | Retry | Halt) -> None:
@@ -428,10 +445,11 @@ class Delivery:
         self.delivered_at = self._clock()
         self._understood_at = now = asyncio.get_running_loop().time()
         self._blame.taken(sent_at)
-        self.last_problem = ""
-        for parcel in [each for each in self._aside if each.due_at <= now][:_RELEASED]:
-            self._aside.remove(parcel)
-            self._backlog.in_vain(parcel)
+        self.last_problem = self.archived_in_vain = ""
+        # Each may hang until it times out: that must not take all the places.
+        room = max(1, self._pace.concurrency // _ASIDE_SHARE) - len(self._asking)
+        for parcel in [each for each in self._aside if each.due_at <= now][: max(0, min(room, _RELEASED))]:
+            self._let_ask(parcel)
         if self.halted is not None:
             log.info(
                 "delivery_resumed", halted_s=round(self._clock() - (self.halted_at or 0)), waiting=self._backlog.events

@@ -145,6 +145,11 @@ class Pace:
         """What the last answer of `wait_s` was due to."""
         return self._limited_by
 
+    @property
+    def concurrency(self) -> int:
+        """How many requests may be in flight."""
+        return int(self._load.limit)
+
     def wait_s(self, now: float, events: int, bytes_: int) -> float:
         """0.0: send now. Finite: ask again after so many seconds. Infinite: ask again after an answer has come."""
         concurrency = int(self._load.limit)
