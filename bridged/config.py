@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_ori
 import msgspec
 from msgspec import Meta, Struct
 
+from bridged import event_rules
 from bridged.errors import ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config, Seconds, Section, Size
@@ -111,7 +112,8 @@ def demand_good(config: Config, where: str = "", *, complete: bool = True, about
             missing.append(NO_CREDENTIAL)
     if problems or missing:
         told = (f"{where}: " if where else "") + "\n  ".join(problems + missing)
-        raise ConfigError(told, about_secrets if missing else "")
+        about_types = "`bridged send-test-events --list` names the types" if "no event type" in told else ""
+        raise ConfigError(told, about_secrets if missing else about_types)
 
 
 def has_credential(config: Config) -> bool:
@@ -331,9 +333,7 @@ def _problems(config: Config) -> Iterator[str]:
     if mixpanel.project_id and not mixpanel.project_id.isdecimal():
         # Not quoted: it may be the secret, in the wrong line.
         yield "mixpanel.project_id: expected a number, as the project's settings show it"
-    for event_type, name in config.events.names.items():
-        if not name.strip():
-            yield f"events.names: {event_type} has a blank name"
+    yield from event_rules.problems(config.events)
     for name, value in (("sources.http.listen", config.sources.http.listen), ("admin.listen", config.admin.listen)):
         if value:
             yield from _address_problems(name, value)

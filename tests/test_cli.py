@@ -15,6 +15,7 @@ from conftest import ROWS, currents, free_port, until
 from bridged import cli, config
 from bridged.commands import check
 from bridged.commands.printing import duration, printable, size, table
+from bridged.config import replaced
 from bridged.currents.table import EVENT_TYPES
 
 ROOT = Path(__file__).parent.parent
@@ -328,8 +329,8 @@ async def test_renamed_as_exempt_is_no_warning(config):
 async def test_unknown_type_names_are_errors(bridged, config, key):
     """A misspelt event type in the configuration would silently do nothing: check names the key and what was meant."""
     wrong = "users.messages.email.Opens"
-    value = f'{{"{wrong}" = "x"}}' if key == "names" else f'["{wrong}"]'
-    code, _, err = await bridged(_Configured(config(**{f"events__{key}": value})), "check")
+    value = {wrong: "x"} if key == "names" else (wrong,)
+    code, _, err = await bridged(_Configured(replaced(config(), ("events", key), value)), "check")
 
     assert code == 78
     assert f"events.{key}: no event type '{wrong}'; did you mean 'users.messages.email.Open'?" in err

@@ -20,7 +20,11 @@ LADDER: dict[str, set[str]] = {
     "clock": set(),
     "activity": {"redaction"},
     "settings": set(),
-    "config": {"errors", "redaction", "settings"},
+    "currents": set(),
+    "mixpanel": {"currents"},
+    # What the configuration may say of events, in the words of the table and of the mapping.
+    "event_rules": {"currents", "mixpanel", "settings"},
+    "config": {"errors", "event_rules", "redaction", "settings"},
     "reloading": {"config", "settings"},
     "memory": set(),
     "connections": set(),
@@ -29,8 +33,6 @@ LADDER: dict[str, set[str]] = {
     "saved": {"config", "durable", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
     "alarms": {"connections"},
-    "currents": set(),
-    "mixpanel": {"currents"},
     "presence": {"durable", "errors"},
     "backlog": {"durable", "errors", "presence"},
     "delivery": {"backlog", "connections", "errors", "mixpanel", "redaction"},
@@ -48,6 +50,7 @@ LADDER: dict[str, set[str]] = {
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {
         "activity",
+        "event_rules",
         "options",
         "saved",
         "settings",
@@ -93,6 +96,7 @@ LADDER: dict[str, set[str]] = {
     "commands": {
         "durable",
         "errors",
+        "event_rules",
         "settings",
         "config",
         "saved",
@@ -129,6 +133,7 @@ PURE = [
     ROOT / "admin" / "selection.py",
     ROOT / "alarms" / "rules.py",
     ROOT / "clock.py",
+    ROOT / "event_rules.py",
     *[
         ROOT / "emulator" / f"{name}.py"
         for name in ("answers", "batch", "bodies", "credentials", "faults", "limits", "project", "reading", "store")

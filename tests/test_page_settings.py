@@ -313,7 +313,9 @@ async def test_a_body_of_another_shape(daemon, client, path, sent, said):
 
 async def test_what_the_configuration_says_is_not_the_pages_fault(daemon, client):
     """A name for a type that the table doesn't have may stand in config.toml; the page saves other things all the same."""
-    app = await daemon(events__names='{"users.messages.fax.Send" = "Fax"}')
+    app = await daemon(
+        events__names='{"users.messages.fax.Send" = "Fax"}', events__include='["users.messages.fax.Send"]'
+    )
     assert (await put(client, app, set={"events.exclude": ["users.messages.sms.Send"]}))[0] == 200
     kind = "users.messages.email.Send"
     assert (await say(client, app, "PUT", f"/api/events/{kind}", {"name": "Mail"}))[0] == 200
@@ -643,7 +645,7 @@ async def test_check_wants_a_credential(config, bridged):  # noqa: F811  # the f
     """The daemon starts without one, for the page to give it; `check` says that it is missing, and names bad transformations."""
     code, _, err = await bridged(_Configured(config(mixpanel__token="")), "check")
     assert (code, "no credential" in err, "on the page" in err) == (78, True, True)
-    bad = config(events__transform='{"users.messages.email.Send" = {nonsense = "hash"}}')
+    bad = replaced(config(), ("events", "transform"), {"users.messages.email.Send": {"nonsense": "hash"}})
     code, _, err = await bridged(_Configured(bad), "check")
     assert (code, "events.transform: users.messages.email.Send: 'nonsense' is no field" in err) == (78, True)
 

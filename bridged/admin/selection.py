@@ -1,17 +1,16 @@
 """What the settings say about each event type, for the page: selection, name, transformed fields. Pure."""
 
-import difflib
 from typing import Any, Final
 
 from msgspec import Struct
 
 from bridged.currents.table import EVENT_TYPES, PROPERTY_TYPES, EventType
+from bridged.event_rules import TRANSFORMABLE
 from bridged.mixpanel.mapping import MappingSettings, mixpanel_name, selected
-from bridged.mixpanel.transforms import OWN_PREFIX, USER_FIELDS
+from bridged.mixpanel.transforms import USER_FIELDS
 
 ROWS: Final = {row.event_type: row for row in EVENT_TYPES}
 TITLES: Final = {"message_engagement": "Message engagement events", "customer_behavior": "Customer behavior events"}
-_TRANSFORMABLE: Final = ("string", "array<string>")
 
 
 class Field(Struct):
@@ -70,7 +69,7 @@ def fields_of(row: EventType) -> list[Field]:
     """Its fields, the user's first."""
     own = [Field(name, "string", transformable=True) for name in USER_FIELDS]
     return own + [
-        Field(name, PROPERTY_TYPES[name], transformable=PROPERTY_TYPES[name] in _TRANSFORMABLE)
+        Field(name, PROPERTY_TYPES[name], transformable=PROPERTY_TYPES[name] in TRANSFORMABLE)
         for name in row.properties
     ]
 
@@ -89,40 +88,3 @@ def with_selected(row: EventType, settings: MappingSettings, wanted: bool) -> di
         else:
             exclude = (*exclude, row.event_type)
     return {"events.include": list(include), "events.exclude": list(exclude)}
-
-
-def problems(settings: MappingSettings) -> dict[str, str]:
-    """What is wrong with names of event types and fields, by key."""
-    found: dict[str, str] = {}
-    for key, names in (("exclude", settings.exclude), ("names", settings.names), ("transform", settings.transform)):
-        for name in names:
-            if name not in ROWS:
-                near = difflib.get_close_matches(name, ROWS, 1)
-                found[f"events.{key}"] = f"there is no event type {name!r}" + (f"; is it {near[0]!r}?" if near else "")
-    for name in settings.names.values():
-        if not name.strip():
-            found["events.names"] = "a name is blank"
-        elif len(name) > 255:
-            found["events.names"] = "a name is longer than 255 characters"
-    for event_type, rules in settings.transform.items():
-        for name, rule in rules.items():
-            if event_type in ROWS and (problem := _rule_problem(ROWS[event_type], name, rule)):
-                found["events.transform"] = f"{event_type}: {name!r} {problem}"
-    return found
-
-
-def _rule_problem(row: EventType, name: str, rule: str) -> str:
-    if name == "external_user_id":
-        return "" if rule == "hash" else "can be hashed only: removed, all people would be one"
-    if name in USER_FIELDS:
-        return ""
-    if name.startswith(OWN_PREFIX) and row.custom:
-        return "" if len(name) > len(OWN_PREFIX) else "names no property"
-    if not (row.properties or row.custom):
-        return ""  # of a type whose fields aren't documented: it may be there
-    if name not in row.properties:
-        near = difflib.get_close_matches(name, row.properties, 1)
-        return "is no field of it" + (f": is it {near[0]!r}?" if near else "")
-    return (
-        "" if PROPERTY_TYPES[name] in _TRANSFORMABLE else f"is a {PROPERTY_TYPES[name]}: only text can be transformed"
-    )

@@ -21,7 +21,6 @@ from msgspec import Struct
 
 from bridged import options
 from bridged.admin.answers import body, json
-from bridged.admin.selection import problems
 from bridged.admin.status import credential_from
 from bridged.config import Key, has_credential, value_at
 from bridged.delivery.probe import Finding, probe
@@ -230,11 +229,6 @@ async def saved(app: "App", change: Change) -> web.Response:
         said = str(error.args[0])
         raise BadSettings(said, _by_key(said)) from error
     _demand_secrets_for_new_addresses(app, config, change.set, values)
-    before = problems(options.mapping_settings(app.config))
-    # What the configuration says already is not this change's fault.
-    wrong = {name: of for name, of in problems(options.mapping_settings(config)).items() if before.get(name) != of}
-    if wrong:
-        raise BadSettings("; ".join(f"{name}: {problem}" for name, problem in wrong.items()), wrong)
     try:
         changed = await app.save(change.set, change.remove)
     except ConfigError as error:
@@ -279,7 +273,7 @@ def _by_key(said: str) -> dict[str, str]:
     for line in said.split("\n  "):
         at, name = min(((line.find(name), name) for name in EDITABLE if name in line), default=(0, ""))
         if name:
-            found[name] = line[at:]
+            found[name] = f"{found[name]}; {line[at:]}" if name in found else line[at:]
     return found
 
 

@@ -6,13 +6,11 @@ the credential is good, and nothing is stored.
 
 import argparse
 import asyncio
-import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridged import config, options
-from bridged.admin import selection
+from bridged import config, event_rules, options
 from bridged.commands import check_braze
 from bridged.commands.printing import printable, size, table
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
@@ -49,8 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     settings = saved.in_force(settings)
     where = str(path) if path else "the environment"
     if problems := list(_problems(settings)):
-        hint = "`bridged send-test-events --list` names the types" if "event type" in "".join(problems) else ""
-        raise ConfigError(f"{where}: " + "\n  ".join(problems), hint)
+        raise ConfigError(f"{where}: " + "\n  ".join(problems))
     if settings.mixpanel.export and not config.has_credential(settings):
         hint = "or give it on the page: `bridged run` starts without"
         if "CREDENTIALS_DIRECTORY" not in os.environ:
@@ -72,15 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _problems(settings: Config) -> Iterator[str]:
-    """What can't work, and names of event types that don't exist. An unknown type may be included by name: then it is meant."""
-    known = [row.event_type for row in EVENT_TYPES]
-    events = settings.events
-    for key, names in (("include", events.include), ("exclude", events.exclude), ("names", tuple(events.names))):
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                yield f"events.{key}: no event type {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-
+    """What can't work, although the daemon would start with it."""
     yield from check_braze.problems(settings)
     if settings.mixpanel.export and settings.retention.on_expiry == "archive":
         # The folder is made when it is needed, with those above it.
@@ -88,8 +77,6 @@ def _problems(settings: Config) -> Iterator[str]:
         there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
         if not there.is_dir():
             yield f"retention.archive_path: {there} is no folder"
-    if wrong := selection.problems(options.mapping_settings(settings)).get("events.transform"):
-        yield f"events.transform: {wrong}"
 
 
 def _summary(settings: Config) -> Iterator[list[str]]:
@@ -135,6 +122,8 @@ def _warnings(settings: Config) -> Iterator[str]:
     if not settings.mixpanel.partner_id:
         yield "mixpanel.partner_id is empty: Mixpanel counts all these users as monthly tracked users"
     chosen = [row for row in EVENT_TYPES if selected(row, mapping)]
+    for name in event_rules.unknown_included(settings.events):
+        yield f"events.include: {name} is in no table of event types: should Braze send it, all that it holds is forwarded"
     if not chosen:
         yield "no event type is selected: everything is skipped"
     exempt = {name.lower(): name for name in MTU_EXEMPT}
