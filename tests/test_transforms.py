@@ -195,3 +195,83 @@ def test_without_rules_nothing_is_wrapped():
     by_code = dict(with_rule._forms.values())
     names = {name: getattr(by_code[code], "__qualname__", "") for name, code in codes.items()}
     assert [name for name, form in names.items() if "transforming" in form] == ["users.messages.email.Send"]
+
+
+OPEN_TYPES = ["users.messages.landingpage.Click", "users.messages.survey.Response", "users.messages.fax.Send"]
+ENVELOPE = ("ip", "time", "token", "distinct_id", "$insert_id", "$partner_id")
+
+
+def open_event(event_type, properties):
+    """An event of a type whose fields nobody has documented."""
+    return {
+        "event_type": event_type,
+        "id": "0f8fad5b-d9cb-469f-a165-70867728950e",
+        "time": NOW - 9,
+        "user": {"external_user_id": "ada", "device_id": "abc"},
+        "properties": properties,
+    }
+
+
+@pytest.mark.parametrize("event_type", OPEN_TYPES)
+def test_what_we_put_beside_undocumented_fields_stays(event_type):
+    """A rule means what came from Braze: `ip`, `time` of the envelope were redacted, so that the event was refused for good, and
+    `distinct_id` made one person of all; while the event's own `ip`, which is sent as `braze_ip`, was sent in plain.
+    """
+    own = dict.fromkeys((*ENVELOPE, "alias", "$user_id", "mail"), "plain")
+    rules = {event_type: dict.fromkeys(own, "remove")}
+    sent = mapped(open_event(event_type, own), transform=rules, unknown="forward")["properties"]
+    assert "plain" not in sent.values()
+    assert (sent["braze_ip"], sent["braze_alias"], sent["mail"]) == (REMOVED,) * 3
+    ours = mapped(open_event(event_type, {}), unknown="forward")["properties"]
+    assert {name: sent[name] for name in ours} == ours
+    assert (ours["distinct_id"], ours["time"], ours["ip"]) == ("ada", NOW - 9, 0)
+
+
+@pytest.mark.parametrize("event_type", OPEN_TYPES)
+def test_person_and_device_of_undocumented_types(event_type):
+    """Of the envelope these two are transformed, as of documented types; a property of the same name is, too."""
+    rules = {event_type: {"external_user_id": "hash", "device_id": "remove"}}
+    event = open_event(event_type, {"device_id": "plain", "external_user_id": "plain"})
+    sent = mapped(event, transform=rules, unknown="forward")["properties"]
+    assert (sent["distinct_id"], sent["device_id"]) == (hashed("ada"), REMOVED)
+    assert "plain" not in sent.values()
+    event["user"] = {"device_id": "abc"}
+    sent = mapped(event, transform=rules, unknown="forward", anonymous="device")["properties"]
+    assert (sent["distinct_id"], sent["device_id"]) == (f"$device:{hashed('abc')}", REMOVED)
+
+
+def test_a_long_name_of_a_type_has_its_rules():
+    """The name is cut for the books, and was looked up by what was left of it."""
+    event_type = f"users.messages.{'fax' * 80}.Send"
+    rules = {event_type: {"mail": "remove"}}
+    sent = mapped(open_event(event_type, {"mail": "plain"}), transform=rules, unknown="forward")["properties"]
+    assert sent["mail"] == REMOVED
+
+
+@pytest.mark.parametrize("event_type", ["users.messages.email.Send", "users.behaviors.CustomEvent"])
+def test_what_we_put_beside_documented_fields_stays(event_type):
+    """A rule that names no field of the type does nothing: `ip` took the token and $partner_id along, `time` was lost."""
+    names = (
+        *ENVELOPE,
+        "insert_id",
+        "custom",
+        "name",
+        "custom_properties",
+        "renamed_product_id",
+        "properties",
+        "__class__",
+    )
+    event = currents(event_type) | {"time": NOW - 9}
+    rules = {event_type: dict.fromkeys(names, "remove")}
+    assert mapped(event, transform=rules) == mapped(event)
+
+
+@pytest.mark.parametrize("event_type", ["users.messages.email.Send", *OPEN_TYPES])
+def test_a_user_whose_id_looks_like_that_of_a_device(event_type):
+    """It is a user's all the same, and hashed by the user's rule: it was sent in plain."""
+    event = open_event(event_type, {}) | {"user": {"external_user_id": "$device:ada", "device_id": "abc"}}
+    for rules in ({"external_user_id": "hash"}, {"external_user_id": "hash", "device_id": "hash"}):
+        sent = mapped(event, transform={event_type: rules}, unknown="forward", anonymous="device")["properties"]
+        assert sent["distinct_id"] == hashed("$device:ada")
+    sent = mapped(event, transform={event_type: {"device_id": "hash"}}, unknown="forward")["properties"]
+    assert (sent["distinct_id"], sent["device_id"]) == ("$device:ada", hashed("abc"))

@@ -261,19 +261,27 @@ class EventMapping:
                     return Skip(code, "unknown event type")
                 return Refusal(code, event_type[:200], "unknown event type", original)
             name = settings.names.get(event_type) or derived_name(event_type)
+        rules = settings.transform.get(event_type, {})
         event_type = event_type[:200]
         outcome = self._conform(event, code, event_type, original, now_s)
         if outcome is not None:
             return outcome
-        properties = open_properties(event.properties or {})
-        properties |= {"distinct_id": event.user.external_user_id, "$insert_id": event.id, "time": event.time, "ip": 0}
-        optional = {"token": settings.token, "$partner_id": settings.partner_id, "device_id": event.user.device_id}
-        properties |= {key: value for key, value in optional.items() if value}
-        if problem := _properties_problem(properties):
+        own, user = event.properties or {}, event.user
+        if problem := _properties_problem(open_properties(own) | self._envelope(event)):
             return Refusal(code, event_type, problem, original)
-        if rules := settings.transform.get(event_type):
-            transforms.of_mapped(properties, rules)
-        return _NamedForm(name, properties)
+        # By the names that they came under, and before ours are among them: a rule for `ip` means the event's own.
+        transforms.in_place(own, rules)
+        user.external_user_id = transforms.identity(user.external_user_id, user.device_id, rules)
+        if user.device_id and "device_id" in rules:
+            user.device_id = transforms.transformed(user.device_id, rules["device_id"])
+        return _NamedForm(name, open_properties(own) | self._envelope(event))
+
+    def _envelope(self, event: Event) -> dict[str, Any]:
+        """What Mixpanel wants of every event, as `_ENVELOPE` and the constants have it for the others."""
+        user, settings = event.user, self._settings
+        members = {"distinct_id": user.external_user_id, "$insert_id": event.id, "time": event.time, "ip": 0}
+        optional = {"token": settings.token, "$partner_id": settings.partner_id, "device_id": user.device_id}
+        return members | {key: value for key, value in optional.items() if value}
 
 
 def _file(
@@ -357,7 +365,7 @@ def _struct(row: EventType, code: int, settings: MappingSettings) -> tuple[type[
     if renames:
         form = _renaming([(old, f"renamed_{old}") for old in renames], form)
     if rules:
-        form = transforms.of_struct(form, rules)
+        form = transforms.of_struct(form, rules, row.properties)
     return event_struct(row, code, properties, field(default_factory=properties)), form
 
 

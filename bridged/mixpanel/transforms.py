@@ -13,7 +13,7 @@ refuses, what waits and what is archived was mapped, and so transformed.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Literal
 
 REMOVED: Final = "[REDACTED]"
@@ -46,26 +46,28 @@ def transformed(value: Any, rule: Rule) -> Any:
     return value if value is None else hashed(str(value).lower() if isinstance(value, bool) else str(value))
 
 
-def identity(value: str | None, rules: Rules) -> str | None:
-    """A `distinct_id`, of a user or of a device. It is hashed, whatever the rule: "[REDACTED]" would make one person of all."""
+def identity(value: str | None, device_id: str | None, rules: Rules) -> str | None:
+    """A `distinct_id`, of a user or of the event's device. It is hashed, whatever the rule: "[REDACTED]" would make one person
+    of all.
+    """
     if value is None:
         return None
-    if value.startswith(DEVICE_PREFIX):
-        rest = value.removeprefix(DEVICE_PREFIX)
-        return DEVICE_PREFIX + hashed(rest) if "device_id" in rules else value
+    # Not by its beginning alone: a user's id may look like that of a device.
+    if device_id and value == f"{DEVICE_PREFIX}{device_id}":
+        return f"{DEVICE_PREFIX}{hashed(device_id)}" if "device_id" in rules else value
     return hashed(value) if "external_user_id" in rules else value
 
 
-def of_struct(form: Callable[[Any], Any], rules: Rules) -> Callable[[Any], Any]:
-    """A form of decoded properties, which transforms them first."""
-    named = [(name, rule) for name, rule in rules.items() if name != "external_user_id"]
+def of_struct(form: Callable[[Any], Any], rules: Rules, fields: Collection[str]) -> Callable[[Any], Any]:
+    """A form of decoded properties, which first transforms the identity, the device and those of its `fields` with a rule."""
+    named = [(name, rule) for name, rule in rules.items() if name == "device_id" or name in fields]
 
     def transforming(properties: Any) -> Any:
+        properties.distinct_id = identity(properties.distinct_id, properties.device_id, rules)
         for name, rule in named:
             value = getattr(properties, name, None)
             if value is not None:
                 setattr(properties, name, transformed(value, rule))
-        properties.distinct_id = identity(properties.distinct_id, rules)
         return form(properties)
 
     return transforming
@@ -81,12 +83,6 @@ def of_custom(form: Callable[[Any], Any], rules: Rules) -> Callable[[Any], Any]:
         return form(properties)
 
     return transforming
-
-
-def of_mapped(properties: dict[str, Any], rules: Rules) -> None:
-    """The same, in place, for the properties of an event of which only these are known: mapped already, but as they came."""
-    in_place(properties, {name: rule for name, rule in rules.items() if name != "external_user_id"})
-    properties["distinct_id"] = identity(properties["distinct_id"], rules)
 
 
 def in_place(properties: dict[str, Any], rules: Rules) -> None:
