@@ -50,6 +50,11 @@ class Outcome(NamedTuple):
         return [json.loads(form) for form in self.forms]
 
 
+def code_of(event_type: str) -> int:
+    """Its code in the whole table."""
+    return [row.event_type for row in EVENT_TYPES].index(event_type)
+
+
 def made(rows: tuple[EventType, ...] = EVENT_TYPES, **changes: Any) -> EventMapping:
     """A mapping with these settings; with few rows it is made faster."""
     return EventMapping(rows, MappingSettings(**({"token": "example-token"} | changes)))
@@ -651,3 +656,31 @@ def test_the_reason_and_the_bytes_of_a_refused_event_are_its_own() -> None:
         refusals = mapped(GOOD[4], *events, GOOD[6], as_body=as_body).refusals
         assert sorted(r.original for r in refusals) == sorted(map(msgspec.json.encode, events))
         assert all(("'unknown'" in r.reason) == (b'"unknown"' in r.original) for r in refusals)
+
+
+# -- ill-typed events of what isn't wanted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event_type", "settings_", "skip"),
+    [
+        (CUSTOM, {"customer_behavior": False}, Skip(code_of(CUSTOM), "not selected")),
+        (CUSTOM, {"exclude": (CUSTOM,)}, Skip(code_of(CUSTOM), "not selected")),
+        (OPEN, {"message_engagement": False}, Skip(code_of(OPEN), "not selected")),
+        (UNHEARD_OF, {"unknown": "skip"}, Skip(UNKNOWN_CODE, "unknown event type")),
+        (UNHEARD_OF, {"unknown": "forward", "exclude": (UNHEARD_OF,)}, Skip(UNKNOWN_CODE, "not selected")),
+        (UNHEARD_OF, {"unknown": "skip", "include": (UNHEARD_OF,)}, None),
+        (UNHEARD_OF, {}, None),
+        (CUSTOM, {}, None),
+    ],
+)
+@pytest.mark.parametrize("changes", [{"time": "yesterday"}, {"properties": []}, {"user": {"external_user_id": 5}}])
+def test_what_is_switched_off_makes_no_dead_letters(
+    event_type: str, settings_: dict[str, Any], skip: Skip | None, changes: dict[str, Any]
+) -> None:
+    """Switched off is skipped and counted, ill-typed or not: such dead letters pushed out those that somebody wants."""
+    by = made(EVENT_TYPES, **settings_)
+    outcome = mapped(currents() | {"event_type": event_type} | changes, by=by)
+    assert outcome.forms == []
+    assert outcome.skips == ([] if skip is None else [skip])
+    assert len(outcome.refusals) == (skip is None)

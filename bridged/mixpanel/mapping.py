@@ -175,7 +175,12 @@ class EventMapping:
         forms: list[Struct] = []
         codes: list[int] = []
         skips: list[Skip] = []
-        refusals = list(decoded.refusals)
+        refusals: list[Refusal] = []
+        for refusal in decoded.refusals:
+            if unwanted := self._unwanted(refusal.code, refusal.event_type):
+                skips.append(Skip(refusal.code, unwanted))
+            else:
+                refusals.append(refusal)
         originals: Sequence[bytes] = ()
         forms_of, special, constants = self._forms, self._special, self._constants
         latest_s = int(now_s)  # compared with integers, which costs half of what a float does
@@ -249,18 +254,14 @@ class EventMapping:
     def _whole(self, event_type: str, event: Event, original: bytes, now_s: float) -> Struct | Skip | Refusal:
         """An event of a type that the table doesn't have, or has no fields for: it goes with all its properties, or not."""
         settings, code = self._settings, event.code
-        if code in self._deselected:
-            return Skip(code, "not selected")
+        if unwanted := self._unwanted(code, event_type):
+            return Skip(code, unwanted)
         if code != UNKNOWN_CODE:
             name = mixpanel_name(self._rows[code], settings)
-        else:
-            if event_type in settings.exclude:
-                return Skip(code, "not selected")
-            if event_type not in settings.include and settings.unknown != "forward":
-                if settings.unknown == "skip":
-                    return Skip(code, "unknown event type")
-                return Refusal(code, event_type[:200], "unknown event type", original)
+        elif event_type in settings.include or settings.unknown == "forward":
             name = settings.names.get(event_type) or derived_name(event_type)
+        else:
+            return Refusal(code, event_type[:200], "unknown event type", original)
         rules = settings.transform.get(event_type, {})
         event_type = event_type[:200]
         outcome = self._conform(event, code, event_type, original, now_s)
@@ -275,6 +276,15 @@ class EventMapping:
         if user.device_id and "device_id" in rules:
             user.device_id = transforms.transformed(user.device_id, rules["device_id"])
         return _NamedForm(name, open_properties(own) | self._envelope(event))
+
+    def _unwanted(self, code: int, event_type: str) -> str:
+        """Why events of a type are skipped, whatever is in them; empty: they aren't."""
+        settings = self._settings
+        if code != UNKNOWN_CODE:
+            return "not selected" if code in self._deselected else ""
+        if event_type in settings.exclude:
+            return "not selected"
+        return "unknown event type" if settings.unknown == "skip" and event_type not in settings.include else ""
 
     def _envelope(self, event: Event) -> dict[str, Any]:
         """What Mixpanel wants of every event, as `_ENVELOPE` and the constants have it for the others."""
