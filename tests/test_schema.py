@@ -379,3 +379,72 @@ def test_codes_are_positions_and_names_are_told_once() -> None:
     assert len(set(names.values())) == len(names) == len(EVENT_TYPES) + 2
     assert len(EVENT_TYPES) <= UNKNOWN_CODE
     assert {UNKNOWN_CODE, UNDECODABLE_CODE} <= set(names)
+
+
+# -- other spellings of the same ---------------------------------------------------------------------------------------
+
+CLICK = "users.messages.sms.ShortLinkClick"
+PURCHASE = "users.behaviors.Purchase"
+ATTEMPTS = next(row.event_type for row in EVENT_TYPES if "attempt_count" in row.properties)
+
+
+@pytest.mark.parametrize("time", [b"1789999990.0", b"1.78999999e9", b"178999999E1", b"1789999990.000"])
+@pytest.mark.parametrize("event_type", ["users.messages.email.Open", "users.messages.survey.Response", "x.y"])
+def test_a_whole_number_may_be_written_as_a_float(time: bytes, event_type: str) -> None:
+    """JSON has one kind of number: what a relay that keeps them as doubles hands on is the same event, and was all lost."""
+    decoded = SCHEMA.lines([b'{"time":%s,"event_type":"%s","id":"a"}' % (time, event_type.encode())])
+    assert decoded.refusals == []
+    [event] = decoded.events or [unknown for _, unknown, _ in decoded.unknown]
+    assert (event.time, type(event.time)) == (1789999990, int)
+
+
+def property_of(event_type: str, name: str, value: bytes) -> Any:
+    """A property, decoded from these bytes; the reason, where it is refused."""
+    line = b'{"event_type":"%s","time":1,"properties":{"%s":%s}}' % (event_type.encode(), name.encode(), value)
+    decoded = SCHEMA.lines([line])
+    return decoded.refusals[0].reason if decoded.refusals else getattr(decoded.events[0].properties, name)
+
+
+def test_what_of_a_property_is_the_same() -> None:
+    """As for the time: 3.0 is 3; a list's nulls are nothing; no customer's properties are none, however that is written."""
+    assert property_of(ATTEMPTS, "attempt_count", b"3.0") == 3
+    assert property_of(ATTEMPTS, "attempt_count", b"-0.0") == 0
+    assert property_of(CLICK, "suspected_bot_click_reason", b'[null,"a",null,"b"]') == ["a", "b"]
+    assert property_of(CLICK, "suspected_bot_click_reason", b"[null]") == []
+    for nothing in (b'""', b"[]", b" [ ] ", b"null"):
+        line = b'{"event_type":"%s","time":1,"properties":{"purchase_properties":%s,"price":3}}'
+        decoded = SCHEMA.lines([line % (PURCHASE.encode(), nothing)])
+        assert (decoded.events[0].properties.custom, decoded.events[0].properties.price) == (None, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("event_type", "name", "value"),
+    [
+        (ATTEMPTS, "attempt_count", b"3.5"),
+        (ATTEMPTS, "attempt_count", b'"3"'),
+        (ATTEMPTS, "attempt_count", b"true"),
+        (ATTEMPTS, "attempt_count", b"1e300"),
+        (ATTEMPTS, "attempt_count", b"[3.0]"),
+        (CLICK, "suspected_bot_click_reason", b"[1]"),
+        (CLICK, "suspected_bot_click_reason", b'"a"'),
+        (PURCHASE, "price", b'"9.99"'),
+        (PURCHASE, "purchase_properties", b'"x"'),
+        (PURCHASE, "purchase_properties", b"[1]"),
+        (PURCHASE, "purchase_properties", b"0"),
+        ("users.messages.email.Open", "machine_open", b"true"),
+    ],
+)
+def test_what_of_a_property_is_not_the_same(event_type: str, name: str, value: bytes) -> None:
+    """A property of another type stays a dead letter that names it: text is no number, and nobody guesses."""
+    assert f"$.properties.{name}" in property_of(event_type, name, value)
+
+
+def test_what_is_mended_leaves_the_rest_as_it_came() -> None:
+    """The customer's own numbers keep their spelling, and what is wrong besides is what the reason tells."""
+    line = (
+        b'{"event_type":"%s","time":1.0,"properties":{"purchase_properties":{"a":3.0,"b":[null]}}}' % PURCHASE.encode()
+    )
+    [event] = SCHEMA.lines([line]).events
+    assert msgspec.json.encode(event.properties.custom) == b'{"a":3.0,"b":[null]}'
+    [refusal] = SCHEMA.lines([line.replace(b"{}", b"").replace(b'{"a":3.0,"b":[null]}', b"5")]).refusals
+    assert "$.properties.purchase_properties" in refusal.reason

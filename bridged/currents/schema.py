@@ -147,6 +147,7 @@ class Schema:
             for code, row in enumerate(rows)
             if row.properties or row.custom
         }
+        self._lenient = {code: dict(_lenient_readers(row)) for code, row in enumerate(rows)}
 
     def lines(self, lines: Sequence[bytes]) -> Decoded:
         """The events of NDJSON lines, with or without their newlines; blank ones hold none.
@@ -242,15 +243,26 @@ class Schema:
             # A type that the table doesn't have, or a byte order mark that stood before it.
             return cast("Event", decode(original))
         try:
-            # Null is as good as absent.
-            members = self._members.decode(original).items()
-            form = msgspec.json.encode({name: value for name, value in members if bytes(value) != b"null"})
-            return cast("Event", decode(form))
+            return cast("Event", decode(msgspec.json.encode(self._lenient_form(original, code))))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as ill_typed:
-            error = ill_typed if code == UNKNOWN_CODE else error
+            error = ill_typed
         if code == UNKNOWN_CODE:
             return Refusal(code, event_type[:200], f"unknown event type, and ill-typed: {error}", original)
         return Refusal(code, event_type, f"ill-typed: {error}", original)
+
+    def _lenient_form(self, original: bytes, code: int) -> dict[str, Any]:
+        """An event's members, with those in another spelling of the same as we want them. Raises as a decoder does."""
+        # Null is as good as absent.
+        members = self._members.decode(original).items()
+        form: dict[str, Any] = {name: value for name, value in members if bytes(value) != b"null"}
+        if "time" in form:
+            form["time"] = _whole_number(form["time"])
+        readers = self._lenient.get(code)
+        if readers and bytes(form.get("properties", b""))[:1] == b"{":
+            properties = self._members.decode(form["properties"])
+            others = {name: readers[name](value) for name, value in properties.items() if name in readers}
+            form["properties"] = properties | others
+        return form
 
     def unknown_fields(self, code: int, original: bytes) -> list[str]:
         """Properties of an event that its row doesn't have: fields that Braze added since. Never raises."""
@@ -260,6 +272,32 @@ class Schema:
             return [name for name in properties if known is not None and name not in known]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
             return []
+
+
+def _lenient_readers(row: EventType) -> Iterator[tuple[str, Callable[[Raw], Any]]]:
+    """How those of a type's properties are read that may be spelled in another way."""
+    by_type = {"int": _whole_number, "array<string>": _without_nulls}
+    for name in row.properties:
+        if reader := by_type.get(PROPERTY_TYPES[name]):
+            yield name, reader
+    if row.custom:
+        yield CUSTOM_MEMBERS[row.custom], _nothing_if_empty
+
+
+def _whole_number(raw: Raw) -> Any:
+    """3.0 is 3: JSON doesn't tell them apart, and a sender that keeps numbers as doubles may write either. Text is none."""
+    value = msgspec.json.decode(raw)
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else raw
+
+
+def _without_nulls(raw: Raw) -> Any:
+    value = msgspec.json.decode(raw)
+    return [one for one in value if one is not None] if isinstance(value, list) else raw
+
+
+def _nothing_if_empty(raw: Raw) -> Any:
+    """No properties of the customer's own, as languages write it that take an empty object for an empty list or text."""
+    return None if msgspec.json.decode(raw) in ("", []) else raw
 
 
 _HALF_A_PAIR = 'half of a surrogate pair, as in "\\ud83d": a character that was cut in two'
