@@ -212,9 +212,9 @@ def test_ok_with_failed_records_is_judged_as_a_partial_success() -> None:
         ([record(99, **{"$insert_id": "c"})], 2, {2}),
         ([record(None, insert_id="c")], 2, {2}),
         ([record(1, insert_id="a"), record(0, insert_id="b")], 1, {0, 1}),
-        # an id that isn't ours: the index
-        ([record(1, insert_id="zzz")], 2, {1}),
+        # no id: the index
         ([record(1, insert_id="")], 2, {1}),
+        ([record(1, insert_id=None)], 2, {1}),
         ([record(1, insert_id=7)], 2, {1}),
         # one event, two fields
         ([record(1), record(1)], 2, {1}),
@@ -226,6 +226,19 @@ def test_partial_success_rejects_by_index_and_id(records: Any, imported: Any, fa
     assert isinstance(verdict, Reject)
     assert verdict.failures.keys() == failed
     assert set(verdict.failures.values()) == {BAD}
+
+
+@pytest.mark.parametrize("key", ["insert_id", "$insert_id"])
+def test_an_id_that_is_none_of_ours_speaks_of_another_request(key: str) -> None:
+    """From a proxy that is out of step: by its index, a good event was given up, and what another request lost called delivered."""
+    for records, imported in (([record(1, **{key: "zzz"})], 2), ([record(0), record(1, **{key: "zzz"})], 1)):
+        verdict = say(400, refuse(records, imported))
+        assert isinstance(verdict, Split)
+        assert "can't be matched" in verdict.reason
+        assert BAD.message in verdict.reason
+    assert isinstance(say(400, refuse([record(0, **{key: "zzz"})], 0), events=1), Split)
+    assert say(400, refuse([record(0, **{key: "a"})], 0), events=1) == Reject({0: BAD})
+    assert say(400, refuse([record(9, **{key: "a"})], 0), events=1) == Reject({0: BAD})
 
 
 def test_partial_success_without_a_count_is_a_rejection() -> None:

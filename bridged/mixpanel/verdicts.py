@@ -210,10 +210,12 @@ def _judge_partial(
     imported = _integer(answer.get("num_records_imported"))
     if has_count and imported is None:
         return Split(_said("400 whose count of imported events can't be read", body))
-    if events == 1 and not imported:
-        # Whatever the record looks like, it can only be about the one event.
-        return Reject({0: _merge([_failure(record, answer) for record in records])})
-    failures = _resolve(records, insert_ids, events)
+    failures: dict[int, list[Failure]] | None
+    if events == 1 and not imported and not _names_another(records, insert_ids):
+        # Whatever else the records look like, they can only be about the one event.
+        failures = {0: [_failure(record, answer) for record in records]}
+    else:
+        failures = _resolve(records, insert_ids, events)
     if failures is None:
         return Split(f"400 with failed records that can't be matched to events: {_records_text(records, answer)}")
     if imported is not None and imported + len(failures) != events:
@@ -229,12 +231,12 @@ def _resolve(
 ) -> dict[int, list[Failure]] | None:
     """Find the event that each failed record means; None when one of them means none.
 
-    The id is trusted before the index. An event may fail twice (two fields), and an id may be twice in a request (the
-    source repeats itself): a record first takes the position where index and id agree, then the first free one with its
-    id.
+    The id is trusted before the index; one that is none of ours speaks of another request, from a proxy that is out of
+    step, and its index says nothing here. An event may fail twice (two fields), and an id may be twice in a request (the
+    source repeats itself): a record first takes the position where index and id agree, then the first free one with its id.
     """
     found: dict[int, list[Failure]] = {}
-    unplaced: list[tuple[int | None, str, Failure]] = []
+    unplaced: list[tuple[str, Failure]] = []
     ids: Sequence[str] | None = None
     for record in records:
         if not isinstance(record, dict):
@@ -242,9 +244,9 @@ def _resolve(
         index = _integer(record.get("index"))
         if index is not None and index >= events:
             index = None
-        insert_id = record.get("insert_id") or record.get("$insert_id")
+        insert_id = _id_of(record)
         failure = _failure(record, {})
-        if not isinstance(insert_id, str):
+        if not insert_id:
             if index is None:
                 return None
             found.setdefault(index, []).append(failure)
@@ -254,23 +256,32 @@ def _resolve(
         if index is not None and index < len(ids) and ids[index] == insert_id:
             found.setdefault(index, []).append(failure)
         else:
-            unplaced.append((index, insert_id, failure))
+            unplaced.append((insert_id, failure))
     if not unplaced:
         return found
     positions: dict[str, list[int]] = {}
     for position, insert_id in enumerate(ids or ()):
         if position < events:
             positions.setdefault(insert_id, []).append(position)
-    for index, insert_id, failure in unplaced:
+    for insert_id, failure in unplaced:
         candidates = positions.get(insert_id)
-        if candidates:
-            place = next((position for position in candidates if position not in found), candidates[0])
-        elif index is not None:
-            place = index
-        else:
+        if not candidates:
             return None
+        place = next((position for position in candidates if position not in found), candidates[0])
         found.setdefault(place, []).append(failure)
     return found
+
+
+def _id_of(record: Any) -> str:
+    """The id of the event that a failed record names, in either spelling; empty: none."""
+    insert_id = (record.get("insert_id") or record.get("$insert_id")) if isinstance(record, dict) else None
+    return insert_id if isinstance(insert_id, str) else ""
+
+
+def _names_another(records: list[Any], insert_ids: Callable[[], Sequence[str]]) -> bool:
+    """Whether a record names an event that isn't in the request."""
+    named = {insert_id for record in records if (insert_id := _id_of(record))}
+    return bool(named) and not named.issubset(insert_ids())
 
 
 def _failure(record: Any, answer: dict[str, Any]) -> Failure:
