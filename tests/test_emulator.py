@@ -321,6 +321,22 @@ async def test_events_without_ip_are_counted(client):
     assert client.mixpanel.summary().events_without_ip == 2
 
 
+@pytest.mark.parametrize("ip", ["[REDACTED]", "", "127.0.0", 1, None, [], "localhost"])
+@pytest.mark.parametrize("odd", [{}, {"tags": []}])
+async def test_an_ip_that_is_none_is_no_ip(client, ip, odd):
+    """What a sender has made of it must not pass for an address: such an event is placed where the sender stands, too."""
+    await client.post([event(1, ip=ip, **odd), event(2)])
+    assert client.mixpanel.summary().events_without_ip == 1
+
+
+async def test_an_address_or_zero_is_an_ip(client):
+    """Of either family, and 0, which says that the event is to be placed nowhere."""
+    good = [0, "0", "192.0.2.1", "2001:db8::1"]
+    await client.post([event(number, ip=ip) for number, ip in enumerate(good)])
+    await client.post([event(10 + number, ip=ip, tags=[]) for number, ip in enumerate(good)])
+    assert client.mixpanel.summary().events_without_ip == 0
+
+
 @pytest.mark.parametrize(
     ("batch", "query", "answer"),
     [
