@@ -488,6 +488,20 @@ def test_all_properties_of_an_undocumented_type_are_forwarded() -> None:
     assert "none" not in properties
 
 
+@pytest.mark.parametrize("naming", ["seed", "current"])
+@pytest.mark.parametrize("event_type", [OPEN, "users.messages.survey.Response", UNHEARD_OF])
+def test_undocumented_types_are_spelled_as_all_that_came_later(event_type: str, naming: str) -> None:
+    """The device of a landing page is in the column that those of other later types are in, whatever the naming."""
+    by = made(naming=naming, unknown="forward")
+    own = {"device_model": "Pixel 9", "os_version": "16", "content_card_id": "c", "product_id": "p"}
+    properties = properties_of(currents() | {"event_type": event_type, "properties": own}, by=by)
+    expected = {"$device": "Pixel 9", "$os": "16", "card_id": "c", "product_id": "p"}
+    assert {name: properties.get(name) for name in (*own, *expected)} == dict.fromkeys(own) | expected
+    both = {"device_model": "a", "$device": "b"}
+    properties = properties_of(currents() | {"event_type": event_type, "properties": both}, by=by)
+    assert both.items() <= properties.items()
+
+
 @pytest.mark.parametrize("properties", [None, {}])
 def test_an_undocumented_type_may_have_no_properties(properties: Any) -> None:
     """What Braze sends for it isn't known: nothing at all is possible."""

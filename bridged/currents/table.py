@@ -275,7 +275,7 @@ EVENT_TYPES: Final[tuple[EventType, ...]] = (
     _seed("users.messages.email.Open", "Email Open", EMAIL_RESULT, EMAIL_READER, "machine_open send_time"),
     _seed("users.messages.email.Click", "Email Click", EMAIL_RESULT, EMAIL_READER, LINK, BOT_CLICK, "send_time"),
     _seed("users.messages.email.Bounce", "Email Bounce", EMAIL_RESULT, "bounce_reason is_drop sending_ip send_time"),
-    _seed("users.messages.email.SoftBounce", "Email Soft Bounce", EMAIL_RESULT, "bounce_reason sending_ip"),
+    _seed("users.messages.email.SoftBounce", "Email Soft Bounce", EMAIL_RESULT, "bounce_reason sending_ip send_time"),
     _seed("users.messages.email.MarkAsSpam", "Email Mark As Spam", EMAIL_RESULT, "user_agent send_time"),
     _seed("users.messages.email.Unsubscribe", "Email Unsubscribe", EMAIL),
     _later("users.messages.email.Deferral", "Email Deferral",

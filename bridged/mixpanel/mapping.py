@@ -335,12 +335,18 @@ def derived_name(event_type: str) -> str:
 
 
 def open_properties(properties: dict[str, Any]) -> dict[str, Any]:
-    """The properties of an event whose fields aren't documented: all of them, but none that Mixpanel would act upon."""
-    return {
-        f"braze_{name}" if name in RESERVED_PROPERTIES else name: value
-        for name, value in properties.items()
-        if value is not None
-    }
+    """The properties of an event whose fields aren't documented: all of them, but none that Mixpanel would act upon.
+
+    Spelled as those of types that came after the seed page.
+    """
+    return {_open_name(name, properties): value for name, value in properties.items() if value is not None}
+
+
+def _open_name(name: str, beside: Mapping[str, Any]) -> str:
+    spelled = CURRENT_PROPERTY_NAMES.get(name, name)
+    if spelled != name and spelled not in beside:
+        return spelled
+    return f"braze_{name}" if name in RESERVED_PROPERTIES else name
 
 
 def _properties_problem(properties: Mapping[str, Any]) -> str | None:
