@@ -172,7 +172,10 @@ class Events(Section, frozen=True, kw_only=True):
     message_engagement: Annotated[bool, Meta(description="Forward the message engagement events.")] = True
     customer_behavior: Annotated[bool, Meta(description="Forward the customer behaviour events.")] = True
     include: Annotated[
-        tuple[str, ...], Meta(description="Event types forwarded although their group is off (Currents' names).")
+        tuple[str, ...],
+        Meta(
+            description="Event types forwarded although their group is off, or bridged doesn't know them (Currents' names)."
+        ),
     ] = ()
     exclude: Annotated[
         tuple[str, ...], Meta(description="Event types not forwarded although their group is on (Currents' names).")
@@ -192,7 +195,12 @@ class Events(Section, frozen=True, kw_only=True):
     ] = "skip"
     names: Annotated[
         dict[str, str],
-        Meta(description='Mixpanel event name by event type, e.g. "users.messages.sms.CarrierSend" = "SMS Carrier".'),
+        Meta(
+            description=(
+                'Mixpanel event name by event type, e.g. "users.messages.sms.CarrierSend" = "SMS Carrier". '
+                'Of "users.behaviors.CustomEvent" what comes before each event\'s own name, with its blank: "Custom ".'
+            )
+        ),
     ] = {}
     transform: Annotated[
         dict[str, dict[str, Literal["remove", "hash"]]],
