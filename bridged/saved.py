@@ -5,6 +5,7 @@ old one or the new one. One that can't be read is set aside and told of, and the
 secrets, so it is the daemon's alone to read. Nobody should have to edit it; whoever does, finds TOML.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -126,13 +127,25 @@ class Saved:
             self.problem += f"; it was set aside as {aside.name}"
 
     def in_force(self, config: Config, *, complete: bool = True) -> Config:
-        """The configuration with what was saved; without it, if they contradict each other: `problem` says so."""
+        """The configuration with what was saved; without it, if they contradict each other: `problem` says so.
+
+        But with what of [events] is in order: what is left out, removed or hashed there must not leave because something else is
+        wrong.
+        """
         try:
             return applied(config, self.values, complete=complete)
         except ConfigError as error:
             said = " ".join(str(error.args[0]).split())
-            self.problem = f"the settings that were saved on the page are not in force: with the configuration, {said}"
-            return config
+        kept: list[str] = []
+        events = {name: value for name, value in self.values.items() if name.startswith("events.")}
+        for name in (*events, *events):  # twice: one may need another that comes after it
+            if name not in kept:
+                with contextlib.suppress(ConfigError):
+                    config = applied(config, {name: events[name]}, complete=complete)
+                    kept.append(name)
+        what = f"only {', '.join(kept)} {'is' if len(kept) == 1 else 'are'}" if kept else "none is"
+        self.problem = f"of the settings that were saved on the page {what} in force: with the configuration, {said}"
+        return config
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

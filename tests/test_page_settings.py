@@ -206,6 +206,43 @@ def test_what_an_editor_does_to_the_file(tmp_path, change):
     assert (file.values, file.problem) == (found, "")
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"mixpanel.service_account": "robot"},
+        {"events.names": {"users.behaviors.CustomEvent": "Custom"}},
+        {"events.exclude": ["users.messages.fax.Send"]},
+    ],
+)
+async def test_what_the_page_keeps_from_mixpanel_is_kept_whatever_else_was_saved(daemon, client, config, others):
+    """Saved settings that can't be in force, because the configuration has changed or what is allowed, fall away; with them
+    would what was to be left out, removed or hashed, and leave in plain.
+    """
+    rules = {"users.messages.email.Send": {"email_address": "hash"}}
+    found, _ = checked({"events.transform": rules, "mixpanel.naming": "current", **others})
+    settings_ = config()
+    Saved(settings_.spool.path).write(found)
+    app = await daemon()
+    settings_ = app.base
+    assert app.config.events.transform == rules
+    assert (app.config.mixpanel, app.config.delivery) == (settings_.mixpanel, settings_.delivery)
+    assert "only events.transform is in force" in app.saved.problem
+    assert next(iter(others)) in app.saved.problem
+    assert (await put(client, app, remove=list(others)))[0] == 200
+    assert (app.saved.problem, app.config.mixpanel.naming, app.config.events.transform) == ("", "current", rules)
+
+
+async def test_saved_events_that_need_each_other_are_kept_together(config):
+    """A type that bridged doesn't know may be left out only if such types are forwarded: both stay, in whichever order."""
+    wanted = {"events.exclude": ["users.messages.fax.Send"], "events.unknown": "forward"}
+    found, _ = checked({**wanted, "mixpanel.service_account": "robot"})
+    settings_ = config()
+    Saved(settings_.spool.path).write(found)
+    app = App(settings_)
+    assert (app.config.events.exclude, app.config.events.unknown) == (("users.messages.fax.Send",), "forward")
+    assert "only events.unknown, events.exclude are in force" in app.saved.problem
+
+
 async def test_saved_settings_that_contradict_the_configuration(config, tmp_path):
     """The configuration alone is in force, and why is told."""
     (tmp_path / "spool.db.settings.toml").write_text('[mixpanel]\nservice_account = "robot"\n')
