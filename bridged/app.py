@@ -123,12 +123,13 @@ class App:
         self.admin = AdminServer(self, self._listeners.take(config.admin.listen))
         if config.admin.listen:
             await stack.enter_async_context(self.admin)
-        self.stream = StreamSource(
-            options.stream_options(config) if config.mixpanel.export else StreamOptions(listen=()),
-            self.intake,
-            self.spool,
-            self._listeners.take,
-        )
+        stream = options.stream_options(config)
+        if not config.mixpanel.export:
+            # The socket unit may hold this door's sockets all the same: a key names them.
+            for sock in [sock for address in stream.listen for sock in self._listeners.take(address)]:
+                sock.close()
+            stream = StreamOptions(listen=())
+        self.stream = StreamSource(stream, self.intake, self.spool, self._listeners.take)
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
         self.cohorts: CohortSource | None = None

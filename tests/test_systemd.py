@@ -149,8 +149,8 @@ def test_an_instance_is_the_service_with_a_name():
     plain = (ROOT / "systemd/bridged.service").read_text().partition("[Unit]")[2]
     for old, new in (
         ("bridged: Braze", "bridged for %i: Braze"),
-        ("%S/bridged", "%S/bridged/%i"),
-        ("StateDirectory=bridged", "StateDirectory=bridged/%i"),
+        ("%S/bridged", "%S/bridged-%i"),
+        ("StateDirectory=bridged", "StateDirectory=bridged-%i"),
         ("/etc/bridged/config.toml", "/etc/bridged/%i.toml"),
         (":bridged.", ":bridged.%i."),
     ):
@@ -158,6 +158,22 @@ def test_an_instance_is_the_service_with_a_name():
         plain = plain.replace(old, new)
 
     assert (ROOT / "systemd/bridged@.service").read_text().partition("[Unit]")[2] == plain
+
+
+def test_an_instance_has_a_folder_beside_the_services():
+    """Not within it: of a dynamic user `/var/lib/bridged` is a link into a private folder, and nothing can be made below it."""
+    plain, instance = (
+        Unit(ROOT / "systemd" / name).several("StateDirectory") for name in ("bridged.service", "bridged@.service")
+    )
+
+    assert not any("/" in folder for folder in plain + instance)
+    assert plain != [folder.replace("%i", "shop") for folder in instance]
+
+
+def test_the_process_may_be_measured():
+    """The collector of `process_*` reads /proc/stat, and gives nothing at all where the unit hides it."""
+    for name in ("bridged.service", "bridged@.service"):
+        assert Unit(ROOT / "systemd" / name).several("ProcSubset") == ["all"]
 
 
 def test_every_secret_may_be_a_credential():
@@ -392,6 +408,26 @@ async def test_a_socket_that_no_key_names(manager):
     assert await asyncio.wait_for(manager.process.wait(), 20 * SLOW) == 78
     assert f"127.0.0.1:{manager.ports['http']}" in manager.log()
     assert "Traceback" not in manager.log()
+
+
+async def test_cohorts_only_with_the_sockets_of_everything(manager):
+    """The socket unit as it is shipped holds the stream door, too: it is named by its key, and closed like the door."""
+    manager.settings |= {
+        "mixpanel__export": "false",
+        "cohorts__enabled": "true",
+        "cohorts__password": "webhook-password",
+        "cohorts__path": str(manager.folder / "cohorts.db"),
+        "braze__url": "http://127.0.0.1:9",
+        "braze__rest_key": "rest-key-of-tests",
+    }
+    await manager.start()
+    await manager.hears("READY=1")
+    await manager.stop()
+
+    manager.settings["sources__stream__listen"] = "[]"
+    await manager.start()
+    assert await asyncio.wait_for(manager.process.wait(), 20 * SLOW) == 78
+    assert f"127.0.0.1:{manager.ports['stream']}" in manager.log()
 
 
 def test_sockets_are_known_by_their_address(tmp_path):
