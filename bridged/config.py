@@ -351,8 +351,9 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _twice(http.listen, admin.listen, *stream.listen)
     if config.delivery.max_batch_bytes < 2**20 or config.delivery.max_batch_bytes > 10_485_760:
         yield "delivery.max_batch_bytes: between 1MiB (the largest single event) and 10MiB"
-    if stream.max_line < 1024:
-        yield "sources.stream.max_line: at least 1KiB"
+    for name, size in (("sources.http.max_body", http.max_body), ("sources.stream.max_line", stream.max_line)):
+        if size < 1024:
+            yield f"{name}: at least 1KiB"
     if http.max_in_flight < 1.5 * http.max_body:
         yield "sources.http.max_in_flight: at least one and a half times sources.http.max_body"
     if stream.max_unfinished < 2 * stream.max_line:
@@ -360,9 +361,10 @@ def _problems(config: Config) -> Iterator[str]:
     for name, door in (("sources.http", http), ("sources.stream", stream)):
         if bool(door.tls_cert) != bool(door.tls_key):
             yield f"{name}: tls_cert and tls_key go together"
-    for name, length in (("timeout", config.delivery.timeout), ("probe_interval", config.delivery.probe_interval)):
-        if length <= 0:
-            yield f"delivery.{name}: more than 0s"
+    for name, waiting in (("delivery", config.delivery), ("braze", config.braze)):
+        for key, length in (("timeout", waiting.timeout), ("probe_interval", waiting.probe_interval)):
+            if length <= 0:
+                yield f"{name}.{key}: more than 0s"
     if Path(config.spool.path).name == "":
         yield f"spool.path: expected a file, got {config.spool.path!r}"
     if config.spool.max_bytes < 16 * 2**20:

@@ -42,6 +42,8 @@ def test_a_profile_demands_only_its_own_credentials(environ: dict[str, str], pag
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": "$x"}, "cohorts.attribute"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__PATH": "./spool.db"}, "the same file"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__MAX_BYTES": "1MiB"}, "at least 16MiB"),
+        (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__TIMEOUT": "0"}, "braze.timeout: more than 0s"),
+        (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__PROBE_INTERVAL": "0s"}, "braze.probe_interval: more than 0s"),
         (
             COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__PASSWORD": "", "BRIDGED__SOURCES__HTTP__LISTEN": "0.0.0.0:80"},
             "set cohorts.password",
