@@ -29,6 +29,9 @@ WITH_SYSTEMD: Final = (
 )
 
 
+_PLACES: Final = (Path("config.toml"), Path("/etc/bridged/config.toml"))
+
+
 class Key(NamedTuple):
     """One key of the configuration: where it stands, its struct type, its default and what it is for."""
 
@@ -64,7 +67,15 @@ def find_config(flag: str | None) -> Path | None:
     """`--config`, else $BRIDGED_CONFIG, else ./config.toml, else /etc/bridged/config.toml, else none at all."""
     if flag or os.environ.get("BRIDGED_CONFIG"):
         return Path(flag or os.environ["BRIDGED_CONFIG"])
-    return next((p for p in (Path("config.toml"), Path("/etc/bridged/config.toml")) if p.exists()), None)
+    return next(filter(_may_be_there, _PLACES), None)
+
+
+def _may_be_there(path: Path) -> bool:
+    """Also if its folder is not for us to enter: who reads it is told."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
 
 
 def load(
@@ -84,15 +95,18 @@ def load(
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a mark
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"can't read the configuration {path}: {error}") from error
+            hint = "run this as root, or as who may read it" if isinstance(error, PermissionError) else ""
+            raise ConfigError(f"can't read the configuration {path}: {error}", hint) from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _apply_environment(raw, environ)
     try:
         config = convert(raw)
     except msgspec.ValidationError as error:
-        raise _explained(where, error) from error
+        raise _explained(where, error, environ) from error
     config = _with_secrets(config, environ, secrets)
+    if path and any(name.startswith("BRIDGED__") for name in environ):
+        where += " and the environment"
     hint = "" if "CREDENTIALS_DIRECTORY" in environ else WITH_SYSTEMD
     demand_good(config, where, complete=secrets is SECRETS, about_secrets=hint)
     return config
@@ -134,8 +148,8 @@ def _convert(kind: type, value: object) -> object:
     raise NotImplementedError(kind)
 
 
-def _explained(where: str, error: msgspec.ValidationError) -> ConfigError:
-    """Turns msgspec's path (`$.mixpanel`) into the file's own terms (`[mixpanel]`)."""
+def _explained(where: str, error: msgspec.ValidationError, environ: Mapping[str, str]) -> ConfigError:
+    """Turns msgspec's path (`$.mixpanel`) into the file's own terms (`[mixpanel]`); a variable goes by its name."""
     message, _, at = str(error).partition(" - at `$")
     place = at.rstrip("`").lstrip(".")
     within = place.partition("[")[0]  # the key, without what msgspec says of a place in its value
@@ -149,6 +163,8 @@ def _explained(where: str, error: msgspec.ValidationError) -> ConfigError:
         return ConfigError(f"{where}: {f'[{place}]' if place else 'the top level'} has no key {unknown[1]!r}", hint)
     hint = ""
     key = next((key for key in keys() if ".".join(key.path) == within), None)
+    if key is not None and _variable(key) in environ:
+        where = f"the environment variable {_variable(key)}"
     if key is not None and (get_origin(key.type) is Literal or message.startswith("Invalid enum value")):
         hint = "one of: " + ", ".join(choices(key.type))
     elif place == "events.names[...]" and message.endswith("got `object`"):
@@ -163,9 +179,13 @@ def choices(kind: Any) -> tuple[str, ...]:
     return next(filter(None, map(choices, get_args(kind))), ())
 
 
+def _variable(key: Key) -> str:
+    return "__".join(("BRIDGED", *key.path)).upper()
+
+
 def _apply_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     """Puts `BRIDGED__SECTION__KEY` values into `raw`: text as it is, other types as TOML writes them."""
-    by_name = {"__".join(("BRIDGED", *key.path)).upper(): key for key in keys()}
+    by_name = {_variable(key): key for key in keys()}
     by_words = {re.sub("_+", "_", name): name for name in by_name}
     for name, value in environ.items():
         if not name.startswith("BRIDGED__"):
@@ -223,13 +243,16 @@ def _with_secrets(config: Config, environ: Mapping[str, str], wanted: Iterable[t
         credential = (
             Path(environ["CREDENTIALS_DIRECTORY"], "_".join(path)) if "CREDENTIALS_DIRECTORY" in environ else None
         )
-        source = Path(file) if file else credential if credential and credential.exists() else None
+        source = Path(file) if file else credential if credential and _may_be_there(credential) else None
         if source is None:
             continue
         try:
             secret = source.read_text(encoding="utf-8-sig").strip()  # as for the configuration: a mark of Windows
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"can't read {'.'.join(path)} from {source}: {error}") from error
+            # Read by root, it passes `check`; the unit's service is another user.
+            hint = f"for the systemd unit put it into /etc/credstore/bridged.{'_'.join(path)} instead"
+            denied = isinstance(error, PermissionError)
+            raise ConfigError(f"can't read {'.'.join(path)} from {source}: {error}", hint if denied else "") from error
         if not secret:
             raise ConfigError(f"can't read {'.'.join(path)} from {source}: it is empty")
         if problem := secret_problem(secret, path):

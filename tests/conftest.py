@@ -57,6 +57,20 @@ def _ports() -> Iterator[int]:
 _PORTS = _ports()
 
 
+@pytest.fixture
+def an_ordinary_user(tmp_path: Path) -> Iterator[None]:
+    """Who may not enter `tmp_path`, whoever runs the tests."""
+    tmp_path.chmod(0)
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+        tmp_path.chmod(0o700)
+
+
 def free_port() -> int:
     """A port that nobody listens at."""
     while True:

@@ -216,6 +216,15 @@ def test_a_section_that_is_none_is_told(tmp_path: Path) -> None:
     assert "mixpanel" in complaint(written(tmp_path, "mixpanel = 5", token=False), mixpanel__region="eu")
 
 
+def test_a_bad_variable_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    """Who looks for it in the file finds another value there, or none."""
+    path = written(tmp_path, "spool.max_bytes = '10GiB'")
+    said = complaint(path, spool__max_bytes="10 gigs")
+    assert "BRIDGED__SPOOL__MAX_BYTES" in said
+    assert str(path) not in said
+    assert f"{path} and the environment: spool.max_bytes: at least" in complaint(path, spool__max_bytes="1MiB")
+
+
 def test_every_key_has_its_variable() -> None:
     """All keys of config.toml can be set by the environment, to what config.toml says."""
     environ = {}
@@ -458,6 +467,26 @@ def test_where_the_configuration_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(os.environ, "BRIDGED_CONFIG", "/elsewhere.toml")
     assert find_config(None) == Path("/elsewhere.toml")
     assert find_config("flag.toml") == Path("flag.toml")
+
+
+def test_what_may_not_be_looked_at_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, an_ordinary_user: None
+) -> None:
+    """A folder of root's: whether the file is there can't be known, so it is told as one that can't be read."""
+    monkeypatch.setattr("bridged.config._PLACES", (tmp_path / "config.toml",))
+    assert find_config(None) == tmp_path / "config.toml"
+    said = complaint(find_config(None))
+    assert str(tmp_path / "config.toml") in said
+    assert "hint: run this as root, or as who may read it" in said
+    with pytest.raises(ConfigError, match=f"can't read admin.token from {tmp_path}"):
+        load(None, {"CREDENTIALS_DIRECTORY": str(tmp_path)}, secrets=[("admin", "token")])
+
+
+def test_a_secret_that_is_roots_alone_says_where_the_service_finds_it(tmp_path: Path, an_ordinary_user: None) -> None:
+    """`check` as root reads it, the service doesn't: its hint is systemd's way."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, TOKEN | {"BRIDGED__ADMIN__TOKEN_FILE": str(tmp_path / "secret")})
+    assert "/etc/credstore/bridged.admin_token" in str(caught.value)
 
 
 def test_the_default_is_a_configuration_but_for_its_credential(tmp_path: Path) -> None:

@@ -156,6 +156,10 @@ LONGER = {
     ),
     "sources/http_connections.py": (530, "the same for the HTTP door"),
     "delivery/delivery.py": (515, "one dispatcher: the ways on for each verdict read best side by side"),
+    "config.py": (
+        515,
+        "reading, checking and writing: how a key is spelled, and what is said of it, is known in one place",
+    ),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "cohorts/membership.py": (490, "one owner, as the spool: opening, the writer and its transactions belong together"),
     "backlog/spool.py": (
