@@ -18,6 +18,8 @@ Anything else that escapes is a bug: the process ends and systemd restarts it.
 """
 
 import errno
+import os
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -83,6 +85,17 @@ _LISTEN_HINTS = {
     errno.EACCES: "not permitted to this user: choose a port above 1023, a folder that is writable, or systemd's socket",
     errno.ENOENT: "the folder isn't there: make it, or choose another",
 }
+
+
+def whose(error: Exception, path: Path, otherwise: str) -> str:
+    """The hint for a file of ours that can't be opened: in our own folder, and not for us, it is somebody else's."""
+    folder = path.parent
+    try:
+        ours = isinstance(error, PermissionError) and folder.stat().st_uid == os.geteuid()
+    except OSError:
+        return otherwise
+    said = "was it made by another user, such as root with `bridged run`, or copied? stop the daemon, then:"
+    return f"{said} chown -R --reference={folder} {folder}" if ours else otherwise
 
 
 class UpstreamError(BridgedError):

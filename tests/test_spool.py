@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import NAMES, SLOW, until
@@ -14,6 +16,7 @@ from bridged.backlog import company
 from bridged.backlog import spool as spool_module
 from bridged.backlog.segment import Batch, lines
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Settlement, Spool, SpoolOptions
+from bridged.cohorts.membership import Membership, MembershipOptions
 from bridged.errors import SpoolError, SpoolFull
 
 OPEN, SEND = 3, 5  # any two event types
@@ -747,3 +750,29 @@ async def test_an_abandoned_future_disturbs_nobody(spool, tmp_path):
     await spool.append(Intaken([batch("b")]))
 
     assert await stored(spool) == ["a", "b"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+@pytest.mark.parametrize("theirs", ["spool.db.lock", "spool.db", "cohorts.db.lock"])
+async def test_files_of_another_user_are_told_with_what_to_do(theirs):
+    """A service after `bridged run` by root's hand: its folder is its own, and a file in it isn't. Elsewhere it is the folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / theirs).touch(0o600)
+        os.chown(folder, 65534, 65534)
+        opened = (
+            Spool(SpoolOptions(path=str(folder / "spool.db")), NAMES)
+            if theirs.startswith("spool")
+            else Membership(MembershipOptions(path=str(folder / "cohorts.db")))
+        )
+        elsewhere = Spool(SpoolOptions(path="/root/nowhere/spool.db"), NAMES)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(SpoolError) as caught:
+                await opened.__aenter__()
+            with pytest.raises(SpoolError, match="hint: is the folder there, and writable"):
+                await elsewhere.__aenter__()
+        finally:
+            os.seteuid(0)
+
+    assert f"chown -R --reference={folder} {folder}" in caught.value.hint

@@ -28,7 +28,7 @@ from bridged.backlog.pages import Pages, Row
 from bridged.backlog.reserve import room_to_open
 from bridged.backlog.segment import Segment
 from bridged.backlog.tables import MIGRATIONS, PAGE_BYTES, SEGMENT_COLUMNS
-from bridged.errors import SpoolError
+from bridged.errors import SpoolError, whose
 
 log = structlog.get_logger()
 
@@ -74,7 +74,7 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
             _set_wal_aside(path, pages)
             pages = Pages(path)
     except OSError as error:
-        raise SpoolError(f"can't open the spool {path}: {error}", "is it readable?") from error
+        raise SpoolError(f"can't open the spool {path}: {error}", whose(error, path, "is it readable?")) from error
     with contextlib.closing(pages):
         found = Found()
         if pages.wal.torn:

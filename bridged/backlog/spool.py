@@ -34,7 +34,7 @@ from bridged.backlog.reserve import Reserve, reserve_of, within_file_limit
 from bridged.backlog.segment import Batch, Packer, Segment, cut
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
-from bridged.errors import SpoolError, SpoolFull
+from bridged.errors import SpoolError, SpoolFull, whose
 from bridged.presence import Presence
 
 __all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "SpoolOptions", "Stage"]
@@ -127,7 +127,8 @@ class Spool:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise SpoolError(f"can't open the spool {path}: {error}", "is the folder there, and writable?") from error
+            hint = whose(error, path, "is the folder there, and writable?")
+            raise SpoolError(f"can't open the spool {path}: {error}", hint) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -168,7 +169,8 @@ class Spool:
             self._reserve = Reserve(path, self._options.max_bytes)
             self._db = await aiosqlite.connect(path, isolation_level=None, cached_statements=64)
         except (OSError, sqlite3.Error) as error:
-            raise SpoolError(f"can't open the spool {path}: {error}", "is it a file, and writable?") from error
+            hint = whose(error, path, "is it a file, and writable?")
+            raise SpoolError(f"can't open the spool {path}: {error}", hint) from error
         try:
             await self.run(self._prepare)
             self._presence = Presence(path, SpoolError)

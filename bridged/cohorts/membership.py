@@ -27,7 +27,7 @@ from bridged.cohorts import looking, merging, tables, taking
 from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refusal
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
-from bridged.errors import MembershipDamaged, MembershipError
+from bridged.errors import MembershipDamaged, MembershipError, whose
 from bridged.presence import Presence
 
 log = structlog.get_logger()
@@ -97,7 +97,8 @@ class Membership:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise MembershipError(f"can't open the cohorts' file {path}: {error}", "see cohorts.path") from error
+            hint = whose(error, path, "see cohorts.path")
+            raise MembershipError(f"can't open the cohorts' file {path}: {error}", hint) from error
         try:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,7 +118,8 @@ class Membership:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
             self._db = await aiosqlite.connect(path, isolation_level=None, cached_statements=128)
         except (OSError, sqlite3.Error) as error:
-            raise MembershipError(f"can't open the cohorts' file {path}: {error}", "see cohorts.path") from error
+            hint = whose(error, path, "see cohorts.path")
+            raise MembershipError(f"can't open the cohorts' file {path}: {error}", hint) from error
         try:
             await self.run(self._prepare)
             self._presence = Presence(path, MembershipDamaged)
