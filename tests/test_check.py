@@ -61,14 +61,30 @@ async def test_another_region(bridged, config, emulator, monkeypatch):  # noqa: 
         ({"retention__archive_path": "/dev/null"}, "retention.archive_path: /dev/null is no folder"),
         ({"retention__archive_path": "/dev/null/archive"}, "retention.archive_path: /dev/null is no folder"),
         ({"braze__url": "", "braze__cluster": "EU01"}, "braze.cluster: 'EU01' is no cluster of Braze's"),
+        ({"spool__path": "/dev/null/spool.db"}, "spool.path: /dev/null is no folder"),
+        ({"cohorts__path": "/dev/null/c/cohorts.db"}, "cohorts.path: /dev/null is no folder"),
+        ({"sources__stream__listen": '["unix:nowhere/s.sock"]'}, "sources.stream.listen: the folder of nowhere/s.sock"),
+        (
+            {"sources__http__tls_cert": "no.pem", "sources__http__tls_key": "no.pem"},
+            "[sources.http] tls_cert = 'no.pem'",
+        ),
+        ({"admin__tls_cert": "/dev/null", "admin__tls_key": "/dev/null"}, "[admin] tls_cert = '/dev/null'"),
     ],
 )
 async def test_what_cannot_work_is_never_called_good(bridged, config, importing, overrides, word):  # noqa: F811  # the fixture
-    """A cluster that Braze doesn't have, and an archive that can't be a folder: told before anything is summed up."""
+    """What `run` would end with, or delivery stumble over, is told before anything is summed up."""
     code, out, err = await bridged(_Configured(config(**importing | overrides)), "check")
 
     assert (code, out) == (78, "")
     assert word in err
+
+
+async def test_files_that_only_the_service_has_are_taken_on_trust(bridged, config):  # noqa: F811  # the fixture
+    """systemd's copies of a certificate are there while the service runs, and `check` comes before its first start."""
+    files = {f"sources__http__tls_{name}": f"/run/credentials/bridged.service/tls_{name}" for name in ("cert", "key")}
+    code, _, err = await bridged(_Configured(config(**files)), "check")
+
+    assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from bridged.mixpanel.mapping import mixpanel_name, selected
 from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.saved import read_for
 from bridged.settings import Config
+from bridged.sources.tls import server_context
 
 EPILOG = """\
 exit codes: 0 good, 78 the configuration is bad, 69 Mixpanel or Braze can't be reached or refuses us (--online)
@@ -69,14 +70,44 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _problems(settings: Config) -> Iterator[str]:
-    """What can't work, although the daemon would start with it."""
+    """What can't work, or would end the start, besides what is wrong with a key."""
     yield from check_braze.problems(settings)
+    yield from _missing_places(settings)
+
+
+def _missing_places(settings: Config) -> Iterator[str]:
+    """Folders that can't be had, and certificates that can't be used: `run` would end with them."""
+    folders = {"spool.path": Path(settings.spool.path).parent}
     if settings.mixpanel.export and settings.retention.on_expiry == "archive":
-        # The folder is made when it is needed, with those above it.
-        path = Path(settings.retention.archive_path).absolute()
+        folders["retention.archive_path"] = Path(settings.retention.archive_path)
+    if settings.cohorts.enabled:
+        folders["cohorts.path"] = Path(settings.cohorts.path).parent
+    for key, folder in folders.items():
+        # It is made when it is needed, with those above it.
+        path = folder.absolute()
         there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
-        if not there.is_dir():
-            yield f"retention.archive_path: {there} is no folder"
+        if not _may_be_folder(there):
+            yield f"{key}: {there} is no folder"
+    http, stream, admin = settings.sources.http, settings.sources.stream, settings.admin
+    for address in stream.listen if settings.mixpanel.export else ():
+        kind, _, socket = address.partition(":")
+        if kind == "unix" and not _may_be_folder(Path(socket).parent):
+            yield f"sources.stream.listen: the folder of {socket} isn't there"
+    for section, door in (("sources.http", http), ("sources.stream", stream), ("admin", admin)):
+        # systemd's are there only while the service runs.
+        if door.listen and not door.tls_cert.startswith("/run/credentials/"):
+            try:
+                server_context(section, door.tls_cert, door.tls_key)
+            except ConfigError as error:
+                yield str(error.args[0])
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Whether it is one, or we may not look: the daemon may be another user's."""
+    try:
+        return path.is_dir()
+    except PermissionError:
+        return True
 
 
 def _summary(settings: Config) -> Iterator[list[str]]:
