@@ -80,7 +80,7 @@ async def test_what_cannot_work_is_never_called_good(bridged, config, importing,
 
 
 async def test_files_that_only_the_service_has_are_taken_on_trust(bridged, config):  # noqa: F811  # the fixture
-    """systemd's copies of a certificate are there while the service runs, and `check` comes before its first start."""
+    """Copies of a certificate that systemd makes are there while the service runs, and `check` comes before its first start."""
     files = {f"sources__http__tls_{name}": f"/run/credentials/bridged.service/tls_{name}" for name in ("cert", "key")}
     code, _, err = await bridged(_Configured(config(**files)), "check")
 
