@@ -64,6 +64,8 @@ exit codes: 0 done, 1 failed, 2 usage, 69 Mixpanel or the daemon can't be reache
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code: 0, 1 failure, 2 usage, 69 upstream, 74 I/O, 78 configuration."""
     _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no letter is a reason to fail
     given = list(sys.argv[1:] if argv is None else argv)
     # argparse allows a command's options to be spelled only after it, so the first word names it.
     wanted = next((word for word in given if not word.startswith("-")), "")

@@ -173,6 +173,8 @@ def test_what_is_no_file_of_events(tmp_path):
     for name, words in (("pipe", "is no file"), ("empty", "holds no file of events"), ("gone", "doesn't exist")):
         with pytest.raises(SpoolError, match=words):
             currents_files.found([tmp_path / name])
+    with pytest.raises(SpoolError, match="name too long"):  # as one in a folder that may not be entered
+        currents_files.found([tmp_path / ("x" * 300)])
     packed = tmp_path / "events.ndjson.zst"
     packed.write_bytes(b"\x28\xb5\x2f\xfd....")
     with pytest.raises(SpoolError, match="zstd -d"):
@@ -413,6 +415,11 @@ async def test_refusals_name_the_way_out(backfill, daemon, tmp_path, monkeypatch
 
     code, _, err = await backfill(app, "--to", "unix:/nowhere.sock", path)
     assert (code, "is the daemon running?" in err) == (69, True)
+    for to in ("tcp:8482", "tcp:localhost", "tcp:127.0.0.1:99999"):
+        code, _, err = await backfill(app, "--to", to, path)
+        assert code == 78
+        assert f"--to '{to}' is no address" in err
+        assert "hint: tcp:HOST:PORT" in err
     code, _, err = await backfill(app, "--to", "udp:1", path)
     assert (code, "is no address" in err) == (78, True)
     code, _, err = await backfill(app, "--state", "/proc/nowhere", path)

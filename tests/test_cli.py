@@ -139,6 +139,32 @@ def test_a_closed_pipe_is_no_error():
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("argv", [["dead-letters", "purge", "1"], ["cohorts", "forget", "777"]])
+def test_ctrl_d_is_a_no(argv):
+    """The end of the input where somebody is asked: nothing is done, nobody sees a traceback."""
+    ours, theirs = os.openpty()
+    with open(theirs, "rb") as terminal:  # noqa: PTH123  # by its number
+        os.write(ours, b"\x04")
+        env = {"PYTHONPATH": str(ROOT), "BRIDGED__MIXPANEL__TOKEN": "example-token"}
+        command = [sys.executable, "-m", "bridged", *argv]
+        result = subprocess.run(
+            command, stdin=terminal, env=env, capture_output=True, text=True, timeout=60, check=False
+        )
+    os.close(ours)
+
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.endswith(("nothing was deleted\n", "nothing was changed\n"))
+
+
+def test_a_terminal_without_the_letters_gets_their_numbers(tmp_path):
+    """What Mixpanel or a file name says has letters of all kinds; an output that takes only ASCII is no reason to fail."""
+    (tmp_path / "grüße.toml").write_text("[mixpanel]\ntoken = 'example-token'\n")
+    result = process("check", "--config", str(tmp_path / "grüße.toml"), PYTHONIOENCODING="ascii")
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "gr\\xfc\\xdfe.toml: good" in result.stdout
+
+
 @pytest.mark.parametrize("command", ["run", "check", "config", "status", "send-test-events"])
 def test_bad_configuration_is_78(tmp_path, command):
     """A typo in the configuration is exit code 78 for every command, and the message names file, key and remedy."""

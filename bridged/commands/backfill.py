@@ -346,6 +346,10 @@ def _connector(settings: Config, to: str | None) -> Callable[[], socket.socket]:
     if not to and not stream.listen:
         raise ConfigError("sources.stream.listen is empty: a backfill goes through the stream door", "open it")
     kind, _, address = (to or stream.listen[0]).partition(":")
+    try:
+        host, port = split_address(address) if kind == "tcp" else (address, 0)
+    except ValueError:
+        kind = ""
     if kind not in ("tcp", "unix") or not address:
         raise ConfigError(f"--to {to!r} is no address", "tcp:HOST:PORT or unix:PATH")
 
@@ -360,7 +364,6 @@ def _connector(settings: Config, to: str | None) -> Callable[[], socket.socket]:
 
     if kind == "unix":
         return unix
-    host, port = split_address(address)
     context: ssl.SSLContext | None = None
     if stream.tls_cert:
         context = this_certificate(stream.tls_cert, "sources.stream.tls_cert")

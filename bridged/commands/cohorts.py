@@ -12,7 +12,7 @@ from bridged.admin.cohorts import MAX_LISTED, MAX_POINTS, Overview, Refusals
 from bridged.cohorts.records import CohortDetail, CohortRow, Plan, Refusal, RoundRow
 from bridged.commands.client import Daemon
 from bridged.commands.dead_letters import UsageError
-from bridged.commands.printing import printable, table
+from bridged.commands.printing import agreed, printable, table
 
 EPILOG = """\
 examples:
@@ -149,7 +149,7 @@ def _forget(daemon: Daemon, arguments: argparse.Namespace) -> int:
         what = f"takes all members out of cohort {arguments.cohort} in Braze"
         if not sys.stdin.isatty():
             raise UsageError(f"forget {what}", "say --yes if that is what you want")
-        if input(printable(f"This {what}. Go on? [y/N] ")).strip().lower() != "y":
+        if not agreed(f"This {what}. Go on?"):
             print("nothing was changed")
             return 1
     answer = daemon.order("/api/cohorts/forget", {"cohort": arguments.cohort}, dict[str, int])

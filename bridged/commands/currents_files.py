@@ -45,21 +45,27 @@ def found(paths: Iterable[Path]) -> list[Path]:
     """The files, and those below the folders, by name. Raises SpoolError for what isn't there, before anything is sent."""
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
-            if not below:
-                raise SpoolError(f"{path} holds no file of events", f"their names end in {', '.join(SUFFIXES)}")
-            files += below
-        elif path.is_file():
-            files.append(path)
-        else:
-            what = "is no file" if path.exists() else "doesn't exist"
-            raise SpoolError(f"{path} {what}", "only what can be read twice can be resumed: no pipes")
+        try:
+            files += _at(path)
+        except OSError as error:
+            raise SpoolError(f"can't read {path}: {error}", "may you enter its folder?") from error
     for path in files:
         real = path.resolve()
         if any(real.is_relative_to(place) for place in _NOT_FILES) or not real.is_file():
             raise SpoolError(f"{path} has no place of its own: it is {real}", "give it as a file in a folder of yours")
     return list(dict.fromkeys(files))
+
+
+def _at(path: Path) -> list[Path]:
+    if path.is_dir():
+        below = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        if not below:
+            raise SpoolError(f"{path} holds no file of events", f"their names end in {', '.join(SUFFIXES)}")
+        return below
+    if not path.is_file():
+        what = "is no file" if path.exists() else "doesn't exist"
+        raise SpoolError(f"{path} {what}", "only what can be read twice can be resumed: no pipes")
+    return [path]
 
 
 def lines(path: Path, max_line: int) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from typing import Any
 from bridged.admin.api import Listing
 from bridged.backlog.dead_letters import MAX_ID, MAX_LISTED, Group, Replayed
 from bridged.commands.client import Daemon
-from bridged.commands.printing import printable, table
+from bridged.commands.printing import agreed, printable, table
 from bridged.durable import settle_file
 from bridged.errors import BridgedError
 
@@ -190,7 +190,7 @@ def _purge(daemon: Daemon, arguments: argparse.Namespace) -> int:
         what = "ALL dead letters" if arguments.all else some
         if not sys.stdin.isatty():
             raise UsageError(f"purge deletes {what} for good", "say --yes if that is what you want")
-        if input(f"Delete {what} for good? [y/N] ").strip().lower() != "y":
+        if not agreed(f"Delete {what} for good?"):
             print("nothing was deleted")
             return 1
     purged = daemon.order("/api/dead-letters/purge", order, dict[str, int])["purged"]

@@ -8,6 +8,15 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
 
 
+def agreed(question: str) -> bool:
+    """Whether somebody at the terminal says y; the end of the input is a no."""
+    try:
+        return input(f"{printable(question)} [y/N] ").strip().lower() == "y"
+    except EOFError:
+        print()
+        return False
+
+
 def table(rows: Iterable[Sequence[object]], *, right: Iterable[int] = (), indent: str = "  ") -> str:
     """Rows as aligned columns; the columns in `right` hold numbers."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else printable(cell) for cell in row] for row in rows]
