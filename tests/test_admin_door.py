@@ -14,6 +14,7 @@ import trustme
 from conftest import SLOW, balanced, currents, free_port, until
 
 from bench import restart
+from bridged import cli
 from bridged.admin import server
 from bridged.commands.client import Daemon
 from bridged.config import default_toml, load
@@ -290,8 +291,27 @@ async def test_commands_take_no_other_certificate(daemon, certificate, tmp_path)
     commands = Daemon.admin(app.config)
     certificate()
 
-    with pytest.raises(UpstreamError, match="CERTIFICATE_VERIFY_FAILED"):
+    with pytest.raises(UpstreamError, match="CERTIFICATE_VERIFY_FAILED") as caught:
         await asyncio.to_thread(commands.ask, "/api/status", dict)
+    assert "another certificate than [admin] tls_cert" in str(caught.value)
+    assert "have the daemon read it" in caught.value.hint
+
+
+async def test_test_events_go_to_a_door_with_tls(daemon, certificate, tmp_path):
+    """The HTTP door's own certificate is asked for, and its own key is named when it can't be read."""
+    certificate()
+    door = {f"sources__http__tls_{name}": str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
+    app = await daemon(**door)
+    address = app.config.sources.http.listen
+    settings = tmp_path / "test.toml"
+    settings.write_text(
+        f"[sources.http]\nlisten = '{address}'\ntls_cert = '{tmp_path}/cert.pem'\ntls_key = '{tmp_path}/key.pem'\n"
+        f"bearer_token = '{app.config.sources.http.bearer_token}'\n[spool]\npath = '{tmp_path}/other.db'\n"
+    )
+    send = ["send-test-events", "--config", str(settings), "--types", "users.behaviors.CustomEvent"]
+    assert await asyncio.to_thread(cli.main, send) == 0
+    settings.write_text(settings.read_text().replace("cert.pem", "gone.pem"))
+    assert await asyncio.to_thread(cli.main, send) == 78
 
 
 async def test_a_renewed_certificate_is_taken_over(daemon, certificate, tmp_path):

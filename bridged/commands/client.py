@@ -100,7 +100,7 @@ class Daemon:
     def _connection(self, timeout_s: float | None) -> http.client.HTTPConnection:
         if not self._tls_cert:
             return http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
-        context = this_certificate(self._tls_cert, "admin.tls_cert")
+        context = this_certificate(self._tls_cert, self._name.replace("listen", "tls_cert"))
         return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=context)
 
     def _send(
@@ -142,6 +142,12 @@ class Daemon:
         return BridgedError(message, str(said.get("hint", "")))
 
     def _silent(self, error: Exception) -> UpstreamError:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            key = self._name.replace("listen", "tls_cert")
+            return UpstreamError(
+                f"what answers at {self._host}:{self._port} shows another certificate than {key}: {error}",
+                "if the file was renewed, have the daemon read it: SIGHUP, or under systemd `systemctl restart bridged`",
+            )
         return UpstreamError(
             f"no daemon answers at {self._host}:{self._port} ({self._name}): {error}",
             "is it running? start it with `bridged run`, and give both the same --config",

@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError("sources.http.listen is empty: test events go through the HTTP door", "open it")
     now_s, rng = int(time.time()), random.Random()
     events = [example_event(row, rng, now_s) for row in rows]
-    door = Daemon(http.listen, http.bearer_token, "[sources.http] listen")
+    door = Daemon(http.listen, http.bearer_token, "[sources.http] listen", http.tls_cert)
     answer = door.call("POST", PATH, {"events": events})
     if answer.status != 200:
         hint = ANOTHER_TOKEN if answer.status == 401 else "see `bridged status`"
