@@ -58,6 +58,18 @@ def test_nothing_is_wrong():
     assert clock.told == []
 
 
+@pytest.mark.parametrize(("drops", "words"), [(False, "`bridged replay` sends what"), (True, "dropped for good")])
+def test_what_became_of_expired_events(drops, words):
+    """With on_expiry = drop there is no archive, and nothing to be replayed: nobody shall look for it."""
+    clock = Clock()
+    clock.run(10, halted=True)
+    clock.run(10, halted=True, expired=7, drops=drops)
+    text = next(each.text for each in clock.alarms.open if each.alarm == "expired")
+
+    assert words in text
+    assert ("replay" in text) is not drops
+
+
 def test_the_way_of_an_expired_credential():
     """At the first refusal, at 50 % and 90 % of the time, at the first expiry, and once when it is over; nothing twice."""
     clock, max_age_s = Clock(), 100.0

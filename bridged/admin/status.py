@@ -206,6 +206,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
         oldest_age_s=age_s,
         max_age_s=float(config.retention.max_age),
         expires=config.retention.on_expiry != "keep",
+        drops=config.retention.on_expiry == "drop",
         archive_problem=delivery.archived_in_vain,
         undelivered_s=undelivered_s,
         undelivered_after_s=float(config.alerts.undelivered),

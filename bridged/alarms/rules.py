@@ -41,6 +41,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     oldest_age_s: float | None = None
     max_age_s: float = 48 * 3600.0
     expires: bool = True  # retention.on_expiry is not keep
+    drops: bool = False  # it is drop
     archive_problem: str = ""  # why expired events can't be archived
     undelivered_s: float = 0.0  # how long events have waited without one success
     undelivered_after_s: float = 600.0  # from then on it is an alarm
@@ -243,7 +244,8 @@ RULES: Final = (
         says=lambda facts, memory: _said(memory.grew["expired"] > 0, good=not facts.halted),
         text=lambda facts, memory: (
             f"Events have begun to expire: {memory.expired:,} so far, older than retention.max_age "
-            f"({_duration(facts.max_age_s)}). `bridged replay` sends what was archived. {facts.halt_reason}"
+            f"({_duration(facts.max_age_s)}). "
+            f"{'They are dropped for good' if facts.drops else '`bridged replay` sends what was archived'}. {facts.halt_reason}"
             if memory.expired
             else ""
         ),
