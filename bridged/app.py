@@ -81,6 +81,7 @@ class App:
         self.cohort_writer: CohortWriter | None = None
         self.cohorts_problem = ""  # why cohorts are enabled and yet not imported
         self._importing: CohortImport | None = None
+        self._drain: asyncio.Task[None] | None = None  # the end has begun
         self._listeners = listeners or Listeners([])
         self._exit = contextlib.AsyncExitStack()
 
@@ -114,6 +115,7 @@ class App:
         stack.push_async_callback(self._stop_delivering)
         if config.cohorts.enabled:
             await self._open_cohorts(stack, config)
+            stack.callback(self._begin_drain)  # before the cohorts', so that one grace does for both
         self.mapping = EventMapping(EVENT_TYPES, options.mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(options.hook(config)))
@@ -188,13 +190,17 @@ class App:
         except OSError as error:
             log.error("settings_lost", file=str(self.saved.path), keys=sorted(self.saved.values), error=str(error))
 
-    async def _stop_delivering(self) -> None:
+    def _begin_drain(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
-        if not self._delivering.done() and not self.spool.failed:
-            drain = asyncio.create_task(self.delivery.drain(self.config.delivery.grace), name="drain")
+        if not (self._drain is not None or self._delivering.done() or self.spool.failed):
+            self._drain = asyncio.create_task(self.delivery.drain(self.config.delivery.grace), name="drain")
+
+    async def _stop_delivering(self) -> None:
+        self._begin_drain()
+        if self._drain is not None:
             hurried = asyncio.create_task(self.hurry.wait(), name="hurry")
-            await asyncio.wait({drain, self._delivering, hurried}, return_when=asyncio.FIRST_COMPLETED)
-            drain.cancel()
+            await asyncio.wait({self._drain, self._delivering, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            self._drain.cancel()
             hurried.cancel()
         self._delivering.cancel()
         try:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -755,3 +756,18 @@ async def _killed(daemon: Process, braze: BrazeEmulator, client: aiohttp.ClientS
     window = 4 * 75
     needed = len(first) + len(set(first) ^ set(second))
     assert needed <= braze.summary().writes <= needed + 4 * window
+
+
+async def test_one_grace_for_mixpanel_and_braze(daemon, importing, client, emulator, braze):
+    """Both are silent at a stop: they are waited for at the same time, or systemd's patience might not do."""
+    emulator.script([{"action": "hang"}])
+    braze.script([{"action": "hang"}])
+    app = await daemon(**importing | {"delivery__grace": "2s"})
+    await sender(app, client).take(FIRST)
+    event = currents(user={"external_user_id": "ada"})
+    assert await status_of(client, app, "/v1/currents", {"events": [event]}) == 200
+    await until(lambda: emulator.summary().requests and braze.summary().requests, "requests in flight")
+    began = time.monotonic()
+    await app.__aexit__(None, None, None)
+
+    assert 1.9 < time.monotonic() - began < 3.5 * SLOW
