@@ -451,6 +451,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
             stream=list(config.sources.stream.listen),
             admin=config.admin.listen,
             mixpanel=app.transport.target.import_url.partition("?")[0],
+            spool=options.spool_options(config).path,
             waiting=app.backlog.events,
         )
         loop.add_signal_handler(signal.SIGHUP, read_again)

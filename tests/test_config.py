@@ -120,6 +120,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
         ("mixpanel.token = 't'\nspool.path = ''", ["spool.path", "a file"]),
         ("mixpanel.token = 't'\nspool.path = '/'", ["spool.path", "a file"]),
         ("mixpanel.token = 't'\nsources.http.max_body = 0", ["sources.http.max_body", "at least 1KiB"]),
+        ("mixpanel.token = 't'\nspool.path = '~/spool.db'", ["spool.path: ~ stands for no folder here"]),
+        (
+            "mixpanel.token = 't'\nsources.stream.listen = ['unix:~/s.sock']",
+            ["sources.stream.listen: ~ stands for no folder"],
+        ),
         ("mixpanel.token = 't'\ndelivery.timeout = 0", ["delivery.timeout", "more than 0s"]),
         ("mixpanel.token = 't'\ndelivery.probe_interval = '0ms'", ["delivery.probe_interval", "more than 0s"]),
         ("mixpanel.token = 't'\nsources.http.listen = '127.0.0.1:8482'", ["127.0.0.1:8482", "two listeners"]),

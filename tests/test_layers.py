@@ -155,7 +155,7 @@ LONGER = {
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
     "sources/http_connections.py": (530, "the same for the HTTP door"),
-    "delivery/delivery.py": (515, "one dispatcher: the ways on for each verdict read best side by side"),
+    "app.py": (490, "knows everyone: opening, reloading and closing mirror each other"),
     "config.py": (
         515,
         "reading, checking and writing: how a key is spelled, and what is said of it, is known in one place",

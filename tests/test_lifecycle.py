@@ -129,6 +129,7 @@ async def test_stopped_while_idle(process, number):
 
     events = [msgspec.json.decode(line) for line in process.said().splitlines()]
     assert [event["event"] for event in events] == ["ready", "stopping", "stopped"]
+    assert events[0]["spool"] == str(process.folder / "spool.db")
     assert not (process.folder / "s.sock").exists()
 
 
