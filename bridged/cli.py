@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "run": ("", "run the daemon"),
     "check": ("bridged.commands.check", "check the configuration, and with --online the credentials"),
-    "config": ("bridged.commands.config", "print the configuration in force, or the defaults"),
+    "config": ("bridged.commands.config", "print the configuration as it reads now, or the defaults"),
     "status": ("bridged.commands.status", "what the running daemon does"),
     "dead-letters": (
         "bridged.commands.dead_letters",

@@ -170,6 +170,14 @@ def test_an_instance_has_a_folder_beside_the_services():
     assert plain != [folder.replace("%i", "shop") for folder in instance]
 
 
+def test_a_reload_that_would_change_nothing_is_refused():
+    """The daemon reads what systemd copied at the start: systemd shall say so, instead of a success that is none."""
+    for name in ("bridged.service", "bridged@.service"):
+        unit = Unit(ROOT / "systemd" / name)
+        assert unit.several("ExecStart") == ["/usr/local/bin/bridged run --config ${CREDENTIALS_DIRECTORY}/config.toml"]
+        assert unit.several("ExecReload") == []
+
+
 def test_the_process_may_be_measured():
     """The collector of `process_*` reads /proc/stat, and gives nothing at all where the unit hides it."""
     for name in ("bridged.service", "bridged@.service"):

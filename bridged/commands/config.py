@@ -1,4 +1,4 @@
-"""`bridged config`: the configuration in force with its secrets masked, or every key at its default."""
+"""`bridged config`: the configuration as it reads now, with its secrets masked, or every key at its default."""
 
 import argparse
 import json
