@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -356,11 +357,9 @@ def _problems(config: Config) -> Iterator[str]:
         yield from _cohort_problems(config)
     elif not mixpanel.export:
         yield "mixpanel.export and cohorts.enabled are both false: nothing is left to be done"
-    if mixpanel.url and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s?#]*)?", mixpanel.url):
-        # Not quoted: what stands before an @ is a secret.
-        yield "mixpanel.url: expected http(s)://host, without credentials or query"
-    if config.alerts.webhook_url and not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", config.alerts.webhook_url):
-        yield "alerts.webhook_url: expected http(s)://host/path, without a user and password"
+    yield from _url_problems("mixpanel.url", mixpanel.url, _BASE, "host, without credentials or query")
+    hook = config.alerts.webhook_url
+    yield from _url_problems("alerts.webhook_url", hook, r"(/\S*)?", "host/path, without a user and password")
     if mixpanel.project_id and not mixpanel.project_id.isdecimal():
         # Not quoted: it may be the secret, in the wrong line.
         yield "mixpanel.project_id: expected a number, as the project's settings show it"
@@ -416,9 +415,7 @@ def _cohort_problems(config: Config) -> Iterator[str]:
         yield "cohorts.max_bytes: at least 16MiB"
     if Path(cohorts.path).absolute() == Path(config.spool.path).absolute():
         yield "cohorts.path and spool.path are the same file: give each its own"
-    if braze.url and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s?#]*)?", braze.url):
-        # Not quoted: what stands before an @ is a secret.
-        yield "braze.url: expected http(s)://host, without credentials or query"
+    yield from _url_problems("braze.url", braze.url, _BASE, "host, without credentials or query")
     if not (braze.url or braze.cluster):
         yield "braze.cluster is not set: it is in your dashboard's address (US-01, EU-02, ...)"
     if braze.partner_name and not re.fullmatch(r"[A-Za-z0-9_-]+", braze.partner_name):
@@ -445,6 +442,23 @@ def _missing_secrets(config: Config) -> Iterator[str]:
         yield "braze has no key: set rest_key (or, as one of Braze's partners, partner_key)"
     if braze.partner_key and not (braze.data_import_key and braze.partner_name):
         yield "braze.partner_key needs braze.data_import_key and braze.partner_name"
+
+
+_BASE: Final = r"(/[^@\s?#]*)?"  # an address that others are made of
+
+
+def _url_problems(name: str, url: str, path: str, expected: str) -> Iterator[str]:
+    """Nothing is quoted: what stands before an @ is a secret."""
+    if url and not re.fullmatch(rf"https?://[^/@\s]+{path}", url):
+        yield f"{name}: expected http(s)://{expected}"
+    elif url:
+        try:
+            parts = urlsplit(url)
+            usable = bool((parts.hostname or "").encode("idna")) and parts.port != 0
+        except ValueError:  # a part of the name that is empty, or has more than 63 letters
+            usable = False
+        if not usable:
+            yield f"{name}: its host can't be one: is there a slip in it?"
 
 
 def _address_problems(name: str, value: str) -> Iterator[str]:

@@ -127,15 +127,25 @@ class Saved:
             self.problem += f"; it was set aside as {aside.name}"
 
     def in_force(self, config: Config, *, complete: bool = True) -> Config:
-        """The configuration with what was saved; without it, if they contradict each other: `problem` says so.
+        """The configuration with what was saved, but for a value that is bad, or contradicts it: `problem` says so.
 
-        But with what of [events] is in order: what is left out, removed or hashed there must not leave because something else is
-        wrong.
+        Without all of it, if it isn't that simple; but with what of [events] is in order: what is left out, removed or hashed
+        there must not leave because something else is wrong.
         """
-        try:
-            return applied(config, self.values, complete=complete)
-        except ConfigError as error:
-            said = " ".join(str(error.args[0]).split())
+        said = ""
+        for without in ((), *((name,) for name in self.values), _bad_alone):
+            names = without(config, self.values) if callable(without) else without
+            values = {name: value for name, value in self.values.items() if name not in names}
+            try:
+                found = applied(config, values, complete=complete)
+            except ConfigError as error:
+                said = said or " ".join(str(error.args[0]).split())
+                continue
+            if said:
+                problem = f"of the settings that were saved on the page, these are not in force: {', '.join(names)}: {said}"
+                self.problem = f"{self.problem}; {problem}" if self.problem else problem
+            self.values = values
+            return found
         kept: list[str] = []
         events = {name: value for name, value in self.values.items() if name.startswith("events.")}
         for name in (*events, *events):  # twice: one may need another that comes after it
@@ -215,6 +225,17 @@ def applied(config: Config, values: Mapping[str, Any], *, complete: bool = True)
         config = replaced(config, EDITABLE[name].path, value)
     demand_good(config, complete=complete)
     return config
+
+
+def _bad_alone(config: Config, values: Mapping[str, Any]) -> list[str]:
+    """Values that a configuration can't have, whatever the others are."""
+    wrong = []
+    for name, value in values.items():
+        try:
+            applied(config, {name: value}, complete=False)
+        except ConfigError:
+            wrong.append(name)
+    return wrong
 
 
 def checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

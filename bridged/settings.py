@@ -4,6 +4,7 @@
 """
 
 import re
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -59,7 +60,9 @@ class Seconds(float):
         for unit in ("h", "m", "s"):
             if self and float(self) % _TIME_UNITS[unit] == 0:
                 return f"{int(self / _TIME_UNITS[unit])}{unit}"
-        return f"{round(self * 1000)}ms"
+        if round(self * 1000) / 1000 == self:
+            return f"{round(self * 1000)}ms"
+        return f"{Decimal(repr(float(self))):f}s"  # without an exponent
 
 
 class Section(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -109,6 +109,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
         ("admin.listen = ''", ["no credential", "token"]),
         ("mixpanel.service_account = 'robot'", ["service_secret", "project_id"]),
         ("mixpanel.token = 't'\nmixpanel.url = 'api.mixpanel.com'", ["mixpanel.url", "http"]),
+        ("mixpanel.token = 't'\nmixpanel.url = 'https://api..mixpanel.com'", ["mixpanel.url", "host"]),
+        (f"mixpanel.token = 't'\nmixpanel.url = 'https://{'a' * 64}.example.com'", ["mixpanel.url", "host"]),
+        ("mixpanel.token = 't'\nmixpanel.url = 'http://[::1'", ["mixpanel.url", "host"]),
+        ("mixpanel.token = 't'\nmixpanel.url = 'http://localhost:70000'", ["mixpanel.url", "host"]),
+        ("mixpanel.token = 't'\nalerts.webhook_url = 'https://hooks..example.com/x'", ["alerts.webhook_url", "host"]),
+        (
+            "cohorts.enabled = true\nbraze.rest_key = 'k'\nbraze.url = 'https://rest..braze.com'",
+            ["braze.url", "host"],
+        ),
         ("mixpanel.token = 't'\nadmin.listen = 'nowhere'", ["admin.listen", "host:port"]),
         ("mixpanel.token = 't'\nsources.http.listen = '127.0.0.1:70000'", ["sources.http.listen", "70000"]),
         ("mixpanel.token = 't'\nsources.stream.listen = ['udp:1.2.3.4:5']", ["sources.stream.listen", "udp:1.2.3.4:5"]),
@@ -447,6 +456,12 @@ def test_a_size_is_written_so_that_it_reads_the_same(size: int) -> None:
 def test_a_time_is_written_so_that_it_reads_the_same(milliseconds: int) -> None:
     """Down to a millisecond."""
     assert Seconds.parse(str(Seconds(milliseconds / 1000))) == pytest.approx(milliseconds / 1000)
+
+
+@given(st.floats(0, 10**12, allow_subnormal=False))
+def test_a_time_of_a_file_is_the_same_when_it_is_saved(seconds: float) -> None:
+    """However short: 0.4 ms that became "0ms" would be refused by the next start, and all saved settings with it."""
+    assert Seconds.parse(str(Seconds(seconds))) == pytest.approx(seconds, rel=1e-12)
 
 
 @given(st.text(max_size=12) | st.binary(max_size=3) | st.floats() | st.integers() | st.lists(st.none(), max_size=1))

@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 from conftest import NAMES, until
+from msgspec import structs
 from structlog.testing import capture_logs
 from test_spool import OPEN, balances_by_type, batch, file_of, letter, options, stored
 
@@ -104,6 +106,19 @@ async def test_a_damaged_head(tmp_path, what):
         assert len(await stored(again)) == 29
         assert balances_by_type(again)
         assert len(again.set_aside) == 1
+
+
+async def test_a_name_that_looks_like_a_pattern(tmp_path):
+    """A spool may be called [eu]: the fresh file takes its place all the same, and what was set aside is found."""
+    named = structs.replace(options(tmp_path), path=str(tmp_path / "spool[eu]*?.db"))
+    async with Spool(named, NAMES) as spool:
+        await spool.append(Intaken([batch("a")]))
+    with Path(named.path).open("r+b") as file:
+        file.write(b"Not SQLite at all")
+    for _ in range(2):
+        async with Spool(named, NAMES) as spool:
+            assert await stored(spool) == ["a"]
+            assert len(spool.set_aside) == 1
 
 
 async def test_lost_segments_are_counted_as_dead_letters(tmp_path):

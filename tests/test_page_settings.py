@@ -252,6 +252,22 @@ async def test_saved_settings_that_contradict_the_configuration(config, tmp_path
     assert "service_secret" in app.saved.problem
 
 
+async def test_a_saved_value_that_is_bad_by_itself(config, tmp_path):
+    """Alone it isn't in force, and is told of; the credential and all else that was saved beside it are."""
+    (tmp_path / "spool.db.settings.toml").write_text(
+        '[mixpanel]\nurl = "https://api..mixpanel.com"\ntoken = "saved-token"\n[delivery]\nprobe_interval = "0ms"\n'
+        '[retention]\nmax_age = "3h"\n'
+    )
+    app = App(config())
+    assert (app.config.mixpanel.token, app.config.retention.max_age) == ("saved-token", 3 * 3600)
+    assert app.config.mixpanel.url == config().mixpanel.url
+    assert sorted(app.saved.values) == ["mixpanel.token", "retention.max_age"]
+    assert "these are not in force" in app.saved.problem
+    assert "mixpanel.url: its host" in app.saved.problem
+    assert "delivery.probe_interval: more than 0s" in app.saved.problem
+    assert "saved-token" not in app.saved.problem
+
+
 # -- a running daemon --------------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,6 @@ def _no_proxies(monkeypatch):
         (aiohttp.ClientOSError(104, "Connection reset by peer"), "ClientOSError: [Errno 104] Connection reset by peer"),
         (aiohttp.ClientPayloadError("Response payload is not completed"), "ClientPayloadError: "),
         (aiohttp.ClientConnectionError("closed"), "ClientConnectionError: closed"),
-        (aiohttp.InvalidURL(URL(f"https://me:{SECRET}@example.com")), "InvalidURL: "),
         (aiohttp.ClientError(f"Authorization: Basic {SECRET}"), "ClientError: "),
         (ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer"),
         (BrokenPipeError(32, "Broken pipe"), "[Errno 32] Broken pipe"),
@@ -307,7 +306,34 @@ async def test_hosts_without_a_proxy(monkeypatch):
     assert heads[0].startswith(b"POST /import?strict=1 HTTP/1.1\r\n")
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "http://", "//x", "http://127.0.0.1:notaport"])
+@pytest.mark.parametrize("url", ["https://api..mixpanel.com", f"https://{'a' * 70}.example.com", "http://[::1"])
+async def test_an_address_that_no_request_can_have(url):
+    """No name service is even asked: it halts with what to look at, and nothing is lost; it is no reason to end."""
+    async with transport() as opened:
+        opened.target = Target(url=url, credentials=Credentials(token=SECRET))
+        for verdict in (await send(opened), await opened.ask()):
+            assert isinstance(verdict, Halt)
+            assert "no request can be made with this address" in verdict.reason
+            assert "[mixpanel] url" in verdict.reason
+
+
+async def test_an_address_that_the_client_refuses(answers):
+    """The same, and what it quotes of the address is kept from people."""
+    async with transport() as opened:
+        answers.post(opened.target.import_url, exception=aiohttp.InvalidURL(URL(f"https://me:{SECRET}@example.com")))
+        verdict = await send(opened)
+
+    assert isinstance(verdict, Halt)
+    assert SECRET not in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        *("socks5://127.0.0.1:1", "http://", "//x", "http://127.0.0.1:notaport"),
+        *("http://proxy..corp:3128", f"http://{'a' * 64}:3128"),
+    ],
+)
 async def test_a_proxy_that_cannot_be(monkeypatch, proxy):
     """A slip in the environment is told at the start, by the variable's name and without its value."""
     monkeypatch.setenv("http_proxy", proxy)

@@ -7,6 +7,7 @@ All of it happens before the spool's connection is opened.
 """
 
 import contextlib
+import glob
 import os
 import shutil
 import sqlite3
@@ -131,10 +132,9 @@ def _set_wal_aside(path: Path, pages: Pages) -> None:
 
 def files_beside(path: Path) -> tuple[list[str], list[str]]:
     """What is kept beside the spool until somebody looks at it: damaged files, and what `presence` saved; one name each."""
-    damaged = {
-        str(file).removesuffix("-wal").removesuffix("-shm") for file in path.parent.glob(f"{path.name}.corrupt-*")
-    }
-    displaced = [str(file) for file in path.parent.glob(f"{path.name}.displaced-*Z")]
+    name = glob.escape(path.name)
+    damaged = {str(file).removesuffix("-wal").removesuffix("-shm") for file in path.parent.glob(f"{name}.corrupt-*")}
+    displaced = [str(file) for file in path.parent.glob(f"{name}.displaced-*Z")]
     return sorted(damaged), sorted(displaced)
 
 
@@ -329,7 +329,7 @@ def correct(accounts: Accounts) -> tuple[Counter[int], Counter[int]]:
 
 def _finish(path: Path) -> None:
     """The exchange of files, from wherever it was interrupted: as long as the fresh file has its own name, it isn't done."""
-    for fresh in sorted(path.parent.glob(f"{path.name}.salvaged-*")):
+    for fresh in sorted(path.parent.glob(f"{glob.escape(path.name)}.salvaged-*")):
         stamp = fresh.name.removeprefix(f"{path.name}.salvaged-")
         for suffix in _SUFFIXES:
             damaged, aside = Path(f"{path}{suffix}"), Path(f"{path}.corrupt-{stamp}{suffix}")

@@ -93,6 +93,8 @@ class Transport:
         except TimeoutError:
             total_s = timeout.total
             return Retry("network", f"no answer within {total_s:g} s" if total_s else "no answer in time")
+        except aiohttp.InvalidURL as error:
+            return _impossible(error)
         except aiohttp.ClientError as error:
             if isinstance(error, aiohttp.ClientHttpProxyError) and error.status == 407:
                 return judge(407, {}, b"", insert_ids, events)
@@ -100,6 +102,14 @@ class Transport:
             return Retry("network", f"{type(error).__name__}: {clean(redacted(str(error)))}")
         except (OSError, ConfigError) as error:
             return Retry("network", clean(redacted(str(error))))
+        except ValueError as error:
+            return _impossible(error)
+
+
+def _impossible(error: ValueError) -> Halt:
+    """The client couldn't even write the request, or look for whom it is for: another address could be."""
+    words = f"{type(error).__name__}: {clean(redacted(str(error)))}"
+    return Halt(0, f"no request can be made with this address: check [mixpanel] url, and any proxy ({words})")
 
 
 def _timeout(total_s: float) -> aiohttp.ClientTimeout:
@@ -119,7 +129,8 @@ def proxy_for(url: str) -> str | None:
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:
         through = urllib.parse.urlsplit(proxy)
-        usable = through.scheme in ("http", "https") and bool(through.hostname) and through.port != 0
+        host = (through.hostname or "").encode("idna")
+        usable = through.scheme in ("http", "https") and bool(host) and through.port != 0
     except ValueError:
         usable = False
     if not usable:
