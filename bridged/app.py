@@ -356,12 +356,12 @@ class App:
         return status(self, []).sentence
 
     def writing(self) -> tuple[int, int]:
-        """Bytes that wait for a commit, and commits so far."""
-        return self.spool.pending_bytes, self.spool.commits
+        """Bytes that wait for a commit, and how far the writer is."""
+        return self.spool.pending_bytes, self.spool.progress
 
     async def ask_the_writer(self) -> None:
-        """Comes back when the spool's thread has done what it was busy with."""
-        await self.spool.run(lambda _db: None)
+        """Comes back when the spool's thread has done what it was busy with, or some of what takes long."""
+        await self.spool.answer()
 
     async def until(self, stop: asyncio.Event) -> None:
         """Returns when `stop` is set. Raises what a part died of."""

@@ -21,21 +21,25 @@ class Presence:
 
     def __init__(self, path: Path, error: Callable[[str, str], BridgedError]) -> None:
         """The files are there, and `error` is what is raised when they aren't any more. Raises OSError."""
+        self.copied = 0  # steps of the copy that is being made
         self._path = path
         self._error = error
         self._files = {suffix: Path(f"{path}{suffix}").stat() for suffix in _SUFFIXES}
 
-    def demand(self, db: sqlite3.Connection) -> None:
-        """Raises the error if a file was removed or replaced. What it held is in a file with a name by then."""
+    def demand(self, db: sqlite3.Connection) -> str:
+        """Raises the error if a file was removed or replaced. What it held is in a file with a name by then.
+
+        Gives words instead if that can't be done, for want of room mostly: there may be some later.
+        """
         gone = [f"{self._path}{suffix}" for suffix, known in self._files.items() if not self._is_there(suffix, known)]
         if not gone:
-            return
+            return ""
         what = f"{' and '.join(gone)} was removed or replaced while bridged ran"
         hint = "see what does that there, and start again"
         try:
             saved = self._save(db)
         except (OSError, sqlite3.Error) as error:
-            raise self._error(f"{what}; what it held can't be saved: {error}", hint) from error
+            return f"{what}; what it held can't be saved: {error}"
         if saved != self._path:
             hint = f"another file is in its place, and the next start takes that: the README says what to do with {saved.name}"
         raise self._error(f"{what}; what it held was saved in {saved}", hint)
@@ -57,5 +61,8 @@ class Presence:
         target = self._path
         if target.exists():
             target = Path(f"{target}.displaced-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-        durable.copy(db, target)
+        durable.copy(db, target, self._stepped)
         return target
+
+    def _stepped(self) -> None:
+        self.copied += 1

@@ -102,7 +102,7 @@ class Progress:
 
     def __init__(self, hop: Callable[[], Awaitable[object]], writing: Callable[[], tuple[int, int]]) -> None:
         self._hop = hop  # through the thread, behind whatever it is busy with
-        self._writing = writing  # (bytes that wait for a commit, commits so far)
+        self._writing = writing  # (bytes that wait for a commit, a figure that rises with each)
         self._before = (0, 0)
 
     async def __call__(self) -> bool:

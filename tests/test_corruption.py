@@ -108,13 +108,18 @@ async def test_a_damaged_head(tmp_path, what):
         assert len(again.set_aside) == 1
 
 
+def spoil(path):
+    """A head that SQLite can't open."""
+    with path.open("r+b") as file:
+        file.write(b"Not SQLite at all")
+
+
 async def test_a_name_that_looks_like_a_pattern(tmp_path):
     """A spool may be called [eu]: the fresh file takes its place all the same, and what was set aside is found."""
     named = structs.replace(options(tmp_path), path=str(tmp_path / "spool[eu]*?.db"))
     async with Spool(named, NAMES) as spool:
         await spool.append(Intaken([batch("a")]))
-    with Path(named.path).open("r+b") as file:
-        file.write(b"Not SQLite at all")
+    spoil(Path(named.path))
     for _ in range(2):
         async with Spool(named, NAMES) as spool:
             assert await stored(spool) == ["a"]

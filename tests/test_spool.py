@@ -6,18 +6,21 @@ import os
 import sqlite3
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from conftest import NAMES, SLOW, until
 from structlog.testing import capture_logs
 
+from bridged import durable
 from bridged.backlog import company
 from bridged.backlog import spool as spool_module
 from bridged.backlog.segment import Batch, lines
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Settlement, Spool, SpoolOptions
 from bridged.cohorts.membership import Membership, MembershipOptions
 from bridged.errors import SpoolError, SpoolFull
+from bridged.service import Progress
 
 OPEN, SEND = 3, 5  # any two event types
 MIB = 2**20
@@ -493,6 +496,75 @@ async def test_the_file_shrinks_when_idle(tmp_path):
         await until(lambda: spool.segments == 0)
 
         await until(lambda: (tmp_path / "spool.db").stat().st_size < full * 0.7, "a smaller file")
+
+
+async def test_the_file_shrinks_while_a_little_comes(tmp_path):
+    """A few events a second, for days: what a long backlog took is given back all the same."""
+    async with Spool(options(tmp_path, max_bytes=512 * MIB), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(60):
+            await spool.append(Intaken([batch(f"{n}", size=MIB)]))
+        full = (tmp_path / "spool.db").stat().st_size
+        spool.settle(Settlement(committed[:], delivered=bytes([OPEN]) * 60))
+        for n in range(1000):
+            await spool.append(Intaken([batch(f"little {n}")]))
+            if (tmp_path / "spool.db").stat().st_size < full * 0.6:
+                break
+            await asyncio.sleep(0.02)
+        else:
+            pytest.fail("it stays large")
+
+
+# -- files that are removed ---------------------------------------------------------------------------------------------
+
+
+async def test_saving_what_was_removed_is_progress(tmp_path, monkeypatch):
+    """A copy of many gigabytes keeps the thread busy for minutes: the heart beats with each step of it, and it is no hang."""
+    monkeypatch.setattr(durable, "_COPIED_PAGES", 8)
+    sync = durable.sync
+    monkeypatch.setattr(durable, "sync", lambda path: (time.sleep(0.2), sync(path)))
+    async with Spool(options(tmp_path), NAMES) as spool:
+        for n in range(4):
+            await spool.append(Intaken([batch(f"{n}", size=MIB)]))
+        progress = Progress(spool.answer, lambda: (1, spool.progress))
+        (tmp_path / "spool.db").unlink()
+        await until((tmp_path / "spool.db.partial").exists, "the copy")
+        for _ in range(4):
+            async with asyncio.timeout(1.5 * SLOW):
+                assert await progress()
+        assert (tmp_path / "spool.db.partial").exists()
+        with pytest.raises(SpoolError, match="what it held was saved in"):
+            await spool.ended()
+
+
+@pytest.mark.parametrize("drains", [True, False])
+async def test_files_that_are_removed_where_there_is_no_room(tmp_path, monkeypatch, drains):
+    """Nothing new is taken, and why is said; what waits is delivered from the open file; the copy is made when it can be."""
+    free = 0
+    monkeypatch.setattr(durable, "_free_bytes", lambda _folder: free)
+    async with Spool(options(tmp_path, max_bytes=512 * MIB), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(3):
+            await spool.append(Intaken([batch(f"{n}", size=MIB)], [letter(f"l{n}")]))
+        (tmp_path / "spool.db").unlink()
+        await until(lambda: spool.near_cap, "the doors to close")
+        with pytest.raises(SpoolFull, match=r"spool.db was removed.*can't be saved.*No space left on device"):
+            await spool.append(Intaken([batch("more")]))
+        assert [segment.events for segment in (await spool.read_after(0, 10**9))[0]] == [1, 1, 1]
+        spool.settle(Settlement(committed[:2], delivered=bytes([OPEN]) * 2))
+        await until(lambda: spool.segments == 1)
+        assert not (tmp_path / "spool.db.partial").exists()
+        if drains:
+            spool.settle(Settlement(committed[2:], delivered=bytes([OPEN])))
+            with pytest.raises(SpoolError, match="nothing waited any more"):
+                await spool.ended()
+        else:
+            free = 2**40
+            with pytest.raises(SpoolError, match="what it held was saved in"):
+                await spool.ended()
+    if not drains:
+        async with Spool(options(tmp_path), NAMES) as again:
+            assert (again.segments, again.dead_letters, again.accounts.total("delivered")) == (1, 3, 2)
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

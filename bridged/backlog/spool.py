@@ -52,6 +52,8 @@ _KEPT_FREE_PAGES = 16 * 2**20 // tables.PAGE_BYTES
 _SHRINK_PAGES = 16 * 2**20 // tables.PAGE_BYTES
 # After so many seconds without anything to do no burst is expected: all of it is given back.
 _QUIET_S = 10
+# What waits for a commit where little comes.
+_LITTLE_BYTES = 2**16
 # The file is measured again when so much came or went: rows don't fill their pages, some only half.
 _MEASURE_BYTES = 2**20
 # Dead letters may take a quarter of the file: however large they are, they must not close the doors.
@@ -110,6 +112,7 @@ class Spool:
         self._closing = False
         self._failure: BaseException | None = None
         self._corruption: SpoolError | None = None
+        self._unsaved: SpoolFull | None = None  # its files were removed, and what they held can't be saved yet
         self._types_checksum = tables.types_checksum(names)
         self._idle_s = 0.0  # so long nothing was to be done
         self._moved_bytes = 0  # what came and went since the file was measured
@@ -258,6 +261,20 @@ class Spool:
         return self._failure is not None
 
     @property
+    def progress(self) -> int:
+        """Rises with each commit, and with each step in saving files that were removed."""
+        return self.commits + self._presence.copied
+
+    async def answer(self) -> None:
+        """Comes back when the thread has done what it was busy with; a long copy is well when it gets on."""
+        hop, copied = asyncio.ensure_future(self.run(lambda _db: None)), self._presence.copied
+        try:
+            while not hop.done() and copied == self._presence.copied:
+                await asyncio.wait([hop], timeout=_IDLE_S / 4)
+        finally:
+            hop.cancel()
+
+    @property
     def max_bytes(self) -> int:
         """What its file may take: as configured, or less where the process may write no larger files."""
         return self._options.max_bytes
@@ -272,6 +289,8 @@ class Spool:
     @property
     def near_cap(self) -> bool:
         """Whether new events are refused, so that there is always room to settle the old ones: in the file and on the disk."""
+        if self._unsaved is not None:
+            return True
         limit = self._options.max_bytes - reserve_of(self._options.max_bytes)
         return self.used_bytes + self.pending_bytes >= limit or self._reserve.short(self.pending_bytes)
 
@@ -282,6 +301,8 @@ class Spool:
 
     def refusal(self, size: int = 0) -> SpoolFull:
         """Why new events, of so many bytes, are refused, while they are: which of the two limits it is, with its figures."""
+        if self._unsaved is not None:
+            return self._unsaved
         options, reserve = self._options, self._reserve
         if reserve.short(self.pending_bytes + size):
             needed = (1 if reserve.held else 2) * reserve.bytes
@@ -343,7 +364,7 @@ class Spool:
                 if self._corruption is not None:
                     raise self._corruption  # noqa: TRY301  # what the handler below is for
                 if time.monotonic() - looked_at > _IDLE_S:
-                    await self.run(self._presence.demand)
+                    await self._look_after_files()
                     looked_at = time.monotonic()
                 if self._work.intaken or self._work.settlements:
                     await self._gather()
@@ -354,11 +375,32 @@ class Spool:
                     self._idle_s += _IDLE_S
                     await self._shrink()
                     self._look_for_room()
+            if self._unsaved is not None:
+                await self._look_after_files()  # a last time
         except BaseException as error:
             self._failure = error
             # Nobody else will: neither for what it was committing, nor for what came meanwhile.
             _fail([*work.futures, *self._work.futures], SpoolError(f"the spool's writer has failed: {error}"))
             raise
+
+    async def _look_after_files(self) -> None:
+        """Raises SpoolError when they were removed and saved: then the process ends. While they can't be, for want of room,
+        nothing new is taken, what waits is delivered from the file that is open, and with it the copy becomes smaller.
+        """
+        unsaved = await self.run(self._presence.demand)
+        if unsaved:
+            hint = "make room there: it is tried again each second; what waits is delivered meanwhile"
+            if self._unsaved is None:
+                log.error("spool_removed", error=unsaved, waiting=self.accounts.total("waiting"), hint=hint)
+            self._unsaved = SpoolFull(unsaved, hint)
+            if not (self.segments or self._work.intaken or self._work.settlements):
+                raise SpoolError(f"{unsaved}; nothing waited any more", "see what does that there, and start again")
+        elif self._unsaved is not None:  # somebody has put them back
+            self._unsaved = None
+        self._look_for_room()
+        # Where a few events always come it would never be idle.
+        if self.pending_bytes < _LITTLE_BYTES:
+            await self._shrink()
 
     async def _gather(self) -> None:
         """Lets those join the next commit who are about to: a few milliseconds, where there is a crowd."""
@@ -458,7 +500,8 @@ class Spool:
     def _must_refuse(self, work: Work, size: int) -> bool:
         """Whether the room that new events were let in for is gone: what is left is for settling what waits."""
         needed = size if size > self._reserve.commit_bytes else 0  # one body that is larger than a commit should be
-        return self._reserve.short(needed) and not all(intaken.replayed for intaken in work.intaken)
+        refused = self._unsaved is not None or self._reserve.short(needed)
+        return refused and not all(intaken.replayed for intaken in work.intaken)
 
     def _look_for_room(self) -> None:
         if not self.near_cap and self.pending_bytes <= _MAX_PENDING_BYTES // 2:
@@ -541,7 +584,8 @@ class Spool:
         path = Path(self._options.path)
         if self._reserve.no_room_for(2 * size):
             pages = db.execute("PRAGMA page_count").fetchone()[0]
-            self._reserve.release(max(0, pages * tables.PAGE_BYTES - path.stat().st_size))
+            size_on_disk = path.stat().st_size if path.exists() else 0
+            self._reserve.release(max(0, pages * tables.PAGE_BYTES - size_on_disk))
         try:
             # Not cut: its blocks are what the next settlements are written to.
             db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
@@ -551,9 +595,10 @@ class Spool:
         self._reserve.measure()
 
     async def _shrink(self) -> None:
-        """Looks for room on the disk, and gives it a little of the free space back; for when there is nothing else to do."""
+        """Looks for room on the disk, and gives it a little of the free space back; for when there is little else to do."""
         short = self._reserve.short(0)  # then it needs it now, and has little for the WAL that moves the pages
-        kept = 0 if short or self._idle_s >= _QUIET_S else _KEPT_FREE_PAGES
+        quiet = short or self._idle_s >= _QUIET_S or self._unsaved is not None
+        kept = 0 if quiet else _KEPT_FREE_PAGES
         # Pages are moved through the WAL: there must be room for them.
         step = min(
             _SHRINK_PAGES, (self._reserve.wal_bytes if short else self._reserve.free_bytes // 2) // tables.PAGE_BYTES

@@ -354,7 +354,8 @@ class Membership:
                 if self._distrusted is not None:
                     raise self._distrusted  # noqa: TRY301  # what the handler below is for
                 if time.monotonic() - looked_at > _LOOK_S:
-                    await self.run(self._presence.demand)
+                    if unsaved := await self.run(self._presence.demand):
+                        raise MembershipDamaged(unsaved, "see what does that there, and start again")  # noqa: TRY301
                     looked_at = time.monotonic()
                 if work.pages or work.results:
                     await self._commit(work)
