@@ -345,13 +345,11 @@ def _problems(config: Config) -> Iterator[str]:
     for path in SECRETS:
         if problem := secret_problem(value_at(config, path), path):
             yield f"{'.'.join(path)}: {problem}"
-    paths = [(key.path, value_at(config, key.path)) for key in keys() if key.path[-1].endswith(_PATHS)]
-    for path, value in (
-        *paths,
-        *[(("sources", "stream", "listen"), each[5:]) for each in config.sources.stream.listen],
-    ):
-        if value.startswith("~"):
-            yield f"{'.'.join(path)}: ~ stands for no folder here: write it out"
+    paths = [(".".join(key.path), value_at(config, key.path)) for key in keys() if key.path[-1].endswith(_PATHS)]
+    paths += [("sources.stream.listen", each.removeprefix("unix:")) for each in config.sources.stream.listen]
+    for name, place in paths:
+        if place.startswith("~"):
+            yield f"{name}: ~ stands for no folder here: write it out"
     mixpanel = config.mixpanel
     if config.cohorts.enabled:
         yield from _cohort_problems(config)

@@ -132,20 +132,18 @@ class Saved:
         Without all of it, if it isn't that simple; but with what of [events] is in order: what is left out, removed or hashed
         there must not leave because something else is wrong.
         """
-        said = ""
-        for without in ((), *((name,) for name in self.values), _bad_alone):
-            names = without(config, self.values) if callable(without) else without
+        try:
+            return applied(config, self.values, complete=complete)
+        except ConfigError as error:
+            said = " ".join(str(error.args[0]).split())
+        for names in (*([name] for name in self.values), _bad_alone(config, self.values)):
             values = {name: value for name, value in self.values.items() if name not in names}
-            try:
+            with contextlib.suppress(ConfigError):
                 found = applied(config, values, complete=complete)
-            except ConfigError as error:
-                said = said or " ".join(str(error.args[0]).split())
-                continue
-            if said:
-                problem = f"of the settings that were saved on the page, these are not in force: {', '.join(names)}: {said}"
-                self.problem = f"{self.problem}; {problem}" if self.problem else problem
-            self.values = values
-            return found
+                these = f"these are not in force: {', '.join(names)}: {said}"
+                self.problem += ("; " if self.problem else "") + f"of the settings that were saved on the page, {these}"
+                self.values = values
+                return found
         kept: list[str] = []
         events = {name: value for name, value in self.values.items() if name.startswith("events.")}
         for name in (*events, *events):  # twice: one may need another that comes after it
@@ -228,14 +226,15 @@ def applied(config: Config, values: Mapping[str, Any], *, complete: bool = True)
 
 
 def _bad_alone(config: Config, values: Mapping[str, Any]) -> list[str]:
-    """Values that a configuration can't have, whatever the others are."""
-    wrong = []
-    for name, value in values.items():
-        try:
-            applied(config, {name: value}, complete=False)
-        except ConfigError:
-            wrong.append(name)
-    return wrong
+    """Values that a configuration can't have, whatever the others are. Those of [events] may need each other."""
+    events = {name: value for name, value in values.items() if name.startswith("events.")}
+    groups = [events, *({name: value} for name, value in values.items())]
+    good: set[str] = set()
+    for group in groups:
+        with contextlib.suppress(ConfigError):
+            applied(config, group, complete=False)
+            good |= group.keys()
+    return [name for name in values if name not in good]
 
 
 def checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
