@@ -241,7 +241,7 @@ class _Framed:
     def __init__(self) -> None:
         self.calls: list[tuple[bytes, bool]] = []
         self.source = _Source(StreamOptions(max_line=MAX_LINE), cast("Intake", self), cast("Spool", _Room()))
-        self._connection = _Connection(self.source)
+        self._connection = self.source.accept()
         self._connection.connection_made(_Transport())
 
     def accept_lines(self, lines: Sequence[bytes], _sender: int = 0) -> _Never:

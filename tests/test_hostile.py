@@ -11,6 +11,7 @@ import socket
 import ssl
 import struct
 import zlib
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -1198,6 +1199,88 @@ async def test_who_speaks_tls_and_never_reads_loses_nothing(tmp_path, certificat
     async with opened(tmp_path, stream=keys) as doors:
         await asyncio.to_thread(send, doors.stream.ports[0])
         await until(lambda: doors.spool.accounts.total("accepted") == 2000, "every event of every connection")
+
+
+def connect_plainly(port):
+    """A TCP connection on which nobody has said anything yet."""
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+@pytest.mark.parametrize("door", ["http", "stream"])
+async def test_who_made_room_during_his_handshake_is_gone(tmp_path, certificate, door):
+    """A place that was given to others stays theirs: who ends his handshake after that is no connection any more."""
+    keys, trust = certificate
+    limits = HttpLimits(max_connections=2, look_s=3600)
+    async with opened(tmp_path, limits=limits, http=keys, stream=keys | {"max_connections": 2}) as doors:
+        doors.stream._look.cancel()
+        room, port = doors.http.connections, doors.http.port
+        places = room.alive
+        if door == "stream":
+            room, port = doors.stream, doors.stream.ports[0]
+            places = room.connections
+        early = [connect_plainly(port) for _ in range(2)]
+        await until(lambda: len(places) == 2, "places of those who have not ended their handshake")
+        room.now += 60
+        late = [await asyncio.open_connection("127.0.0.1", port, ssl=trust) for _ in range(2)]
+
+        for sock in early:
+            reader, writer = await asyncio.open_connection(sock=sock, ssl=trust, server_hostname="127.0.0.1")
+            writer.write(request(body())[:-1] if door == "http" else ACKS + ndjson([currents()]))
+            assert await asyncio.wait_for(read_all(reader), 5) == b""
+            writer.transport.abort()
+        assert len(places) == 2
+        assert doors.http.connections.held == 0
+        for reader, writer in late:
+            writer.write(request(body()) if door == "http" else ACKS + ndjson([currents()]))
+            assert await asyncio.wait_for(reader.readline(), 10) in (b"HTTP/1.1 200 OK\r\n", b'{"acked":1}\n')
+            writer.transport.abort()
+        await until(lambda: not places)
+
+
+async def test_who_never_ends_his_handshake_takes_a_place_of_the_stream(tmp_path, certificate):
+    """The cap holds for all who are connected, also before they have agreed on TLS; and what came to nothing is forgotten."""
+    keys, trust = certificate
+    async with opened(tmp_path, stream=keys | {"max_connections": 3}) as doors:
+        silent = [connect_plainly(doors.stream.ports[0]) for _ in range(3)]
+        await until(lambda: len(doors.stream.connections) == 3)
+        reader, writer = await asyncio.open_connection("127.0.0.1", doors.stream.ports[0], ssl=trust)
+        assert await asyncio.wait_for(read_all(reader), 5) == b""
+        writer.transport.abort()
+        assert doors.stream.refused == 1
+        for sock in silent:
+            sock.close()
+        doors.stream._look.cancel()
+        for connection in doors.stream.connections:
+            connection.since -= 60
+        doors.stream._look_at_all()
+        assert not doors.stream.connections
+
+
+@pytest.mark.parametrize("door", ["http", "stream"])
+async def test_who_is_refused_over_tls_is_soon_gone(tmp_path, certificate, door):
+    """A client that doesn't say goodbye when it is told that there is no place holds a file for a second, not for thirty."""
+    keys, trust = certificate
+    loop = asyncio.get_running_loop()
+    async with opened(tmp_path, limits=HttpLimits(), http=keys, stream=keys) as doors:
+        port = doors.http.port if door == "http" else doors.stream.ports[0]
+        with connect_plainly(port) as plain:
+            sock = await asyncio.to_thread(trust.wrap_socket, plain, server_hostname="127.0.0.1")
+            sock.sendall(request(b"") if door == "http" else ACKS)
+            if door == "stream":
+                await until(lambda: doors.stream.connections and next(iter(doors.stream.connections))._acks)
+                next(iter(doors.stream.connections)).refuse("too many")
+            ours = sock.getsockname()
+            began = loop.time()
+            await until(lambda: not established(ours), "the end of our side", 5)
+            assert loop.time() - began < 4
+            sock.close()
+
+
+def established(client):
+    """Whether our side of a client's connection is still open, waiting for the client or not."""
+    address = f"{client[1]:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()]
+    return any(row[2].endswith(f":{address}") and row[3] in ("01", "08") for row in rows)
 
 
 async def test_the_doors_take_a_renewed_certificate_over(tmp_path):

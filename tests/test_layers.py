@@ -151,10 +151,10 @@ MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
     "sources/stream.py": (
-        550,
+        560,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
-    "sources/http_connections.py": (530, "the same for the HTTP door"),
+    "sources/http_connections.py": (535, "the same for the HTTP door"),
     "app.py": (490, "knows everyone: opening, reloading and closing mirror each other"),
     "config.py": (
         515,

@@ -351,9 +351,7 @@ def test_any_chunking_gives_the_same(tmp_path_factory, cuts):
 
 async def connected(door, transport):
     """A connection whose transport is the test's."""
-    from bridged.sources.stream import _Connection
-
-    connection = _Connection(door.source)
+    connection = door.source.accept()
     connection.connection_made(transport)
     transport.close = lambda: (setattr(transport, "closed", True), connection.connection_lost(None))
     transport.abort = transport.close

@@ -33,11 +33,10 @@ from bridged.backlog.spool import Spool
 from bridged.errors import BadRequest, BridgedError, ListenError, SpoolError, SpoolFull, TooLarge, Unauthorized
 from bridged.intake import Intake
 from bridged.redaction import redacted
-from bridged.sources import cohorts
+from bridged.sources import cohorts, tls
 from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
 from bridged.sources.http_connections import HttpConnection, HttpConnections, HttpLimits
-from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
 
 log = structlog.get_logger()
 
@@ -172,7 +171,7 @@ class HttpSource:
 
     async def __aenter__(self) -> Self:
         options = self._options
-        self._tls = tls = server_context("sources.http", options.tls_cert, options.tls_key)
+        self._tls = tls.server_context("sources.http", options.tls_cert, options.tls_key)
         # As it came and expanded, and some for the head and the sizes of chunks.
         limits = msgspec.structs.replace(options.limits, max_request=2 * options.max_body + 2**21)
         self.connections = HttpConnections(self._handle, self, limits, self.answers, _REFUSALS)
@@ -180,11 +179,7 @@ class HttpSource:
         try:
             for where in wheres or [{"host": options.host, "port": options.port, "reuse_address": True}]:
                 server = await asyncio.get_running_loop().create_server(
-                    self.connections,
-                    backlog=1024,
-                    ssl=tls,
-                    ssl_handshake_timeout=HANDSHAKE_S if tls else None,
-                    **where,
+                    self.connections, backlog=1024, **tls.options(self._tls), **where
                 )
                 self._servers.append(server)
         except OSError as error:
@@ -210,7 +205,7 @@ class HttpSource:
 
     def reload(self) -> None:
         """Reads the certificate again, for connections to come."""
-        load_again(self._tls, "sources.http", self._options.tls_cert, self._options.tls_key)
+        tls.load_again(self._tls, "sources.http", self._options.tls_cert, self._options.tls_key)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1

@@ -231,8 +231,11 @@ class HttpConnection(RequestHandler):
         return not payload.is_eof() and payload.exception() is None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """One that is one too many of its client's is refused."""
+        """One that is one too many of its client's is refused; one that made room during its handshake of TLS ends."""
         super().connection_made(transport)
+        if self not in self._room.alive:
+            self.refuse(None)
+            return
         self._client = self._room.clients.enter(transport)
         if self._client is None:
             self._room.refused += 1

@@ -30,9 +30,8 @@ from msgspec import Struct
 from bridged.backlog.spool import Spool
 from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
-from bridged.sources import tcp
+from bridged.sources import tcp, tls
 from bridged.sources.clients import Clients
-from bridged.sources.tls import HANDSHAKE_S, load_again, server_context
 from bridged.sources.unix import demand_nobody_listens, remove
 
 log = structlog.get_logger()
@@ -96,7 +95,7 @@ class StreamSource:
         self._own: dict[str, int] = {}  # path of a Unix socket that we made: its inode
 
     async def __aenter__(self) -> Self:
-        self._tls = server_context("sources.stream", self._options.tls_cert, self._options.tls_key)
+        self._tls = tls.server_context("sources.stream", self._options.tls_cert, self._options.tls_key)
         if self._tls is not None:
             # Unread by who never reads, they would make a reset of his close, which drops what we have yet to read.
             self._tls.num_tickets = 0
@@ -120,31 +119,24 @@ class StreamSource:
         kind, _, rest = address.partition(":")
         if kind == "unix":
             demand_nobody_listens(rest)
-            server = await loop.create_unix_server(partial(_Connection, self), rest, backlog=1024)
+            server = await loop.create_unix_server(self.accept, rest, backlog=1024)
             os.chmod(rest, 0o660)  # noqa: PTH101  # at start-up, before anybody is served
             self._own[rest] = os.stat(rest).st_ino  # noqa: PTH116
         else:
             host, _, port = rest.rpartition(":")
             server = await loop.create_server(
-                partial(_Connection, self),
-                host.strip("[]"),
-                int(port),
-                backlog=1024,
-                ssl=self._tls,
-                ssl_handshake_timeout=HANDSHAKE_S if self._tls else None,
+                self.accept, host.strip("[]"), int(port), backlog=1024, **tls.options(self._tls)
             )
             self.ports.append(server.sockets[0].getsockname()[1])
         return server
 
     async def _listen_at(self, sock: socket.socket) -> asyncio.Server:
-        loop, protocol = asyncio.get_running_loop(), partial(_Connection, self)
+        loop = asyncio.get_running_loop()
         if sock.family == socket.AF_UNIX:
             # Its file belongs to whoever made it. (uvloop has the option in every Python, typeshed since 3.13.)
-            return await loop.create_unix_server(protocol, sock=sock, backlog=1024, cleanup_socket=False)  # type: ignore[call-arg]
+            return await loop.create_unix_server(self.accept, sock=sock, backlog=1024, cleanup_socket=False)  # type: ignore[call-arg]
         self.ports.append(sock.getsockname()[1])
-        return await loop.create_server(
-            protocol, sock=sock, backlog=1024, ssl=self._tls, ssl_handshake_timeout=HANDSHAKE_S if self._tls else None
-        )
+        return await loop.create_server(self.accept, sock=sock, backlog=1024, **tls.options(self._tls))
 
     async def __aexit__(self, *_exc: object) -> None:
         """Stops accepting, commits what was read, sends the last acks, closes."""
@@ -171,22 +163,26 @@ class StreamSource:
 
     def reload(self) -> None:
         """Reads the certificate again, for connections to come."""
-        load_again(self._tls, "sources.stream", self._options.tls_cert, self._options.tls_key)
+        tls.load_again(self._tls, "sources.stream", self._options.tls_cert, self._options.tls_key)
 
     # -- what all connections share -----------------------------------------------------------------------------------
 
-    def admit(self, connection: "_Connection") -> bool:
-        """Whether there is a place for one more; one that never sent a line may have to give up its own."""
+    def accept(self) -> "_Connection":
+        """A new connection. If there is no place for it, one that never sent a line gives up its own, or it has none.
+
+        Before the handshake of TLS: who never ends that takes a place too.
+        """
+        connection = _Connection(self)
         if len(self.connections) >= self._options.max_connections:
             self.refused += 1
             spare = next(iter(self.unused), None)
             if spare is None or self.now - spare.since < _SPARE_S:
-                return False
+                return connection
             spare.refuse("too many connections")
             self.leave(spare)
         self.connections[connection] = self.unused[connection] = None
         self.accepted_connections += 1
-        return True
+        return connection
 
     def leave(self, connection: "_Connection") -> None:
         """Its place is free."""
@@ -210,6 +206,9 @@ class StreamSource:
         """Once a second: ends connections whose clients are gone. Those that are paused don't read, and so don't see it."""
         loop = asyncio.get_running_loop()
         self.now = loop.time()
+        for connection in [each for each in self.unused if self.now - each.since > 2 * tls.HANDSHAKE_S]:
+            if not connection.connected:  # a handshake that came to nothing: asyncio has forgotten it
+                self.leave(connection)
         poll, by_fd = select.poll(), {}
         for connection in self.connections:
             if (fd := connection.paused_fd()) >= 0:
@@ -226,6 +225,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, source: StreamSource) -> None:
         self._source = source
         self._transport: asyncio.Transport
+        self.connected = False  # and, if it speaks TLS, agreed
         self._client: str | None = None  # whose it is
         self.since = source.now  # connected, or the oldest of its unfinished bytes came
         self.unfinished = 0  # bytes
@@ -250,9 +250,14 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream server makes nothing else
+        self.connected = True
+        if self not in self._source.connections:
+            self._cut_off()
+            return
         self._client = self._source.clients.enter(transport)
-        if self._client is None or not self._source.admit(self):
-            self._source.refused += self._client is None
+        if self._client is None:
+            self._source.refused += 1
+            self._source.leave(self)
             self._cut_off()
             return
         self._is_tls = transport.get_extra_info("sslcontext") is not None
@@ -527,7 +532,9 @@ class _Connection(asyncio.Protocol):
 
     def stop(self) -> None:
         """As `finish`, but what waits for room won't get it any more: the client keeps it."""
-        if self._held:
+        if not self.connected:
+            self._source.leave(self)
+        elif self._held:
             self._fail(SpoolError("the daemon stops"))
         elif not self._transport.is_closing():
             self._rest, self._dropped = b"", self._dropped or bool(self._rest)
@@ -540,7 +547,8 @@ class _Connection(asyncio.Protocol):
     def refuse(self, why: str) -> None:
         """Ends it for the sake of the others: what isn't acked stays with the client."""
         self._forget()
-        self._fail(SpoolError(why))
+        if self.connected:
+            self._fail(SpoolError(why))
 
     def abort(self) -> None:
         """Closes at once."""

@@ -1,6 +1,7 @@
 """TLS for the doors that listen on TCP."""
 
 import ssl
+from typing import Any
 
 import structlog
 
@@ -10,6 +11,15 @@ log = structlog.get_logger()
 
 # A handshake takes two round trips; who needs longer is not a client.
 HANDSHAKE_S = 10.0
+# So long we wait for the client's goodbye after ours; by then it has the answer that stands before it.
+_GOODBYE_S = 1.0
+
+
+def options(context: ssl.SSLContext | None) -> dict[str, Any]:
+    """What a listener is to be made with."""
+    if context is None:
+        return {}
+    return {"ssl": context, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": _GOODBYE_S}
 
 
 def server_context(section: str, cert: str, key: str) -> ssl.SSLContext | None:
