@@ -11,6 +11,7 @@ import socket
 import ssl
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -1037,12 +1038,10 @@ async def test_a_client_that_vanishes_while_paused_is_noticed(tmp_path):
         doors.spool._options = msgspec.structs.replace(doors.spool._options, max_bytes=0)  # near its cap
         _, writer = await doors.connect("stream")
         writer.write(ACKS + ndjson([currents()]))
-        await until(lambda: any(c._resuming for c in doors.stream.connections))
-        tasks = set(doors.stream.tasks)
+        await until(lambda: doors.stream.waiting)
         reset(writer)
         await until(lambda: not doors.stream.connections, "the connection's end")
-        await until(lambda: not doors.stream.tasks, "its task's end")
-        assert tasks
+        assert not doors.stream.waiting
         assert doors.stream.unfinished == 0
         assert not doors.stream.holding
 
@@ -1167,19 +1166,65 @@ async def test_both_doors_speak_tls(tmp_path, certificate):
         assert await doors.events() == 61
 
 
-async def test_tls_is_never_paused_between_reads(tmp_path, certificate, monkeypatch):
-    """Uvloop drops what is still encrypted when a client ends while reading is paused: only want of room is worth that."""
+async def send_over_tls(port, trust, data):
+    """As many clients do: no acks, and no goodbye at the end."""
+
+    def send():
+        with connect_plainly(port) as plain, trust.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+            sock.sendall(data)
+
+    await asyncio.to_thread(send)
+
+
+@pytest.mark.parametrize("line", [b"1\n", ndjson([currents()])], ids=["crumbs", "events"])
+async def test_who_sends_much_over_tls_lets_the_loop_turn(tmp_path, certificate, monkeypatch, line):
+    """As over TCP: one read a turn, and of short lines some; others don't wait for all that a client has sent. And it all
+    arrives, although reading is paused in between and the end comes meanwhile.
+    """
     keys, trust = certificate
-    turns = []
-    monkeypatch.setattr(StreamSource, "read_on_next_turn", lambda _source, connection: turns.append(connection))
-    lines = ndjson([currents(seed=seed) for seed in range(100)]) * 20
+    loop = asyncio.get_running_loop()
+    turn, taken = 0, []
+
+    def turned():
+        nonlocal turn
+        turn += 1
+        loop.call_soon(turned)
+
     async with opened(tmp_path, stream=keys) as doors:
-        reader, writer = await asyncio.open_connection("127.0.0.1", doors.stream.ports[0], ssl=trust)
-        writer.write(ACKS + lines)
-        while await asyncio.wait_for(reader.readline(), 20) != b'{"acked":2000}\n':
-            pass
-        writer.close()
-    assert turns == []
+        accept = doors.stream.intake.accept_lines
+
+        def counted(lines, sender):
+            taken.append((turn, len(lines)))
+            return accept(lines, sender)
+
+        monkeypatch.setattr(doors.stream.intake, "accept_lines", counted)
+        loop.call_soon(turned)
+        count = 3 * MIB // max(len(line), 60)
+        await send_over_tls(doors.stream.ports[0], trust, line * count)
+        await until(lambda: sum(lines for _, lines in taken) == count, "all of it", 30)
+        assert max(lines for _, lines in taken) <= 2048
+        in_a_turn = Counter(number for number, _ in taken)
+        assert len(taken) > 10
+        assert max(in_a_turn.values()) <= 3
+        await until(lambda: doors.spool.accounts.total("accepted") == count, "it on disk", 30)
+
+
+async def test_who_ends_over_tls_while_there_is_no_room_loses_nothing(tmp_path, certificate):
+    """What came after the spool had no room stays in the kernel, and the client's end with it."""
+    keys, trust = certificate
+    async with opened(tmp_path, stream=keys, max_bytes=16 * MIB) as doors:
+        options = doors.spool._options
+        doors.spool._options = msgspec.structs.replace(options, max_bytes=0)  # near its cap
+        with connect_plainly(doors.stream.ports[0]) as plain:
+            sock = await asyncio.to_thread(trust.wrap_socket, plain, server_hostname="127.0.0.1")
+            sock.sendall(ndjson([currents(seed=seed) for seed in range(50)]))
+            await until(lambda: doors.stream.waiting)
+            sock.sendall(ndjson([currents(seed=seed) for seed in range(50, 100)]))
+            sock.close()
+        await asyncio.sleep(0.1)
+        doors.spool._options = options
+        doors.spool._look_for_room()
+        await until(lambda: doors.spool.accounts.total("accepted") == 100, "all that he sent")
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

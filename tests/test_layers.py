@@ -151,7 +151,7 @@ MAX_LINES = 480
 # Longer for a reason; no longer than this.
 LONGER = {
     "sources/stream.py": (
-        560,
+        600,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
     "sources/http_connections.py": (535, "the same for the HTTP door"),

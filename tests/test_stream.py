@@ -592,7 +592,7 @@ async def test_near_the_cap_clients_wait_and_nothing_is_lost(tmp_path):
         await goodbye(writer)
         assert await door.events() == ids(events)
         assert [kept for _, kept in await door.dead()] == [b"z" * 4096]
-        assert not door.source.tasks
+        assert not door.source.waiting
 
 
 async def test_a_paused_client_does_not_keep_the_daemon_from_stopping(tmp_path):
@@ -636,6 +636,38 @@ async def test_a_writer_that_is_behind_pauses_the_clients(door):
     await busy
 
     assert await asyncio.gather(*sending) == [5000] * count
+
+
+async def test_a_herd_brings_no_more_than_there_is_room_for(door, monkeypatch):
+    """When the writer is behind, all connections pause, not only each after one more read."""
+    import threading
+
+    from bridged.backlog import spool as spool_module
+
+    monkeypatch.setattr(spool_module, "_MAX_PENDING_BYTES", MIB)
+    release = threading.Event()
+    busy = asyncio.ensure_future(door.spool.run(lambda _db: release.wait(20)))
+    one, count = ndjson(batch(100)), 100
+
+    async def send(reader, writer):
+        writer.write(ACKS + one)
+        writer.write_eof()
+        answer = await asyncio.wait_for(reader.read(), 30)
+        await goodbye(writer)
+        return acked(answer)[-1]
+
+    clients = [await door.connect() for _ in range(count)]
+    await until(lambda: len(door.source.connections) == count)
+    sending = [asyncio.ensure_future(send(*client)) for client in clients]
+    await until(lambda: len(door.source.waiting) == count, "a pause of everybody")
+    await asyncio.sleep(0.2)
+    assert door.spool.pending_bytes < 1.5 * MIB
+    assert door.source.unfinished == 0
+    release.set()
+    await busy
+
+    assert await asyncio.gather(*sending) == [100] * count
+    assert not door.source.waiting
 
 
 async def test_a_spool_that_fails_tells_the_clients(door):
@@ -701,7 +733,7 @@ async def test_a_mistake_of_ours_with_what_waited_for_room(tmp_path, monkeypatch
             door.spool.settle(Settlement(segments, delivered=b"\x03" * len(segments)))
             with pytest.raises(ConnectionError):
                 assert await asyncio.wait_for(reader.read(), 20) == b"no goodbye"
-            await until(lambda: not door.source.tasks)
+            await until(lambda: not door.source.waiting)
         await goodbye(writer)
         assert [entry["event"] for entry in said] == ["stream_failed"]
 
@@ -758,6 +790,24 @@ async def test_what_comes_during_the_stop_is_never_called_safe(tmp_path, acks):
                 assert await asyncio.wait_for(reader.read(), 20) == b"no goodbye"
         assert door.spool.accounts.total("accepted") == before
         assert not await door.dead()
+    await goodbye(writer)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_without_acks_only_who_has_finished_gets_an_orderly_end_at_the_stop(tmp_path, finished):
+    """Who may still be sending must not read that all is on disk: his next lines meet nobody. Who has ended his side knows."""
+    async with opened(tmp_path) as door:
+        reader, writer = await door.connect()
+        writer.write(ndjson(batch(2)))
+        await until(lambda: door.spool.accounts.total("accepted") == 2)
+        if finished:
+            writer.write_eof()
+            await until(lambda: all(each._finishing for each in door.source.connections))
+    if finished:
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+    else:
+        with pytest.raises(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 20) == b"no goodbye"
     await goodbye(writer)
 
 

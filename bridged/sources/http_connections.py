@@ -97,6 +97,7 @@ class HttpConnections(web.Server):
             self.refused += 1
             return _Refusal(self.refusals[503])
         connection = HttpConnection(self, self._loop)
+        connection.since = self._loop.time()  # the last look may be long ago: it would be forgotten before it is made
         self.alive[connection] = self.unused[connection] = None
         return connection
 

@@ -3,8 +3,8 @@
 A client that sends `{"acks":true}` as its first line is told `{"acked":N}`: so many of its lines, counted from the one after
 the handshake, are on disk. Acks are cumulative and coalesced; one that the client doesn't read is replaced by the next,
 so it never grows our memory. `{"error":"..."}` means that the lines after the last ack are not on disk; the connection
-ends then. Who sends no handshake learns the same, over TCP, from an orderly close: it comes when everything sent is on disk;
-else, also if the daemon is killed, the connection is reset.
+ends then. Who sends no handshake learns the same, over TCP, from an orderly close, which comes after his own: everything sent
+is on disk; else, also if the daemon stops or is killed, the connection is reset.
 
 A connection reads on only while the spool has room; otherwise TCP makes the client wait.
 
@@ -44,6 +44,8 @@ _LOOK_S = 1.0
 _MUCH_BYTES = 128 * 1024
 # Some 130 bytes each in the largest read. Of shorter ones, which are no events, there would be too many for one turn.
 _LINES_A_TURN = 2048
+# Of those that waited for room: the largest reads of so many fill what was made.
+_READ_ON_AT_ONCE = 48
 # Who came just now isn't slow; who has sent no line for so long may be closed when others need the place.
 _NEW_S = 1.0
 _SPARE_S = 10.0
@@ -87,7 +89,8 @@ class StreamSource:
         self.max_line = options.max_line
         self.intake = intake
         self.spool = spool
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.waiting: dict[_Connection, None] = {}  # those that read on when the spool has room, in this order
+        self._anybody_waits = asyncio.Event()
         self.clients = Clients(options.max_connections_per_client)
         self._options = options
         self._handed_over = handed_over
@@ -100,6 +103,7 @@ class StreamSource:
             # Unread by who never reads, they would make a reset of his close, which drops what we have yet to read.
             self._tls.num_tickets = 0
         self._look_at_all()
+        self._room = asyncio.get_running_loop().create_task(self._read_on_with_room(), name="paused streams")
         for address in self._options.listen:
             try:
                 if sockets := self._handed_over(address):
@@ -109,6 +113,7 @@ class StreamSource:
                     self._servers.append(await self._listen(address))
             except OSError as error:
                 self._look.cancel()
+                self._room.cancel()
                 for server in self._servers:
                     server.close()
                 raise ListenError(f"can't listen on {address} of sources.stream.listen", error) from error
@@ -157,9 +162,8 @@ class StreamSource:
         for connection in list(self.connections):
             connection.abort()
         self._look.cancel()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self._room.cancel()
+        await asyncio.gather(self._room, return_exceptions=True)
 
     def reload(self) -> None:
         """Reads the certificate again, for connections to come."""
@@ -188,6 +192,7 @@ class StreamSource:
         """Its place is free."""
         self.connections.pop(connection, None)
         self.unused.pop(connection, None)
+        self.waiting.pop(connection, None)
 
     def hold(self, size: int) -> None:
         """Counts unfinished bytes; cuts off whose have been there for longest when they are too many."""
@@ -197,6 +202,32 @@ class StreamSource:
             if self.now - chosen.since < _NEW_S:  # nobody is slow: who holds most
                 chosen = max(self.holding, key=lambda c: c.unfinished)
             chosen.refuse("too many lines without an end, or too many that wait for room")
+
+    def wait_for_room(self, asking: "_Connection") -> None:
+        """Has `asking` wait; and, if it is the writer who is behind, all who would bring him more before he has caught up.
+
+        (While the spool is near its cap, which may last, who only listens should still be seen to leave.)
+        """
+        if asking not in self.waiting:
+            for connection in [asking] if self.spool.near_cap else self.connections.keys() - self.waiting.keys():
+                if connection.connected:
+                    self.waiting[connection] = None
+                    connection.stop_reading()
+            self._anybody_waits.set()
+
+    async def _read_on_with_room(self) -> None:
+        """Lets them read on when there is room: in their order, and no more at once than it may be enough for."""
+        room = self.spool.room
+        while True:
+            await self._anybody_waits.wait()
+            await room.wait()
+            for connection in list(islice(self.waiting, _READ_ON_AT_ONCE)):
+                if room.is_set() and connection.take_held() and room.is_set():
+                    self.waiting.pop(connection, None)
+                    connection.read_on()
+            if not self.waiting:
+                self._anybody_waits.clear()
+            await asyncio.sleep(0)
 
     def read_on_next_turn(self, connection: "_Connection") -> None:
         """Reads on from a connection when the loop has turned."""
@@ -234,7 +265,6 @@ class _Connection(asyncio.Protocol):
         self._oversized = b""  # the beginning of a line too long to keep; its end is being skipped
         self._held: list[tuple[list[bytes], bool]] = []  # calls of _accept that wait for room in the spool
         self._held_bytes = 0
-        self._resuming: asyncio.Task[None] | None = None  # waits for room, and reads on then
         self._lines = 0  # handed to the intake
         self._committed = 0  # on disk
         self._told = 0  # acked to the client
@@ -272,29 +302,40 @@ class _Connection(asyncio.Protocol):
         self._source.leave(self)
         self._source.clients.leave(self._client)
         self._forget()
-        if self._resuming is not None:
-            self._resuming.cancel()
 
     def paused_fd(self) -> int:
         """The file descriptor of a TCP connection that doesn't read; -1 for any other."""
-        return -1 if self._resuming is None else tcp.file_number(self._transport)
+        return tcp.file_number(self._transport) if self in self._source.waiting else -1
 
     # -- framing ------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         self._frame(data)
-        much = len(data) >= _MUCH_BYTES or self._rest
-        if much and not self._is_tls and self._resuming is None and not self._finishing:
+        waits = self in self._source.waiting
+        if waits or ((len(data) >= _MUCH_BYTES or self._rest) and not self._finishing):
             # libuv would read on, up to 32 times: commits, acks and everybody else would wait for as many milliseconds.
-            # (Not over TLS: uvloop drops what is still encrypted when the end comes while reading is paused.)
+            self.stop_reading(within_read=True)
+            if not waits:
+                self._source.read_on_next_turn(self)
+
+    def stop_reading(self, *, within_read: bool = False) -> None:
+        """What comes stays in the kernel, and TCP makes the client wait."""
+        if self._is_tls:
+            tls.stop_reading(self._transport, within_read=within_read)
+        else:
             self._transport.pause_reading()
-            self._source.read_on_next_turn(self)
+
+    def _start_reading(self) -> None:
+        if self._is_tls:
+            tls.start_reading(self._transport)
+        else:
+            self._transport.resume_reading()
 
     def read_on(self) -> None:
         """Unless something else is in its way, or it has ended meanwhile. What was read already comes first."""
-        if self._resuming is None and not self._finishing and not self._transport.is_closing():
+        if self not in self._source.waiting and not self._finishing and not self._transport.is_closing():
             if not self._rest:
-                self._transport.resume_reading()
+                self._start_reading()
                 return
             rest, self._rest = self._rest, b""
             self._frame(rest)
@@ -312,7 +353,7 @@ class _Connection(asyncio.Protocol):
             else:
                 # As fast as `readlines`; a split would copy as much, and a count alone costs more.
                 pieces = io.BytesIO(data)
-                lines = list(islice(pieces, None if self._is_tls else _LINES_A_TURN))
+                lines = list(islice(pieces, _LINES_A_TURN))
                 self._rest = pieces.read()
                 if self._tail:
                     lines[0] = b"".join((self._tail, lines[0]))
@@ -356,6 +397,9 @@ class _Connection(asyncio.Protocol):
         """A last line may lack its newline. Keeps our side open until everything is on disk."""
         self._stopped = False
         try:
+            while self._rest and not self._finishing:  # only over TLS, which tells the end while reading is paused
+                rest, self._rest = self._rest, b""
+                self._frame(rest)
             if (self._tail or self._oversized) and not self._finishing:
                 line, self._tail = self._tail, b""
                 self._take([bytes(line)])
@@ -413,7 +457,7 @@ class _Connection(asyncio.Protocol):
             future = intake.accept_oversized(lines[0], limit) if oversized else intake.accept_lines(lines, id(self))
         except SpoolFull:
             self._hold(lines, oversized=oversized)
-            self._pause()
+            self._source.wait_for_room(self)
             return
         except SpoolError as error:
             self._fail(error)
@@ -430,7 +474,7 @@ class _Connection(asyncio.Protocol):
         self._pending += 1
         future.add_done_callback(partial(self._on_disk, self._lines))
         if not self._source.spool.room.is_set():
-            self._pause()
+            self._source.wait_for_room(self)
 
     def _on_disk(self, lines: int, future: "asyncio.Future[None]") -> None:
         self._pending -= 1
@@ -453,7 +497,8 @@ class _Connection(asyncio.Protocol):
         if self._finishing and not self._pending and not self._held:
             if self._acks and self._told < self._committed:
                 self.told_the_end = True  # by `resume_writing`: it has yet to read what it was told before
-            elif (self._tail or self._oversized or self._dropped) and not self._acks:
+            elif (self._tail or self._oversized or self._dropped or self._stopped) and not self._acks:
+                # Something of it isn't on disk; or may be on its way, and an orderly end would say that it is.
                 self._cut_off()
             elif self._stopped and self._acks and self._transport.can_write_eof():
                 # Closing now, with something unread, would be a reset, and could take the last ack with it. (TLS has its own.)
@@ -462,7 +507,7 @@ class _Connection(asyncio.Protocol):
                 self._transport.resume_reading()
             else:
                 tcp.end_with(self._transport, reset=False)
-                self._transport.close()
+                self._close()
 
     def _fail(self, error: BaseException | None) -> None:
         """Lines after the last ack are not on disk: says so and ends."""
@@ -473,9 +518,14 @@ class _Connection(asyncio.Protocol):
         if self._acks and not self._choked:
             message = str(error.args[0]) if error is not None and error.args else "stopped"
             self._transport.write(msgspec.json.encode({"error": message}) + b"\n")
-            self._transport.close()
+            self._close()
         else:
             self._cut_off()
+
+    def _close(self) -> None:
+        if self._is_tls:
+            tls.start_reading(self._transport)  # the client's goodbye
+        self._transport.close()
 
     def _mistaken(self, error: Exception) -> None:
         """A mistake of ours: left to the loop, it would be an orderly close."""
@@ -488,33 +538,17 @@ class _Connection(asyncio.Protocol):
 
     # -- back-pressure ------------------------------------------------------------------------------------------------
 
-    def _pause(self) -> None:
-        if self._resuming is not None:
-            return
-        self._transport.pause_reading()
-        self._resuming = asyncio.get_running_loop().create_task(self._resume_with_room(), name="paused stream")
-        self._source.tasks.add(self._resuming)
-        self._resuming.add_done_callback(self._source.tasks.discard)
-
-    async def _resume_with_room(self) -> None:
-        room = self._source.spool.room
-        while not self._transport.is_closing():
-            if not room.is_set():
-                # All who wait are woken at once, and the first may take all the room there is: look again.
-                await room.wait()
-                continue
-            held, self._held, self._held_bytes = self._held, [], 0
-            try:
-                for lines, oversized in held:
-                    self._accept(lines, oversized=oversized)
-            except Exception as error:
-                self._mistaken(error)
-            if not self._held and room.is_set():
-                break
-        self._resuming = None
-        if not self._transport.is_closing():
+    def take_held(self) -> bool:
+        """Takes what waited for room, now that there is some. Whether it was enough."""
+        held, self._held, self._held_bytes = self._held, [], 0
+        try:
+            for lines, oversized in held:
+                self._accept(lines, oversized=oversized)
+        except Exception as error:
+            self._mistaken(error)
+        if held and not self._transport.is_closing():
             self._weigh()
-            self.read_on()
+        return not self._held
 
     def pause_writing(self) -> None:
         self._choked = True
@@ -541,7 +575,7 @@ class _Connection(asyncio.Protocol):
             # What isn't read stays in the kernel, which resets the connection at its close: the client knows. One that
             # reads acks knows already, and gets an orderly end.
             self._stopped = not self._finishing
-            self._transport.pause_reading()
+            self.stop_reading()
             self.finish()
 
     def refuse(self, why: str) -> None:

@@ -1,5 +1,6 @@
 """TLS for the doors that listen on TCP."""
 
+import asyncio
 import ssl
 from typing import Any
 
@@ -58,3 +59,23 @@ def _load(context: ssl.SSLContext, section: str, cert: str, key: str) -> None:
         raise ConfigError(
             f"[{section}] tls_cert = {cert!r} and tls_key = {key!r} can't be used: {error}", hint
         ) from error
+
+
+def stop_reading(transport: asyncio.Transport, *, within_read: bool) -> None:
+    """Has TCP make the client wait. `within_read`: called by what uvloop calls with data.
+
+    `pause_reading` would only keep what is read from us, and uvloop drops it, still encrypted, when the end comes after it.
+    The bound of its buffer stops the socket itself: when more waits in it than `high`, until that is as little as `low`.
+    Both are 0, so each look turns it over; and after a read uvloop looks once more.
+    """
+    if not transport.is_closing():
+        start_reading(transport)
+        transport.set_read_buffer_limits(high=0)  # type: ignore[attr-defined]  # uvloop's
+        if within_read and not transport.get_read_buffer_size():  # type: ignore[attr-defined]  # uvloop's
+            transport.set_read_buffer_limits(high=0)  # type: ignore[attr-defined]  # uvloop's
+
+
+def start_reading(transport: asyncio.Transport) -> None:
+    """Lets it come again."""
+    if not transport.is_closing():
+        transport.set_read_buffer_limits()  # type: ignore[attr-defined]  # uvloop's
