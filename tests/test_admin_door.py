@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import io
 import os
 import ssl
@@ -202,6 +203,79 @@ async def test_a_body_that_is_too_large(daemon, client):
 
     assert status == 413
     assert error
+
+
+async def raw(app, head, body=b""):
+    """The answer to a request of which no more is sent than this; the connection stays open meanwhile."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+    writer.write(head.replace("\n", "\r\n").encode() + b"\r\n" + body)
+    try:
+        return await asyncio.wait_for(reader.readuntil(b"\r\n"), 10 * SLOW)
+    finally:
+        writer.close()
+
+
+LOGIN = "POST /api/login HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
+
+
+async def test_a_stranger_takes_no_memory(daemon, client):
+    """Without the token no more than a login is read: 413 beyond 4 KiB, however it is declared or packed; with it, 16 MiB."""
+    app = await daemon(admin__token="0123456789abcdef")
+    packed = gzip.compress(b'{"token": "' + b"x" * 5000)
+
+    assert b" 413 " in await raw(app, LOGIN + "Content-Length: 16000000\n", b'{"token":"')
+    assert b" 413 " in await raw(app, LOGIN + "Transfer-Encoding: chunked\n", b"1400\r\n" + b"x" * 5120 + b"\r\n")
+    assert b" 413 " in await raw(app, LOGIN + f"Content-Encoding: gzip\nContent-Length: {len(packed)}\n", packed)
+    for path in ("/", "/page/api.js", "/healthz"):
+        head = f"GET {path} HTTP/1.1\nHost: localhost\nContent-Length: 16000000\n"
+        assert b" 413 " in await raw(app, head, b"x"), path
+    headers = {"Content-Type": "application/json"}
+    assert (await answer(client, app, "POST", "/api/login", headers, b'{"token": "0123456789abcdef"}'))[0] == 200
+    headers["Authorization"] = "Bearer 0123456789abcdef"
+    assert (await answer(client, app, "POST", PURGE, headers, b" " * 5000 + b'{"all": true}'))[0] == 200
+
+
+async def test_no_body_is_read_for_nothing(daemon):
+    """What is answered 404 or 405 anyway is answered at once."""
+    app = await daemon()
+    for path, status in (("/", b" 405 "), ("/nowhere", b" 404 ")):
+        assert status in await raw(app, f"POST {path} HTTP/1.1\nHost: localhost\nContent-Length: 16000000\n", b"x")
+
+
+async def test_who_leaves_is_no_error(daemon, caplog):
+    """A login that is given up leaves no traceback behind, or anybody could fill the disk of the log."""
+    app = await daemon(admin__token="0123456789abcdef")
+    _, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+    writer.write((LOGIN + "Content-Length: 100\n\n").replace("\n", "\r\n").encode() + b'{"token":"')
+    await until(lambda: app.admin.connections == 1)
+    await asyncio.sleep(0.1 * SLOW)
+    writer.transport.abort()
+    await until(lambda: app.admin.connections == 0)
+    await asyncio.sleep(0.1)
+
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_damaged_body(daemon):
+    """What isn't packed as it says is the sender's mistake, and no 500."""
+    app = await daemon()
+    assert b" 400 " in await raw(app, LOGIN + "Content-Encoding: gzip\nContent-Length: 8\n", b"not gzip")
+
+
+async def test_so_many_connections_and_no_more(daemon, monkeypatch):
+    """Who opens one connection after the other takes none of the doors' files; when they have gone, others may come."""
+    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 4)
+    app = await daemon(admin__token="0123456789abcdef")
+    opened = [await asyncio.open_connection("127.0.0.1", app.admin.port) for _ in range(4)]
+    await until(lambda: app.admin.connections == 4)
+    head = "GET /healthz HTTP/1.1\nHost: localhost\n"
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await raw(app, head)
+    for _, writer in opened:
+        writer.close()
+    await until(lambda: app.admin.connections == 0)
+
+    assert b" 200 " in await raw(app, head)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,10 @@ class Access:
         session = request.get(_SESSION)
         return session is None or session.lasts(time.monotonic())
 
+    def is_stranger(self, request: web.Request) -> bool:
+        """Whether somebody has come through the gates only because what is asked for is open to everybody."""
+        return self._credential is not None and not request.get(_BEARER) and _SESSION not in request
+
     # -- the gates ----------------------------------------------------------------------------------------------------
 
     @web.middleware

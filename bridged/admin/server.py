@@ -1,7 +1,7 @@
 """The admin listener: what is around every request, and where each question goes. Who may ask is `access`' business.
 
-A head and a body come in time, and the body is no larger than 16 MiB. Answers pass the redaction, but for the export of dead
-letters, which is the events as they are, and the page's own files.
+A head and a body come in time, and the body is no larger than 16 MiB; of a stranger, than a login. Answers pass the redaction, but
+for the export of dead letters, which is the events as they are, and the page's own files.
 """
 
 import asyncio
@@ -38,7 +38,10 @@ log = structlog.get_logger()
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# Half of what `open_files` keeps back from the doors.
+_MAX_CONNECTIONS: Final = 128
 _MAX_BODY_BYTES: Final = 16 * 2**20
+_MAX_LOGIN_BYTES: Final = 4096
 _BODY_S: Final = 30.0
 # The rest of a body that was refused is read for so long, so that the answer arrives.
 _LINGER_S: Final = 2.0
@@ -71,8 +74,20 @@ class _Connection(web.RequestHandler):
         return super().handle_error(request, status, exc, message)
 
 
+class _Full(asyncio.Protocol):
+    """For a connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Resets it."""
+        transport.abort()  # type: ignore[attr-defined]  # every transport of a socket has it
+
+
 class _Server(web.Server):
-    def __call__(self) -> _Connection:
+    """aiohttp's, with so many connections and no more: whoever may not ask anything could take the doors' files."""
+
+    def __call__(self) -> _Connection | _Full:  # type: ignore[override]  # or an end to it
+        if len(self._connections) >= _MAX_CONNECTIONS:
+            return _Full()
         return _Connection(self, loop=self._loop, keepalive_timeout=_HEAD_S, lingering_time=_LINGER_S, access_log=None)  # type: ignore[arg-type]  # none at all
 
 
@@ -145,6 +160,12 @@ class AdminServer:
         self._live.close()
         await self._runner.cleanup()
 
+    @property
+    def connections(self) -> int:
+        """How many there are now."""
+        server = self._runner.server
+        return len(server.connections) if server else 0
+
     def reload(self) -> None:
         """Reads the certificate again, for connections to come. One that can't be used is logged; the old one stays."""
         if self._tls is not None:
@@ -184,12 +205,19 @@ class AdminServer:
 
     @web.middleware
     async def _body(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if request.can_read_body:
+        # What is answered 404 or 405 needs none.
+        if request.can_read_body and request.match_info.http_exception is None:
+            if self._access.is_stranger(request):
+                request = request.clone(client_max_size=_MAX_LOGIN_BYTES)
+                if (request.content_length or 0) > _MAX_LOGIN_BYTES:
+                    raise web.HTTPRequestEntityTooLarge(_MAX_LOGIN_BYTES)
             try:
                 async with asyncio.timeout(_BODY_S):
                     await request.read()  # which keeps it, for the handler
             except TimeoutError:
                 raise web.HTTPRequestTimeout(text=f"the body didn't come within {_BODY_S:g} s") from None
+            except (ConnectionError, web.RequestPayloadError) as error:
+                raise web.HTTPBadRequest(text="the body ends too early, or isn't packed as its head says") from error
         return await handler(request)
 
     # -- for machines -------------------------------------------------------------------------------------------------
