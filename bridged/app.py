@@ -223,9 +223,7 @@ class App:
             base = read()
             said = applied(base, self.saved.values)
             self._demand_usable(said)
-            given = (
-                self.given if options.target(said).credentials == options.target(self._configured).credentials else {}
-            )
+            given = self.given_beside(said)
             before = with_credentials(
                 self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given}
             )
@@ -249,6 +247,10 @@ class App:
             self.activity.tell(
                 "reloaded", "The configuration was read again", changed=changed, restart_needed_for=restart
             )
+
+    def given_beside(self, said: Config) -> dict[str, str]:
+        """What the API gave, as far as it would go before this configuration: it goes when another credential is said."""
+        return self.given if options.target(said).credentials == options.target(self._configured).credentials else {}
 
     def take_credentials(self, given: dict[str, str]) -> None:
         """Other values in [mixpanel], at once and in memory only. Raises ConfigError, and changes nothing, if unusable."""
@@ -305,9 +307,9 @@ class App:
             raise ConfigError(NO_CREDENTIAL)
 
     def _take_saved(self, values: dict[str, Any]) -> list[str]:
-        """Puts what is on disk now in force. What the API gave goes, if another credential was saved."""
+        """Puts what is on disk now in force."""
         said = applied(self.base, values)
-        given = self.given if options.target(said).credentials == options.target(self._configured).credentials else {}
+        given = self.given_beside(said)
         before = with_credentials(self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given})
         config, changed, restart = reloading.take_over(before, said)
         self._use(with_credentials(config, given))

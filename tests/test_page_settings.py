@@ -468,20 +468,49 @@ async def test_a_secret_is_not_sent_elsewhere(daemon, client, emulator):
     app = await daemon(mixpanel__api_secret=CANARY)
     elsewhere = {"mixpanel.url": "http://127.0.0.1:9"}
     status, told = await put(client, app, set=elsewhere)
-    assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret"])
+    assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret", "mixpanel.token"])
     status, told = await say(client, app, "POST", "/api/test-connection", {"mixpanel": {"url": "http://127.0.0.1:9"}})
-    assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret"])
+    assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret", "mixpanel.token"])
     assert app.config.mixpanel.url == emulator.url
+    elsewhere["mixpanel.token"] = "another-token"
     assert (await put(client, app, set={"mixpanel.url": emulator.url}))[0] == 200
     assert (await put(client, app, set=elsewhere | {"mixpanel.api_secret": "another"}))[0] == 200
     # Nor in two steps: what the configuration holds doesn't follow to an address of the page's.
-    for change in ({"remove": ["mixpanel.api_secret"]}, {"set": {"mixpanel.url": "http://127.0.0.1:8"}}):
+    for change, wanted in (
+        ({"remove": ["mixpanel.api_secret"]}, ["mixpanel.api_secret"]),
+        ({"set": {"mixpanel.url": "http://127.0.0.1:8"}}, ["mixpanel.api_secret", "mixpanel.token"]),
+    ):
         status, told = await put(client, app, **change)
-        assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret"])
+        assert (status, list(told["keys"])) == (400, wanted)
     assert (await say(client, app, "DELETE", "/api/settings/mixpanel.api_secret"))[0] == 400
     assert app.config.mixpanel.api_secret == "another"
-    assert (await put(client, app, remove=["mixpanel.api_secret", "mixpanel.url"]))[0] == 200
+    assert (await put(client, app, remove=["mixpanel.api_secret", "mixpanel.url", "mixpanel.token"]))[0] == 200
     assert (app.config.mixpanel.api_secret, app.config.mixpanel.url) == (CANARY, emulator.url)
+
+
+async def test_a_secret_given_by_the_api_is_not_sent_elsewhere(daemon, client, emulator):
+    """It is in force, so it stays at the address that it was given for: alone, beside what is saved, and with the project token."""
+    app = await daemon(mixpanel__api_secret="the-old-secret")
+    elsewhere = {"mixpanel.url": "http://127.0.0.1:9"}
+    token = {"mixpanel.token": "another-token"}
+    assert (await say(client, app, "POST", "/api/credentials", {"api_secret": CANARY}))[0] == 200
+
+    status, told = await put(client, app, set=elsewhere | token)
+    assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret"])
+    test = {"mixpanel": {"url": "http://127.0.0.1:9", "token": "another-token"}}
+    assert (await say(client, app, "POST", "/api/test-connection", test))[0] == 400
+    # What the configuration says already doesn't replace it.
+    said_already = {"mixpanel.api_secret": "the-old-secret", "mixpanel.token": "example-token"}
+    status, told = await put(client, app, set=elsewhere | said_already)
+    assert (status, list(told["keys"])) == (400, ["mixpanel.api_secret"])
+    assert app.config.mixpanel.url == emulator.url
+    assert (await put(client, app, set={"mixpanel.partner_id": "p"}))[0] == 200
+    assert app.config.mixpanel.api_secret == CANARY
+    assert (await put(client, app, set=elsewhere | token | {"mixpanel.api_secret": "another"}))[0] == 200
+    assert app.config.mixpanel.api_secret == "another"
+    # Given for the new address, it stays there.
+    assert (await say(client, app, "POST", "/api/credentials", {"api_secret": CANARY}))[0] == 200
+    assert (await put(client, app, set={"mixpanel.partner_id": "q"}))[0] == 200
 
 
 async def test_secrets_without_end(daemon, client, monkeypatch):
@@ -545,6 +574,7 @@ async def test_what_a_test_finds(daemon, client, emulator):
         ({"url": "http://mixpanel.invalid"}, "network"),
         ({"url": f"http://{app.config.sources.http.listen}"}, "project"),
     ):
+        given_["token"] = "example-token"  # else it stays where it was given for
         status, told = await say(client, app, "POST", "/api/test-connection", {"mixpanel": given_})
         assert (status, told["problem"]) == (200, expected), told
         assert told["text"]

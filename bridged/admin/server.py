@@ -1,7 +1,7 @@
 """The admin listener: what is around every request, and where each question goes. Who may ask is `access`' business.
 
-A head and a body come in time, and the body is no larger than 16 MiB; of a stranger, than a login. Answers pass the redaction, but
-for the export of dead letters, which is the events as they are, and the page's own files.
+A head and a body come in time, and the body is no larger than 16 MiB; of a stranger, than a login. Answers pass the redaction,
+but for the export of dead letters, which is the events as they are, and the page's own files.
 """
 
 import asyncio

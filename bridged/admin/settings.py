@@ -22,7 +22,7 @@ from msgspec import Struct
 from bridged import options
 from bridged.admin.answers import body, json
 from bridged.admin.status import credential_from
-from bridged.config import Key, has_credential, value_at
+from bridged.config import Key, has_credential, value_at, with_credentials
 from bridged.delivery.probe import Finding, probe
 from bridged.errors import BadRequest, ConfigError
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Target
@@ -36,7 +36,7 @@ Kind = Literal["text", "secret", "choice", "number", "size", "time", "boolean", 
 
 # Which secrets go to an address, by the key of the address.
 _SENT_TO: Final = {
-    "mixpanel.url": ("mixpanel.service_secret", "mixpanel.api_secret"),
+    "mixpanel.url": ("mixpanel.service_secret", "mixpanel.api_secret", "mixpanel.token"),
     "alerts.webhook_url": ("alerts.webhook_token",),
 }
 _CANDIDATES: Final = tuple(name.removeprefix("mixpanel.") for name in EDITABLE if name.startswith("mixpanel."))
@@ -225,10 +225,11 @@ async def saved(app: "App", change: Change) -> web.Response:
     values = app.saved.with_changes(change.set, change.remove)
     try:
         config = applied(app.base, values)
+        in_use = with_credentials(config, app.given_beside(config))
     except ConfigError as error:
         said = str(error.args[0])
         raise BadSettings(said, _by_key(said)) from error
-    _demand_secrets_for_new_addresses(app, config, change.set, values)
+    _demand_secrets_for_new_addresses(app, in_use, change.set, values)
     try:
         changed = await app.save(change.set, change.remove)
     except ConfigError as error:
@@ -237,11 +238,11 @@ async def saved(app: "App", change: Change) -> web.Response:
     return json(Changed(revision=app.saved.revision, changed=changed, restart_needed=app.restart_needed))
 
 
-def _demand_secrets_for_new_addresses(app: "App", new: Config, given: Container[str], kept: Container[str]) -> None:
+def _demand_secrets_for_new_addresses(app: "App", new: Config, given: Mapping[str, Any], kept: Container[str]) -> None:
     """Raises BadSettings where a secret that is known already would go to an address that it wasn't given for.
 
     `given` are the keys of this change, `kept` those that the page has saved or gives: to an address that isn't the
-    configuration's nothing of the configuration's goes, however many steps lead there.
+    configuration's nothing of the configuration's goes, however many steps lead there. What the API gave stays where it is.
     """
     wrong = {}
     for name, secrets in _SENT_TO.items():
@@ -252,7 +253,10 @@ def _demand_secrets_for_new_addresses(app: "App", new: Config, given: Container[
             continue
         is_new = address != _origin(value_at(app.config, path))
         for secret in secrets:
-            if ((is_new and secret not in given) or secret not in kept) and value_at(new, EDITABLE[secret].path):
+            value = value_at(new, EDITABLE[secret].path)
+            by_api = app.given.get(secret.removeprefix("mixpanel.")) == value
+            is_given = given.get(secret) == value if by_api else secret in given
+            if value and ((is_new and not is_given) or not (by_api or secret in kept)):
                 wrong[secret] = (
                     f"give it once more: {name} leads elsewhere, and a secret is sent only where it was given for"
                 )
