@@ -99,8 +99,7 @@ class Intake:
         elements = self._schema.elements(data)
         if elements is None:
             raise BadRequest("the body is not JSON", 'Braze posts {"events": [...]}')
-        if len(elements) > max(_FEW_ELEMENTS, len(data) // _LEAST_EVENT_BYTES):
-            raise TooLarge("the body has too many elements", "split it")
+        _demand_events(len(elements), len(data))
         return elements
 
     def _lone(self, data: bytes) -> Intaken:
@@ -176,9 +175,10 @@ class Intake:
     def accept_archived(self, lines: Sequence[bytes]) -> tuple["asyncio.Future[None]", int]:
         """Events that expired and were archived: mapped already, so they go on as they are. They count as accepted anew.
 
-        A line that isn't a mapped event becomes a dead letter; the number says how many were. Raises SpoolError when the
-        spool can't take them.
+        A line that isn't a mapped event becomes a dead letter; the number says how many were. Raises TooLarge for what can't
+        be events, SpoolError when the spool can't take them.
         """
+        _demand_events(len(lines), sum(map(len, lines)))
         batches, letters = [], []
         for line in filter(None, map(bytes.strip, lines)):
             try:
@@ -290,6 +290,12 @@ def _joined(parts: Sequence[Intaken]) -> Intaken:
 
 def _too_large(event: bytes) -> str:
     return f"{len(event)} bytes as a Mixpanel event; Mixpanel takes less than {MAX_EVENT_BYTES}"
+
+
+def _demand_events(elements: int, size: int) -> None:
+    """Raises TooLarge for so many elements in so many bytes that they can't be events: each would be a dead letter."""
+    if elements > max(_FEW_ELEMENTS, size // _LEAST_EVENT_BYTES):
+        raise TooLarge("the body has too many elements", "split it")
 
 
 def _of_small_pieces(data: bytes) -> bool:

@@ -123,6 +123,15 @@ async def test_expired_events_are_archived_and_replayed(
     assert app.spool.accounts.counts["delivered"].keys() == app.spool.accounts.counts["expired"].keys()
 
 
+async def test_a_replay_of_what_cannot_be_events(daemon: Daemon, client: aiohttp.ClientSession) -> None:
+    """Millions of numbers would push out the dead letters of others: they are refused whole, as the door does."""
+    app = await daemon()
+    url = f"http://{app.config.admin.listen}/api/replay"
+    async with client.post(url, json={"events": [0] * 100_000}) as response:
+        assert (response.status, "split it" in await response.text()) == (413, True)
+    assert app.spool.dead_letters == 0
+
+
 async def test_a_replay_of_something_else_is_counted_as_refused(daemon: Daemon, client: aiohttp.ClientSession) -> None:
     """Who replays is told how much of it was no archived event."""
     app = await daemon()
