@@ -459,6 +459,26 @@ async def test_dead_letters_from_list_to_purge(bridged, daemon, client, tmp_path
     assert (await bridged(app, "dead-letters", "list"))[1] == "no dead letters\n"
 
 
+@pytest.mark.parametrize("which", [("--all",), ("--type", "users.messages.fax.Send")])
+async def test_a_purge_is_about_what_was_there_when_it_was_asked(bridged, daemon, client, monkeypatch, which):
+    """The question says how many; what comes before the answer stays."""
+    app = await daemon()
+    await send(client, app, fax("a"), fax("b"))
+    loop, asked = asyncio.get_running_loop(), []
+
+    def meanwhile(question):
+        asked.append(question)
+        asyncio.run_coroutine_threadsafe(send(client, app, fax("c")), loop).result(30)
+        return "y"
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", meanwhile)
+    code, out, _ = await bridged(app, "dead-letters", "purge", *which)
+
+    assert (code, out, ", 2 now, " in asked[0]) == (0, "2 purged\n", True)
+    assert app.spool.dead_letters == 1
+
+
 async def test_an_export_replaces_a_file_only_when_told_to(bridged, daemon, client, tmp_path):
     """The first export may be the only copy of what was purged since; --force is somebody's word that it isn't."""
     app = await daemon()

@@ -194,6 +194,24 @@ async def test_what_comes_meanwhile_is_left_alone(spool, verbs, monkeypatch, ver
     assert (await verbs.list_before(Filter(), limit=1))[0].id > 25
 
 
+@pytest.mark.parametrize("verb", ["purge", "replay"])
+@pytest.mark.parametrize("which", [{}, {"stage": "door"}])
+async def test_only_what_was_counted(daemon, client, verb, which):
+    """Who was told of two, and says yes when there are three, means the two."""
+    app = await daemon()
+    await app.spool.append(Intaken([], letters(2)))
+    _, counted = await call(client, app, "POST", "/count", json={"filter": which} if which else {"all": True})
+    await app.spool.append(Intaken([], letters(1)))
+    status, done = await call(client, app, "POST", f"/{verb}", json={"filter": which | {"upto": counted["upto"]}})
+
+    assert (status, counted["count"]) == (200, 2)
+    assert sum(value for value in done.values() if isinstance(value, int)) == 2
+    assert app.spool.dead_letters == (1 if verb == "purge" else 3)
+    assert [row["attempts"] for row in (await call(client, app, "GET", ""))[1]["dead_letters"]][-1] == 1
+    for wrong in (-1, 2**63):
+        assert (await call(client, app, "POST", f"/{verb}", json={"filter": {"upto": wrong}}))[0] == 400, wrong
+
+
 async def test_a_replay_that_is_refused_again_ends(spool):
     """Each letter is tried once a replay, although Mixpanel's refusal brings it back under another id."""
     await spool.append(Intaken([], letters(25, "mixpanel")))
@@ -476,7 +494,7 @@ async def test_the_page_looks_at_them(daemon, client, emulator):
         ({"filter": {"exact_reason": groups[0]["reason"]}}, 1),
     ):
         async with client.post(f"{url}/count", json=order) as got:
-            assert await got.json() == {"count": count}
+            assert await got.json() == {"count": count, "upto": 6}
     async with client.post(f"{url}/purge", json={"ids": [1, 2, 99]}) as got:
         assert await got.json() == {"purged": 2}
     assert (app.activity.entries[-1].kind, app.activity.entries[-1].detail) == ("purge", {"purged": 2})

@@ -4,12 +4,13 @@
     GET  /api/config                  the configuration in force, secrets masked, and which keys were saved on the page
     GET  /api/history                 ?span=hour|day since=: columns for charts
     GET  /api/activity                ?before= limit=: what happened, newest first
-    GET  /api/dead-letters            ?event_type= reason= exact_reason= stage= since= until= order=oldest|newest after=|before=
-                                      limit= (<= 1000)
+    GET  /api/dead-letters            ?event_type= reason= exact_reason= stage= since= until= upto= order=oldest|newest
+                                      after=|before= limit= (<= 1000)
     GET  /api/dead-letters/groups     counted by stage, event type and reason; the same filters
     GET  /api/dead-letters/export     NDJSON, with the events; the same filters
     GET  /api/dead-letters/ID         one, with its event as it came and as it was mapped, as far as there are both
-    POST /api/dead-letters/count      how many an order, such as the following, would be about
+    POST /api/dead-letters/count      how many an order, such as the following, would be about, and the
+                                      filter "upto" that leaves out what comes from now on
     POST /api/dead-letters/replay     {"ids": [...]} or {"filter": {...}} or {"all": true}
     POST /api/dead-letters/purge      likewise
     POST /api/credentials             {"token", "api_secret", "service_account", "service_secret", "project_id"}: those that
@@ -61,6 +62,13 @@ class Happened(Struct):
 
     activity: list[Entry]
     next: int | None
+
+
+class Counted(Struct):
+    """How many an order would be about; with `upto` in its filter it is about those, and none that came since."""
+
+    count: int
+    upto: int
 
 
 class Order(Struct, forbid_unknown_fields=True):
@@ -173,7 +181,11 @@ class Api:
 
     async def _count(self, request: web.Request) -> web.Response:
         wanted = (await body(request, Order)).wanted()
-        return json({"count": await self._dead_letters.count(wanted)})
+        # Asked for first: what comes while they are counted is in neither.
+        upto = await self._dead_letters.last()
+        if isinstance(wanted, Filter):
+            wanted = msgspec.structs.replace(wanted, upto=upto if wanted.upto is None else min(upto, wanted.upto))
+        return json(Counted(await self._dead_letters.count(wanted), upto))
 
     async def _list(self, request: web.Request) -> web.Response:
         query = dict(request.query)

@@ -10,7 +10,7 @@ import msgspec
 
 from bridged import __version__
 from bridged.admin import openapi_page
-from bridged.admin.api import NewCredentials
+from bridged.admin.api import Counted, NewCredentials
 from bridged.admin.cohorts import MAX_LISTED as MAX_REFUSALS
 from bridged.admin.cohorts import MAX_POINTS, Overview, Refusals
 from bridged.admin.health import Health
@@ -46,6 +46,9 @@ _FILTER: Final = [
     parameter("stage", {"enum": ["door", "mixpanel"]}, "Only refused there."),
     parameter("since", {"type": "number"}, "Only refused, last, at or after this time, in seconds."),
     parameter("until", {"type": "number"}, "Only refused, last, before this time, in seconds."),
+    parameter(
+        "upto", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "Only up to this id: none that came after it."
+    ),
 ]
 _PAGE: Final = [
     parameter("after", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The `next` of the page before."),
@@ -219,7 +222,7 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
     "/api/dead-letters/count": {
         "post": operation(
             "How many there are of them.",
-            json_content(object_of(count={"type": "integer"})),
+            json_content(ref("Counted")),
             *(400, 401, 413, 415, 503),
             body=required(_ORDER),
         )
@@ -360,6 +363,7 @@ def document() -> dict[str, Any]:
             Status,
             Health,
             Group,
+            Counted,
             Replayed,
             Summary,
             _Dead,

@@ -11,10 +11,10 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from bridged.backlog.spool import DeadLetterRow, Spool, Stage
 from bridged.backlog.tables import transaction
@@ -47,6 +47,7 @@ class Filter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stage: Stage | None = None
     since: float | None = None  # wall clock seconds: refused, last, at or after
     until: float | None = None  # ... before
+    upto: Annotated[int, Meta(ge=0, le=MAX_ID)] | None = None  # an id: those after it came later
 
     def sql(self) -> tuple[str, list[Any]]:
         """As a condition, and its parameters."""
@@ -63,6 +64,8 @@ class Filter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             terms.append(("last_at >= ?", self.since))
         if self.until is not None:
             terms.append(("last_at < ?", self.until))
+        if self.upto is not None:
+            terms.append(("id <= ?", self.upto))
         return " AND ".join(term for term, _ in terms) or "1", [value for _, value in terms]
 
 
@@ -156,6 +159,11 @@ class DeadLetters:
             for at in range(0, len(wanted), _SLICE_ROWS):
                 counted += await self._read(_counted_ids, sorted(set(wanted[at : at + _SLICE_ROWS])))
         return counted
+
+    async def last(self) -> int:
+        """The id of the newest; 0: there is none."""
+        last: int = await self._read(_last)
+        return last
 
     async def get(self, id_: int) -> DeadLetterRow | None:
         """One dead letter, with its event."""
@@ -272,7 +280,7 @@ class DeadLetters:
 
         What comes meanwhile isn't in them: a replay that is refused again would have no end.
         """
-        last = await self._read(_last)
+        last = await self.last()
         while (high := await self._read(_window, after, last, rows or _WINDOW_ROWS)) is not None:
             yield after, high
             after = high

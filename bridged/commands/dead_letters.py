@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bridged.admin.api import Listing
+from bridged.admin.api import Counted, Listing
 from bridged.backlog.dead_letters import MAX_ID, MAX_LISTED, Group, Replayed
 from bridged.commands.client import Daemon
 from bridged.commands.printing import agreed, printable, table
@@ -190,6 +190,11 @@ def _purge(daemon: Daemon, arguments: argparse.Namespace) -> int:
         what = "ALL dead letters" if arguments.all else some
         if not sys.stdin.isatty():
             raise UsageError(f"purge deletes {what} for good", "say --yes if that is what you want")
+        if not arguments.ids:
+            counted = daemon.order("/api/dead-letters/count", order, Counted)
+            what = f"{what}, {counted.count:,} now,"
+            # Nobody's yes is about what comes while it is thought over.
+            order = {"filter": order.get("filter", {}) | {"upto": counted.upto}}
         if not agreed(f"Delete {what} for good?"):
             print("nothing was deleted")
             return 1

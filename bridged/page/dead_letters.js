@@ -177,8 +177,9 @@ export function open(main, context) {
   async function act(verb) {
     const which = wanted();
     await attempt(acts[verb], async () => {
-      const { count: many } = await order("POST", "/api/dead-letters/count", which);
-      if (await carryOut(verb, which, many)) await reload();
+      const { count: many, upto } = await order("POST", "/api/dead-letters/count", which);
+      // What comes while the question is open was seen by nobody.
+      if (await carryOut(verb, which.ids ? which : { filter: { ...which.filter, upto } }, many)) await reload();
     });
   }
 
