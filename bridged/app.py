@@ -34,7 +34,7 @@ from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.writer import CohortWriter
-from bridged.config import NO_CREDENTIAL, demand_good, has_credential, secret_files, value_at, with_credentials
+from bridged.config import NO_CREDENTIAL, demand_good, has_credential, secret_files, with_credentials
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery
@@ -45,7 +45,7 @@ from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping
 from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.redaction import redacted
-from bridged.saved import EDITABLE, Saved, SaveUnderWay, applied, is_secret
+from bridged.saved import Saved, SaveUnderWay, applied, in_words
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
 from bridged.sources.cohorts import CohortSource
@@ -232,14 +232,16 @@ class App:
         except Exception as error:
             # Whatever it is: a slip in a file must not end a daemon that works.
             said_of_it = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
-            self.reload_problem = " ".join(said_of_it.split())
-            log.error("reload_failed", error=str(error), hint="the configuration in force is the old one")
-            self.activity.tell("reload_failed", f"The configuration can't be used: {self.reload_problem}", "critical")
+            self.reload_problem = ""
+            self._not_taken_over("configuration", said_of_it, error)
             return
         self.reload_problem = ""
         for listener in (self.admin, self.stream, self.http):
-            if listener is not None:
-                listener.reload()
+            try:
+                if listener is not None:
+                    listener.reload()
+            except ConfigError as error:
+                self._not_taken_over("certificate", str(error.args[0]), error)
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
         self.saved.revise()
         if asked or changed:
@@ -247,6 +249,13 @@ class App:
             self.activity.tell(
                 "reloaded", "The configuration was read again", changed=changed, restart_needed_for=restart
             )
+
+    def _not_taken_over(self, what: str, why: str, error: Exception) -> None:
+        """Tells it wherever somebody may look."""
+        why = " ".join(why.split())
+        self.reload_problem = f"{self.reload_problem}; {why}".removeprefix("; ")
+        log.error("reload_failed", error=str(error), hint=f"the {what} in force is the old one")
+        self.activity.tell("reload_failed", f"The {what} can't be used: {why}", "critical")
 
     def given_beside(self, said: Config) -> dict[str, str]:
         """What the API gave, as far as it would go before this configuration: it goes when another credential is said."""
@@ -318,7 +327,7 @@ class App:
         self.saved.revise()
         if changed:
             log.info("settings_saved", changed=changed)
-            what = ", ".join(_change(name, before, config) for name in changed)
+            what = ", ".join(in_words(name, before, config) for name in changed)
             self.activity.tell("settings", f"Settings were saved: {what}", changed=changed)
         return changed
 
@@ -398,17 +407,6 @@ class App:
 async def _nothing() -> None:
     """Delivers nothing, for ever."""
     await asyncio.Event().wait()
-
-
-def _change(name: str, before: Config, after: Config) -> str:
-    """A changed key in words; of a secret, or a list, nothing but that it changed."""
-    key = EDITABLE.get(name)
-    if key is None or is_secret(key):
-        return name
-    old, new = value_at(before, key.path), value_at(after, key.path)
-    if not isinstance(new, str | int | float):
-        return name
-    return f"{name} is {str(new) or 'empty'} (was {str(old) or 'empty'})"
 
 
 async def _end(task: "asyncio.Task[None]") -> None:

@@ -304,3 +304,14 @@ def read_for(config: Config) -> Saved:
             f"{Path.cwd()}; from the daemon's working directory it could, once it has run"
         )
     return saved
+
+
+def in_words(name: str, before: Config, after: Config) -> str:
+    """A changed key in words; of a secret, or a list, nothing but that it changed."""
+    key = EDITABLE.get(name)
+    if key is None or is_secret(key):
+        return name
+    old, new = value_at(before, key.path), value_at(after, key.path)
+    if not isinstance(new, str | int | float):
+        return name
+    return f"{name} is {str(new) or 'empty'} (was {str(old) or 'empty'})"

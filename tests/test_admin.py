@@ -107,6 +107,11 @@ def test_orderly_waiting_is_ready(changes):
     assert judge(facts(**changes)).ready
 
 
+def test_what_waits_for_the_export_is_no_stall():
+    """With mixpanel.export off nothing is sent, and nobody is late."""
+    assert judge(facts(exporting=False, waiting=5, oldest_age_s=9000, judged_age_s=None)).ready
+
+
 # -- the listener -----------------------------------------------------------------------------------------------------
 
 

@@ -401,7 +401,14 @@ async def test_a_renewed_certificate_is_taken_over(daemon, certificate, tmp_path
     certificate()
     (tmp_path / "cert.pem").write_bytes(old)
     app.reload(lambda: app.config)
-    assert (await asyncio.to_thread(commands.ask, "/api/status", dict))["state"] == "idle"
+    said = await asyncio.to_thread(commands.ask, "/api/status", dict)
+    assert (said["state"], "admin.tls_cert" in said["reload"]["problem"]) == ("idle", True)
+    assert ["admin.tls_cert" in entry.text for entry in app.activity.newest(3) if entry.kind == "reload_failed"] == [
+        True
+    ]
+    certificate()
+    app.reload(lambda: app.config)
+    assert app.reload_problem == ""
 
 
 @pytest.mark.parametrize("broken", ["cert.pem", "key.pem", "both", "half"])

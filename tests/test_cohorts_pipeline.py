@@ -18,6 +18,7 @@ from aiohttp import web
 from cohort_sender import ATTRIBUTE, Sender, session
 from conftest import SLOW, currents, free_port, until
 
+from bridged.admin.status import alarm_facts
 from bridged.app import App
 from bridged.cohorts import pace
 from bridged.emulator.braze import BrazeConfig, BrazeEmulator
@@ -598,6 +599,34 @@ async def test_profile_cohorts_only(daemon, importing, braze, emulator, client):
     assert emulator.summary().requests == 0
     async with client.get(f"http://127.0.0.1:{app.admin.port}/readyz") as answer:
         assert answer.status == 200
+
+
+async def test_what_waits_while_the_export_is_off(daemon, importing, emulator, client):
+    """It is no reason for an alarm; and what would only add to it, or promise a delivery, is refused in words."""
+    emulator.credentials(token="another")
+    app = await daemon(**importing)
+    assert await status_of(client, app, "/v1/currents", {"events": [currents()]}) == 200
+    await app.__aexit__(None, None, None)
+    app = await daemon(**importing | {"mixpanel__export": "false"})
+    admin = f"http://127.0.0.1:{app.admin.port}"
+
+    assert app.backlog.events == 1
+    facts = alarm_facts(app)
+    assert (facts.undelivered_s, facts.stalled) == (0.0, "")
+    async with client.get(f"{admin}/api/status") as answer:
+        said = await answer.json()
+        assert (said["state"], "mixpanel.export" in said["sentence"], "1 waiting" in said["sentence"]) == (
+            "idle",
+            True,
+            True,
+        )
+    for path, body in (
+        ("events/test", {}),
+        ("replay", {"events": []}),
+        ("dead-letters/replay", {"all": True}),
+    ):
+        async with client.post(f"{admin}/api/{path}", json=body) as answer:
+            assert (answer.status, "mixpanel.export" in (await answer.json())["error"]) == (409, True), path
 
 
 async def test_profile_export_only(daemon, emulator, client, tmp_path):

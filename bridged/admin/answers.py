@@ -7,6 +7,7 @@ import msgspec
 from aiohttp import web
 
 from bridged.errors import BadRequest
+from bridged.settings import Config
 
 T = TypeVar("T")
 
@@ -37,6 +38,12 @@ class Verbatim(web.Response):
 def json(said: Any, status_code: int = 200) -> web.Response:
     """An answer in JSON."""
     return web.Response(status=status_code, body=msgspec.json.encode(said) + b"\n", content_type="application/json")
+
+
+def demand_export(config: Config) -> None:
+    """Raises HTTPConflict where no events are taken, and none are sent."""
+    if not config.mixpanel.export:
+        raise web.HTTPConflict(text="no events are taken here, nor sent: set mixpanel.export = true, and restart")
 
 
 async def body(request: web.Request, type_: type[T]) -> T:

@@ -35,7 +35,7 @@ from msgspec import Struct
 
 from bridged import config
 from bridged.activity import MAX_ENTRIES, Entry
-from bridged.admin.answers import body, in_words, json, number
+from bridged.admin.answers import body, demand_export, in_words, json, number
 from bridged.admin.cohorts import CohortsApi
 from bridged.admin.history import SPANS, History
 from bridged.admin.status import status
@@ -219,6 +219,7 @@ class Api:
 
     async def _replay(self, request: web.Request) -> web.Response:
         wanted = (await body(request, Order)).wanted()
+        demand_export(self._app.config)
         self._demand_quiet()
         outcome = await self._dead_letters.replay(wanted)
         text = "Dead letters were replayed"
@@ -235,6 +236,7 @@ class Api:
     async def _replay_archived(self, request: web.Request) -> web.Response:
         """Mapped events that were archived: `{"events": [...]}`. Answered when they are on disk, as such or as dead letters."""
         events = (await body(request, Archived)).events
+        demand_export(self._app.config)
         committed, refused = self._app.intake.accept_archived([bytes(event) for event in events])
         await committed
         return json({"accepted": len(events) - refused, "refused": refused})

@@ -15,7 +15,7 @@ from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from bridged import options
-from bridged.admin.answers import body, json
+from bridged.admin.answers import body, demand_export, json
 from bridged.admin.selection import ROWS, TITLES, TypeView, UnknownSeen, view, with_selected
 from bridged.admin.settings import Change, saved
 from bridged.admin.status import TYPE_NAMES
@@ -134,6 +134,7 @@ class EventsApi:
 
     async def _test(self, request: web.Request) -> web.Response:
         wanted = (await body(request, TestEvents)).types
+        demand_export(self._app.config)
         settings = options.mapping_settings(self._app.config)
         chosen = {name: row for name, row in ROWS.items() if selected(row, settings)}
         for name in wanted if wanted is not None else ():

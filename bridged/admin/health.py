@@ -25,6 +25,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     writer_failed: bool
     near_cap: bool
     refusal: str = "the spool is near its cap"  # why, when it is
+    exporting: bool = True  # else what waits waits for that, and nobody is late
     halted: bool
     backing_off: bool
     waiting: int  # events
@@ -78,7 +79,7 @@ def _stalled_s(facts: Facts) -> float:
 
     The smallest of three ages, so that one clock that was set forward can't make a stall.
     """
-    if not facts.waiting or facts.halted or facts.backing_off:
+    if not facts.waiting or not facts.exporting or facts.halted or facts.backing_off:
         return 0.0
     ages = [facts.uptime_s, facts.oldest_age_s, facts.judged_age_s]
     return max(0.0, min(age for age in ages if age is not None))

@@ -247,7 +247,7 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         "post": operation(
             "Takes mapped events that were archived when they expired. Those that aren't are refused: dead letters.",
             json_content(object_of(accepted={"type": "integer"}, refused={"type": "integer"})),
-            *(400, 401, 413, 415, 503),
+            *(400, 401, 409, 413, 415, 503),
             body=required(object_of(events={"type": "array"}) | {"additionalProperties": False}),
         )
     },

@@ -173,7 +173,7 @@ PATHS: Final[dict[str, dict[str, Any]]] = {
         "post": operation(
             "Test events through the whole path, to Mixpanel.",
             json_content(object_of(sent={"type": "integer"}, user={"type": "string"})),
-            *(400, 401, 413, 415, 503),
+            *(400, 401, 409, 413, 415, 503),
             body=required(
                 {
                     "type": "object",

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
 
-import structlog
 from aiohttp import web
 
 from bridged import __version__
@@ -33,8 +32,6 @@ from bridged.saved import BadSettings
 
 if TYPE_CHECKING:
     from bridged.app import App
-
-log = structlog.get_logger()
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -167,15 +164,12 @@ class AdminServer:
         return len(server.connections) if server else 0
 
     def reload(self) -> None:
-        """Reads the certificate again, for connections to come. One that can't be used is logged; the old one stays."""
+        """Reads the certificate again, for connections to come. Raises ConfigError; the old one stays in force then."""
         if self._tls is not None:
             admin = self._app.config.admin
-            try:
-                # Into an empty one first: a half-loaded pair would be of no use to anybody.
-                _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), admin.tls_cert, admin.tls_key)
-                _load(self._tls, admin.tls_cert, admin.tls_key)
-            except ConfigError as error:
-                log.error("reload_failed", error=str(error), hint="the certificate in force is the old one")
+            # Into an empty one first: a half-loaded pair would be of no use to anybody.
+            _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), admin.tls_cert, admin.tls_key)
+            _load(self._tls, admin.tls_cert, admin.tls_key)
 
     # -- around every request -----------------------------------------------------------------------------------------
 

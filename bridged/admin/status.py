@@ -180,6 +180,7 @@ def health(app: "App") -> Health:
             writer_failed=app.spool.failed,
             near_cap=app.spool.near_cap,
             refusal=str(app.spool.refusal().args[0]),
+            exporting=app.config.mixpanel.export,
             halted=delivery.halted is not None,
             backing_off=pace.backing_off_s > 0,
             waiting=app.backlog.events,
@@ -198,7 +199,8 @@ def alarm_facts(app: "App") -> AlarmFacts:
     well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
     # Since the last success, but no longer than the oldest event has waited, or the daemon has run.
     ages = (age_s, delivery.success_age_s, app.clock.uptime_s())
-    undelivered_s = max(0.0, min(age for age in ages if age is not None)) if well.waiting else 0.0
+    late = well.waiting and config.mixpanel.export
+    undelivered_s = max(0.0, min(age for age in ages if age is not None)) if late else 0.0
     return AlarmFacts(
         halted=delivery.halted is not None,
         halt_reason=delivery.halted.reason if delivery.halted else "",
@@ -295,21 +297,18 @@ def status(app: "App", reasons: list[Group]) -> Status:
     spool, delivery, config = app.spool, app.delivery, app.config
     accounts, now = spool.accounts, time.time()
     pace = _since_start(app.delivery.pace, app.clock.uptime_s())
-    names = TYPE_NAMES
-    halt = delivery.halted
-    halted = (
-        HaltStatus(since=delivery.halted_at or now, status=halt.status, reason=halt.reason)
-        if halt is not None
-        else None
-    )
+    halt, halted = delivery.halted, None
+    if halt is not None:
+        halted = HaltStatus(since=delivery.halted_at or now, status=halt.status, reason=halt.reason)
     # The doors are opened after the admin listener.
     http, stream = getattr(app, "http", None), getattr(app, "stream", None)
     well = health(app)
-    refusal = str(spool.refusal().args[0]) if spool.near_cap else ""
-    state, sentence = _state(well, halted, pace, refusal)
+    state, sentence = _state(well, halted, pace, str(spool.refusal().args[0]) if spool.near_cap else "")
     if config.mixpanel.export and not app.transport.target.credentials.given:
         safe = f". {well.waiting:,} events wait, safe on disk" if well.waiting else ""
         state, sentence = "not set up", f"Not set up: Mixpanel's credential isn't given yet{safe}"
+    if not config.mixpanel.export and well.ready and well.waiting:
+        state, sentence = "idle", f"Exports nothing (mixpanel.export): {well.waiting:,} waiting, safe on disk"
     return Status(
         version=__version__,
         started_at=app.started_at,
@@ -318,7 +317,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         sentence=sentence,
         health=well,
         events={kind: accounts.total(kind) for kind in accounts.counts},
-        by_type=accounts.by_type(names),
+        by_type=accounts.by_type(TYPE_NAMES),
         imbalance=accounts.imbalance(),
         oldest_age_s=oldest_age_s(app),
         expires_in_s=_expires_in_s(app),
@@ -366,7 +365,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
         verdicts=dict(delivery.verdicts),
         skipped=dict(app.intake.reasons),
         unknown_fields=[
-            UnknownField(event_type=names.get(code, ""), field=field, seen=seen)
+            UnknownField(event_type=TYPE_NAMES.get(code, ""), field=field, seen=seen)
             for (code, field), seen in app.intake.unknown_fields.most_common()
         ],
         warnings=_warnings(app),

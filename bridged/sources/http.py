@@ -204,7 +204,7 @@ class HttpSource:
         await self.connections.close(_LINGER_S)
 
     def reload(self) -> None:
-        """Reads the certificate again, for connections to come."""
+        """Reads the certificate again, for connections to come. Raises ConfigError; the old one stays in force then."""
         tls.load_again(self._tls, "sources.http", self._options.tls_cert, self._options.tls_key)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -166,7 +166,7 @@ class StreamSource:
         await asyncio.gather(self._room, return_exceptions=True)
 
     def reload(self) -> None:
-        """Reads the certificate again, for connections to come."""
+        """Reads the certificate again, for connections to come. Raises ConfigError; the old one stays in force then."""
         tls.load_again(self._tls, "sources.stream", self._options.tls_cert, self._options.tls_key)
 
     # -- what all connections share -----------------------------------------------------------------------------------

@@ -4,11 +4,7 @@ import asyncio
 import ssl
 from typing import Any
 
-import structlog
-
 from bridged.errors import ConfigError
-
-log = structlog.get_logger()
 
 # A handshake takes two round trips; who needs longer is not a client.
 HANDSHAKE_S = 10.0
@@ -38,14 +34,11 @@ def server_context(section: str, cert: str, key: str) -> ssl.SSLContext | None:
 
 
 def load_again(context: ssl.SSLContext | None, section: str, cert: str, key: str) -> None:
-    """Reads the files again, for connections to come. Those that can't be used are logged; the old pair stays."""
+    """Reads the files again, for connections to come. Raises ConfigError for those that can't be used; the old pair stays."""
     if context is not None:
-        try:
-            # Into an empty one first: a half-loaded pair would be of no use to anybody.
-            _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), section, cert, key)
-            _load(context, section, cert, key)
-        except ConfigError as error:
-            log.error("reload_failed", error=str(error), hint="the certificate in force is the old one")
+        # Into an empty one first: a half-loaded pair would be of no use to anybody.
+        _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), section, cert, key)
+        _load(context, section, cert, key)
 
 
 def _load(context: ssl.SSLContext, section: str, cert: str, key: str) -> None:
