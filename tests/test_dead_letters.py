@@ -495,6 +495,14 @@ async def test_the_page_looks_at_them(daemon, client, emulator):
     ):
         async with client.post(f"{url}/count", json=order) as got:
             assert await got.json() == {"count": count, "upto": 6}
+    for query, status, lines in (
+        ("2,1,99", 200, 2),
+        ("2,x", 400, 1),
+        ("2&stage=door", 400, 1),
+        (",".join("1" * 1001), 400, 1),
+    ):
+        async with client.get(f"{url}/export?ids={query}") as got:
+            assert (got.status, len((await got.read()).splitlines())) == (status, lines), query
     async with client.post(f"{url}/purge", json={"ids": [1, 2, 99]}) as got:
         assert await got.json() == {"purged": 2}
     assert (app.activity.entries[-1].kind, app.activity.entries[-1].detail) == ("purge", {"purged": 2})

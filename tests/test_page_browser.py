@@ -4,10 +4,12 @@ Screenshots of what is seen are kept in $BRIDGED_SCREENSHOTS if that is set; wit
 the README are written to docs/screenshots.
 """
 
+import http.client
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -410,7 +412,7 @@ def test_dead_letters_are_grouped_filtered_paged_replayed_and_purged(eyes: Eyes,
     expect(dialog.get_by_label("Event", exact=True)).to_contain_text('"Email Open"')
     eyes.shot(page, "dead-letter")
     with page.expect_download() as download:
-        press(dialog, "Export")
+        dialog.get_by_role("link", name="Export").click()
     assert "Email Open" in Path(download.value.path()).read_text(encoding="utf-8")
     press(dialog, "Replay")
     press(page.get_by_role("dialog", name="Replay 1 dead letter?"), "Replay 1 dead letter")
@@ -427,6 +429,9 @@ def test_dead_letters_are_grouped_filtered_paged_replayed_and_purged(eyes: Eyes,
     letters.get_by_role("checkbox").nth(1).check()
     letters.get_by_role("checkbox").nth(2).check()
     expect(page.get_by_text("2 selected")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Export").click()
+    assert len(Path(download.value.path()).read_bytes().splitlines()) == 2
     press(page, "Purge")
     confirm = page.get_by_role("dialog", name="Purge 2 dead letters?")
     press(confirm, "Cancel")
@@ -486,6 +491,75 @@ def test_what_looks_like_markup_is_shown_as_text(eyes: Eyes, bridge: Callable[..
         expect(page.get_by_role("heading", level=1)).to_be_visible()
     assert page.locator("main script, main img, dialog script, dialog img").count() == 0
     assert "broken" not in page.title()
+
+
+def test_numbers_are_shown_and_exported_as_they_came(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """JavaScript has no 12345678901234567890, and calls 1.0 a 1: neither may become of somebody's order number."""
+    mine = bridge()
+    event = b'{"event_type":"no.such.Type","id":"x","time":1700000000,"properties":{"order":12345678901234567890,"price":1.0}}'
+    connection = http.client.HTTPConnection(mine.http[7:], timeout=PATIENCE_S)
+    connection.request("POST", "/v1/currents", b'{"events":[' + event + b"]}", {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 200
+    connection.close()
+    page = eyes.open(mine, "dead-letters")
+    page.get_by_role("region", name="Table of dead letters").get_by_role("button").first.click()
+    dialog = page.get_by_role("dialog", name="Dead letter")
+    shown = dialog.get_by_label("Event", exact=True)
+    expect(shown).to_contain_text('"order": 12345678901234567890')
+    expect(shown).to_contain_text('"price": 1.0')
+    with page.expect_download() as download:
+        dialog.get_by_role("link", name="Export").click()
+    assert event in Path(download.value.path()).read_bytes()
+
+
+def test_an_answer_that_gets_lost(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """The daemon may have done it: whoever ordered it is told to look, and not that nothing was changed."""
+    mine = bridge()
+    mine.post([{"event_type": "no.such.Type", "id": "x"}])
+    page = eyes.open(mine, "dead-letters")
+
+    def lose(route: Any) -> None:
+        route.fetch()
+        route.abort()
+
+    page.route("**/api/dead-letters/purge", lose)
+    press(page, "Purge")
+    press(page.get_by_role("dialog"), "Purge 1 dead letter")
+    told(page, "It may have been done all the same")
+    assert mine.ask("/api/status")["dead_letters"]["kept"] == 0
+
+
+def test_a_window_that_nobody_looks_at_holds_no_connection(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """A browser has six for all its windows: the seventh would never open. Looked at again, it goes on at once."""
+    mine = bridge()
+    page = eyes.open(mine)
+    expect(sentence(page)).to_contain_text("Idle")
+    see = """hidden => {
+        Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
+        document.dispatchEvent(new Event('visibilitychange'));
+    }"""
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/api/live")):
+        page.evaluate(see, True)
+    assert mine.post([currents(OPEN)]) == 200
+    page.wait_for_timeout(3000)
+    expect(page.locator(".sum .delivered dd")).to_contain_text("0")
+    page.evaluate(see, False)
+    expect(page.locator(".sum .delivered dd")).to_contain_text("1")
+
+
+def test_a_window_too_many_is_told_so(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Where 32 listen already, the page says that, and goes on when one has gone."""
+    mine = bridge()
+    listeners = [socket.create_connection(("127.0.0.1", int(mine.admin.rpartition(":")[2]))) for _ in range(32)]
+    for one in listeners:
+        one.sendall(b"GET /api/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert one.recv(20).startswith(b"HTTP/1.1 200")
+    page = eyes.open(mine)
+    expect(page.get_by_text("32 listen already: close a window")).to_be_visible()
+    for one in listeners:
+        one.close()
+    expect(sentence(page)).to_contain_text("Idle")
+    expect(page.get_by_text("32 listen already")).to_be_hidden()
 
 
 def test_who_leaves_the_events_before_they_are_there(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:

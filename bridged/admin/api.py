@@ -7,7 +7,7 @@
     GET  /api/dead-letters            ?event_type= reason= exact_reason= stage= since= until= upto= order=oldest|newest
                                       after=|before= limit= (<= 1000)
     GET  /api/dead-letters/groups     counted by stage, event type and reason; the same filters
-    GET  /api/dead-letters/export     NDJSON, with the events; the same filters
+    GET  /api/dead-letters/export     NDJSON, with the events; the same filters, or ids=1,2,3
     GET  /api/dead-letters/ID         one, with its event as it came and as it was mapped, as far as there are both
     POST /api/dead-letters/count      how many an order, such as the following, would be about, and the
                                       filter "upto" that leaves out what comes from now on
@@ -208,7 +208,10 @@ class Api:
         return json(exported(row) | self._app.intake.both_forms(row))
 
     async def _export(self, request: web.Request) -> web.StreamResponse:
-        wanted = _filter(dict(request.query))
+        query = dict(request.query)
+        wanted = _ids(query.pop("ids")) if query.get("ids") else _filter(query)
+        if isinstance(wanted, list):
+            _demand_nothing_else(query)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         with contextlib.suppress(ConnectionError):  # who asked has gone
             await response.prepare(request)
@@ -259,6 +262,13 @@ class Api:
 def _demand_nothing_else(query: dict[str, str]) -> None:
     if query:
         raise BadRequest(f"the query has a part that means nothing here: {next(iter(query))[:40]!r}")
+
+
+def _ids(text: str) -> list[int]:
+    ids = text.split(",")
+    if len(ids) > MAX_LISTED:
+        raise BadRequest(f"ids: {MAX_LISTED} at most")
+    return [number({"ids": one}, "ids", 0, MAX_ID) for one in ids]
 
 
 def _time(text: str) -> float:

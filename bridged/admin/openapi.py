@@ -50,6 +50,9 @@ _FILTER: Final = [
         "upto", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "Only up to this id: none that came after it."
     ),
 ]
+_IDS: Final = parameter(
+    "ids", {"type": "string", "pattern": r"^\d{1,19}(,\d{1,19})*$"}, "Only these; without any other filter."
+)
 _PAGE: Final = [
     parameter("after", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The `next` of the page before."),
     parameter("before", {"type": "integer", "minimum": 0, "maximum": _MAX_ID}, "The same, with the newest first."),
@@ -202,7 +205,9 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         )
     },
     "/api/dead-letters/export": {
-        "get": operation("NDJSON, with the events.", text_content("application/x-ndjson"), 400, 401, parameters=_FILTER)
+        "get": operation(
+            "NDJSON, with the events.", text_content("application/x-ndjson"), 400, 401, parameters=[*_FILTER, _IDS]
+        )
     },
     "/api/dead-letters/{id}": {
         "get": operation(

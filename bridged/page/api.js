@@ -57,49 +57,92 @@ export async function order(method, path, body = {}) {
   }
 }
 
-async function exchange(method, path, body) {
+/** A question whose answer holds an event: JSON as text, because JavaScript's numbers are none of 12345678901234567890 and 1.0. */
+export const askText = (path) => exchange("GET", path, undefined, (response) => response.text());
+
+async function exchange(method, path, body, read = (response) => response.json()) {
   const headers = { Accept: "application/json" };
   if (body !== undefined) Object.assign(headers, { "Content-Type": "application/json", "X-CSRF-Token": session.csrf });
   let response;
   try {
     response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), credentials: "same-origin", cache: "no-store" });
   } catch {
-    throw new Refused(0, "the daemon doesn't answer", "The page tries again by itself; nothing was changed.");
+    const then = method === "GET" ? "The page tries again by itself." : "It may have been done all the same: look before you try again.";
+    throw new Refused(0, "the daemon doesn't answer", then);
   }
+  if (response.ok) return read(response).catch(() => ({}));
   const answer = await response.json().catch(() => ({}));
-  if (response.ok) return answer;
   const refused = new Refused(response.status, answer.error || `the daemon answers ${response.status}`, answer.hint, answer.keys);
   if (response.status === 401 && path !== "/api/login") loggedOut();
   throw refused;
 }
 
-/** The stream: `use(live)` about once a second, `lost(since)` when it has been silent, with the time of the last word. Gives a function that ends it. */
+/**
+ * The stream: `use(live)` about once a second, `lost(since, why)` when it has been silent, with the time of the last word and
+ * what the daemon says of it. Gives a function that ends it.
+ *
+ * A browser has six connections for all its windows: one that nobody looks at leaves its own to the others.
+ */
 export function listen(use, lost) {
-  const source = new EventSource("/api/live");
+  let source = null;
   let heardAt = Date.now();
-  const hear = (event) => {
-    heardAt = Date.now();
-    use(JSON.parse(event.data));
-  };
-  source.addEventListener("status", hear);
+  let openedAt = heardAt;
+  let why = "";
   let asked = false;
-  const watch = setInterval(async () => {
-    const silent = Date.now() - heardAt;
-    if (silent > 4000 || (silent > 1500 && source.readyState !== EventSource.OPEN)) lost(heardAt / 1000);
-    // A stream that was refused (a login is over, too many listeners) isn't opened again by the browser.
-    if (source.readyState === EventSource.CLOSED && !asked) {
-      asked = true;
-      await begin().then((now) => (now.login_needed && !now.logged_in ? loggedOut() : restart()), () => {});
-      asked = false;
+
+  const close = () => {
+    source?.close();
+    source = null;
+  };
+  const open = () => {
+    close();
+    source = new EventSource("/api/live");
+    source.addEventListener("status", (event) => {
+      heardAt = Date.now();
+      why = "";
+      use(JSON.parse(event.data));
+    });
+  };
+  const look = () => {
+    if (document.hidden) close();
+    else if (!source) {
+      openedAt = Date.now();
+      open();
     }
+  };
+  const watch = setInterval(async () => {
+    if (!source) return;
+    const silent = Date.now() - Math.max(heardAt, openedAt);
+    if (silent > 4000 || (silent > 1500 && source.readyState !== EventSource.OPEN)) lost(heardAt / 1000, why);
+    // A stream that was refused (a login is over, too many listeners) isn't opened again by the browser.
+    if (source.readyState !== EventSource.CLOSED || asked) return;
+    asked = true;
+    try {
+      const now = await begin();
+      if (now.login_needed && !now.logged_in) loggedOut();
+      else {
+        why = await refusal();
+        if (source) open();
+      }
+    } catch {
+      // No answer: the next second asks again.
+    }
+    asked = false;
   }, 1000);
-  let end = () => {
+  document.addEventListener("visibilitychange", look);
+  look();
+  return () => {
     clearInterval(watch);
-    source.close();
+    document.removeEventListener("visibilitychange", look);
+    close();
   };
-  const restart = () => {
-    end();
-    end = listen(use, lost);
-  };
-  return () => end();
+}
+
+/** Why there is no stream, which an EventSource doesn't tell; empty: there would be one. */
+async function refusal() {
+  const gone = new AbortController();
+  const response = await fetch("/api/live", { signal: gone.signal, cache: "no-store" });
+  if (!response.ok) return (await response.json().catch(() => ({}))).error ?? "";
+  gone.abort();
+  return "";
 }

@@ -1,6 +1,6 @@
 // Dead letters: what couldn't be delivered, why, and what to do with it. The daemon filters and pages; 100,000 are as quick as ten.
 
-import { ask, order } from "./api.js";
+import { ask, askText, order } from "./api.js";
 import { attempt, button, bytes, confirmed, count, dialog, el, field, fill, moment, number, pretty, problemText, say, section, table, toast } from "./dom.js";
 
 export const title = "Dead letters";
@@ -125,9 +125,7 @@ export function open(main, context) {
     say(told, selected.size ? `${count(selected.size, "selected", "selected")}` : filtered ? `${number(matching)} that match` : `All ${number(matching)}`);
     bar.classList.toggle("some", selected.size > 0);
     bar.hidden = !matching && !selected.size;
-    // What is exported goes by the filter: the file of a few chosen ones is made of their details, one by one.
-    acts.export.hidden = selected.size > 0;
-    const given = Object.entries(filter).filter(([, value]) => value !== "");
+    const given = selected.size ? [["ids", [...selected].join()]] : Object.entries(filter).filter(([, value]) => value !== "");
     acts.export.href = `/api/dead-letters/export${given.length ? `?${new URLSearchParams(given)}` : ""}`;
   }
 
@@ -295,17 +293,19 @@ function letterDialog(first, ids, changed) {
   let id = first;
   const body = el("div", {});
   const acts = { replay: button("Replay", () => act("replay"), "primary"), purge: button("Purge", () => act("purge"), "danger") };
-  const save = button("Export", () => download());
+  const save = el("a", { class: "button", download: "" }, "Export");
   const earlier = button("Newer", () => step(-1), "apart");
   const later = button("Older", () => step(1));
-  let letter = null;
 
   async function show() {
+    save.download = `dead-letter-${id}.ndjson`;
+    save.href = `/api/dead-letters/export?ids=${id}`;
     earlier.disabled = ids.indexOf(id) <= 0;
     later.disabled = ids.indexOf(id) >= ids.length - 1;
     const wanted = id;
+    let letter;
     try {
-      letter = await ask(`/api/dead-letters/${id}`);
+      letter = exact(await askText(`/api/dead-letters/${id}`));
     } catch (error) {
       fill(body, el("div", { class: "callout bad" }, el("p", {}, problemText(error))));
       return;
@@ -327,18 +327,23 @@ function letterDialog(first, ids, changed) {
     });
   }
 
-  function download() {
-    const link = el("a", { href: URL.createObjectURL(new Blob([`${JSON.stringify(letter)}\n`], { type: "application/x-ndjson" })), download: `dead-letter-${id}.ndjson` });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  }
-
   const { close } = dialog("Dead letter", () => [body, el("div", { class: "actions" }, acts.replay, save, acts.purge, earlier, later)], { wide: true });
   show();
 }
 
+// Stands before a number that is kept as text; nobody's event begins a text with it and a number.
+const SPELLED = "\ue000";
+
+/** A letter whose event and its mapped form have their numbers as they were spelled. */
+function exact(text) {
+  const spelled = text.replace(/"(?:[^"\\]|\\.)*"|-?\d[-+.\deE]*/g, (token) => (token[0] === '"' ? token : `"${SPELLED}${token}"`));
+  const { event, mapped } = JSON.parse(spelled);
+  return { ...JSON.parse(text), ...(event === undefined ? {} : { event }), mapped };
+}
+
 function described(letter) {
-  const code = (name, value) => el("pre", { tabindex: "0", role: "region", "aria-label": name }, pretty(value));
+  const asSpelled = (value) => pretty(value).replace(/"\ue000([-+.\deE]+)"/g, "$1");
+  const code = (name, value) => el("pre", { tabindex: "0", role: "region", "aria-label": name }, asSpelled(value));
   const original = letter.event ?? `${letter.event_base64 ?? ""}\n(not text: base64)`;
   const atMixpanel = letter.stage === "mixpanel";
   const facts = el(

@@ -61,11 +61,13 @@ function useLive(live) {
   }
 }
 
-function lost(since) {
-  if (lostNotice.childElementCount) return;
+function lost(since, why) {
+  if (lostNotice.childElementCount && lostNotice.dataset.why === why) return;
+  lostNotice.dataset.why = why;
   chip.className = "state";
   say(chip, "No answer");
-  fill(lostNotice, el("p", {}, el("strong", {}, "The daemon doesn't answer."), ` What you see is from ${clock(since)}. The page goes on by itself as soon as it is back.`));
+  const said = why ? `The daemon tells this window nothing: ${why}.` : "The daemon doesn't answer.";
+  fill(lostNotice, el("p", {}, el("strong", {}, said), ` What you see is from ${clock(since)}. The page goes on by itself as soon as it is back.`));
 }
 
 function speak(text) {
