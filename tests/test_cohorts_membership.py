@@ -245,6 +245,15 @@ async def test_pages_without_a_session_each_stand_for_themselves(membership: Mem
     assert await wanted(membership) == "bcd"
 
 
+async def test_a_full_copy_without_page_info_takes_out_nobody_whom_it_names(membership: Membership) -> None:
+    """Each of its pages says that it is the only one, and sweeps; whom a later page of the session names is in again."""
+    await hear(membership, page("members", "abcdef", "s1"))
+    await deliver(membership)
+    await hear(membership, *(page("members", ids, "s2") for ids in ("ab", "cd", "ef")))
+    assert await wanted(membership) == "abcdef"
+    await counted(membership)
+
+
 async def test_an_incomplete_total_never_sweeps(membership: Membership) -> None:
     """A page beyond the total, or of an unknown total, is taken, but proves no absence."""
     await hear(membership, page("members", "ab"), page("members", "c", "s2", 5, 2), page("members", "d", "s2", 1, 2))

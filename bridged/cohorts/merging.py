@@ -284,7 +284,7 @@ def begin_walk(db: sqlite3.Connection, cohort: int, kind: WalkKind, round_: int 
 
 # What a walk does to the rows that it passes.
 _STEPS: Final[dict[str, str]] = {
-    "sweep": "wanted = 0, rejected = 0, stamp = :round WHERE {} AND stamp < :round AND wanted > 0",
+    "sweep": "wanted = 0, rejected = 0 WHERE {} AND stamp < :round AND wanted > 0",
     "forget": "wanted = 0, rejected = 0, stamp = :round WHERE {} AND stamp < :round",
     "rename": "wanted = :version WHERE {} AND wanted > 0 AND wanted <> :version",
     "resync": "wanted = iif(wanted > 0, :version, 0), sent = -1, rejected = 0 WHERE {}",
