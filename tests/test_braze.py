@@ -296,6 +296,14 @@ def test_a_429_says_when_to_come_again(headers, after_s):
     assert found.after_s == after_s
 
 
+@pytest.mark.parametrize("status", [423, 500, 503])
+def test_the_end_of_the_window_is_about_the_rate_limit(status):
+    """It stands in every answer; what failed for another reason comes again sooner, unless Braze says when."""
+    window = {"X-RateLimit-Reset": str(int(NOW) + 90)}
+    assert verdict(status, {"message": "x"}, window).after_s is None
+    assert verdict(status, {"message": "x"}, window | {"Retry-After": "9"}).after_s == 9.0
+
+
 def test_the_allowance_is_read():
     """On every answer, in any spelling; what isn't there or can't be read is unknown."""
     headers = {"x-ratelimit-limit": "3000", "X-RateLimit-Remaining": "12", "X-RATELIMIT-RESET": str(int(NOW) + 2)}

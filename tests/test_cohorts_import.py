@@ -218,9 +218,10 @@ async def test_a_refusal_of_everybody_halts(
 
 
 async def test_one_answer_400_refuses_nobody_for_good(
-    importer: Importer, braze: BrazeEmulator, client: aiohttp.ClientSession
+    importer: Importer, braze: BrazeEmulator, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user alone is believed to be at fault when Braze takes others, or says so twice."""
+    monkeypatch.setattr("bridged.cohorts.strikes.STRIKE_S", 0.0)
     braze.script([{"status": 400, "times": 1}])
     app = await importer()
     await post(app, client, body("members", ["a"]))

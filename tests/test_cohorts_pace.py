@@ -69,17 +69,34 @@ async def test_nobody_is_sent_while_braze_wants_us_to_wait(daemon, importing, cl
 
 
 def test_an_outage_strikes_nobody() -> None:
-    """However often a user fails alone while nobody is taken, it is one strike at most; and so it is within a minute."""
+    """However often a user fails alone while nobody is taken, it is one strike at most."""
     strikes = Strikes()
-    assert [strikes.count(7, at * STRIKE_S, 0.0) for at in range(1, 10)] == [1] + [0] * 8
-    strikes = Strikes()
-    assert {strikes.count(7, 100.0 + at, 99.5 + at) for at in range(50)} == {1}
+    strikes.took_s = 0.0
+    assert [strikes.count(7, at * STRIKE_S) for at in range(1, 10)] == [1] + [0] * 8
+    assert strikes.resting(9 * STRIKE_S) == []
 
 
 def test_who_fails_alone_while_others_are_taken_is_struck_out() -> None:
-    """Once a minute, until it is taken itself."""
+    """From the second strike on once a minute, since it isn't tried in between; until it is taken itself."""
     strikes = Strikes()
-    minutes = [100.0 + at * STRIKE_S for at in range(STRIKES)]
-    assert [strikes.count(7, at, at - 1) for at in minutes] == [1, 2, 3]
+    found = []
+    for minute in range(STRIKES):
+        strikes.took_s = 100.0 + minute * STRIKE_S
+        found.append(strikes.count(7, strikes.took_s + 1))
+    strikes.took_s += 2
+    assert found == [1, 2, 3, 4]
+    assert strikes.resting(strikes.took_s) == [7]
+    assert strikes.resting(strikes.took_s + STRIKE_S) == []
     strikes.forget(7)
-    assert strikes.count(7, 1000.0, 999.0) == 1
+    assert strikes.count(7, strikes.took_s + 3) == 1
+
+
+def test_what_braze_says_itself_of_a_user_is_a_strike() -> None:
+    """Whether others are taken or not; but it isn't asked the same again before a minute is over."""
+    strikes = Strikes()
+    assert strikes.count(7, 100.0, sure=True) == 1
+    assert strikes.resting(101.0) == [7]
+    assert strikes.resting(100.0 + STRIKE_S) == []
+    assert strikes.count(7, 100.0 + STRIKE_S, sure=True) == 2
+    strikes.clear()
+    assert strikes.resting(101.0 + STRIKE_S) == []

@@ -468,6 +468,80 @@ async def test_a_request_that_is_too_much_for_a_while_becomes_smaller(daemon, im
         assert app.membership.figures.points_today <= 4 * len(USERS)
 
 
+@pytest.mark.usefixtures("_soon")
+async def test_an_error_that_names_nobody_may_have_been_carried_out(daemon, importing, braze, client):
+    """Braze took all of them, and then says of nobody that he is wrong: they are asked for again and counted again, and who
+    leaves meanwhile is taken out.
+    """
+    said = {"message": "success", "errors": ["minor error"], "attributes_processed": len(USERS) - 1}
+    lie = {"action": "store_then_status", "status": 201, "body": said, "times": 1}
+    braze.script([lie, {"status": 503}])
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    await mixpanel.take(session("members", USERS))
+    await until(lambda: app.cohort_writer.verdicts["retry"], "the outage")
+    assert in_braze(braze) == USERS
+    assert app.membership.figures.points_today >= braze.summary().points
+    await mixpanel.take(session("remove_members", USERS))
+    await until(lambda: not app.membership.figures.waiting and not app.membership.figures.joining, "their leaving")
+    braze.script([])
+    await in_step(app)
+    assert in_braze(braze) == []
+    assert app.membership.figures.points_today >= braze.summary().points
+
+
+async def test_one_failure_does_not_wait_for_the_window_of_the_rate_limit(daemon, importing, braze, client):
+    """Braze tells the end of the window with every answer, and with a 503 too: only a 429 means that it must be waited for."""
+    headers = {"X-RateLimit-Limit": "250000", "X-RateLimit-Remaining": "249000", "X-RateLimit-Reset": "9999999999"}
+    braze.script([{"status": 503, "headers": headers, "times": 1}])
+    app = await daemon(**importing)
+    await sender(app, client).take(session("members", USERS))
+    await in_step(app, 10)
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_bad_user_alone_keeps_no_halt_up(daemon, importing, braze, client):
+    """The key is good again, and the only user that is due is one whom Braze refuses: its words about him end the halt."""
+    app = await daemon(**importing | {"braze__probe_interval": "100ms"})
+    mixpanel = sender(app, client)
+    await mixpanel.take(session("members", USERS[:5]))
+    await in_step(app)
+    braze.workspace.blocked = {"bad"}
+    braze.credentials(rest_key="another-good-key-now")
+    await mixpanel.take(session("add_members", ["bad"]))
+    await until(lambda: app.cohort_writer.state == "halted", "the halt")
+    braze.credentials(rest_key="example-rest-key")
+    await in_step(app)
+    assert app.membership.figures.rejected == 1
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_second_of_refusals_rejects_nobody(daemon, importing, client):
+    """JSON or not: what passes within a minute isn't about the users, whom Braze was still taking a moment before."""
+    is_ill = asyncio.Event()
+    asked = 0
+
+    async def answer(ids):
+        nonlocal asked
+        asked += 1
+        return (400, '{"message": "Bad Request"}') if is_ill.is_set() else None
+
+    async with fake_braze(answer) as (url, taken):
+        app = await daemon(**importing | {"braze__url": url, "braze__probe_interval": "100ms"})
+        mixpanel = sender(app, client)
+        await mixpanel.take(session("members", USERS[:1]))
+        await until(lambda: taken, "the first")
+        is_ill.set()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bridged.cohorts.strikes.STRIKE_S", 1.0)
+            await mixpanel.take(session("members", USERS))
+            await until(lambda: asked > 12, "its illness")
+            is_ill.clear()
+            await in_step(app)
+        assert app.membership.figures.rejected == 0
+        assert sorted(taken) == USERS
+
+
 # -- data points -------------------------------------------------------------------------------------------------------
 
 
@@ -561,6 +635,32 @@ async def test_a_partner_s_key_that_is_refused_at_a_cohort_s_name_halts(daemon, 
         braze.credentials(partner_key=PARTNER["partner_key"])
         await in_step(app, 60)
         assert app.cohort_writer.halted is None
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_after_a_halt_what_is_sent_is_what_is_wanted_then(daemon, importing, client):
+    """What was taken and hadn't left when the key was refused goes back: who has left Mixpanel meanwhile doesn't join."""
+    async with BrazeEmulator(BrazeConfig(port=0, **PARTNER)) as braze:
+        keys = {f"braze__{name}": value for name, value in PARTNER.items()}
+        app = await daemon(
+            **importing | keys | {"braze__url": braze.url, "braze__rest_key": "", "cohorts__max_concurrency": "1"}
+        )
+        mixpanel = sender(app, client)
+        braze.script([{"path": "/partners/example/cohorts", "status": 503}])
+        for cohort in range(10):
+            await mixpanel.take(session("members", USERS[:5], str(cohort)))
+        await until(lambda: app.membership.figures.joining == 50, "all of it merged")
+        braze.script([{"path": "/partners/example/cohorts/users", "status": 401, "after": 2}])
+        await until(lambda: app.cohort_writer.state == "halted", "the halt", 30)
+        joined = braze.summary().points
+        for cohort in range(10):
+            await mixpanel.take(session("remove_members", USERS[:5], str(cohort)))
+        await until(lambda: not app.membership.figures.waiting, "their leaving")
+        braze.script([])
+        app.cohort_writer.credentials_changed()
+        await in_step(app)
+        assert [cohort["members"] for cohort in braze.cohorts() if cohort["members"]] == []
+        assert braze.summary().points == 2 * joined, "who had joined has left, and nobody else was told of"
 
 
 # -- who may ask, and who is there -------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def judge(
     if status == 423:
         return Retry("server", _said("423: Braze has locked the cohort for now", body), _wait_s(headers, now_s))
     if status == 429:
-        return Retry("rate", _said("429: over Braze's rate limit", body), _wait_s(headers, now_s))
+        return Retry("rate", _said("429: over Braze's rate limit", body), _wait_s(headers, now_s, limited=True))
     if status in _HALTS:
         return Halt(status, _said(f"{status}: {_HALTS[status]}", body))
     if 300 <= status < 400:
@@ -161,7 +161,7 @@ def _judge_partial(status: int, answer: dict[str, Any], errors: Any, objects: in
         return Reject(named)
     if processed == objects:
         return Delivered()
-    return Split(f"{status} with errors that name no user: {_merged(errors, answer).message}")
+    return Split(f"{status} with errors that name no user: {_merged(errors, answer).message}", perhaps_in=True)
 
 
 def _judge_refused(body: bytes, objects: int) -> Verdict:
@@ -212,13 +212,13 @@ def _merged(errors: Any, answer: dict[str, Any]) -> Failure:
     return Failure("", clean("; ".join(dict.fromkeys(text for text in texts if text))))
 
 
-def _wait_s(headers: Mapping[str, str], now_s: float) -> float | None:
-    """How long Braze wants us to wait, bounded: its own header, then the usual one, then the end of the window."""
+def _wait_s(headers: Mapping[str, str], now_s: float, *, limited: bool = False) -> float | None:
+    """How long Braze wants us to wait, bounded: its own header, then the usual one, then (`limited`) the end of the window."""
     for name in ("x-ratelimit-retry-after", "retry-after"):
         seconds = _number(headers, name)
         if seconds is not None:
             return min(seconds, RETRY_AFTER_CAP_S)
-    resets_in_s = _resets_in_s(headers, now_s)
+    resets_in_s = _resets_in_s(headers, now_s) if limited else None
     return None if resets_in_s is None else min(resets_in_s, RETRY_AFTER_CAP_S)
 
 

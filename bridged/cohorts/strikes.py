@@ -1,13 +1,14 @@
-"""Whether it is the user that Braze fails at, or Braze that fails. Pure: `now_s` is the loop's time.
+"""Whether it is the user that Braze refuses or fails at, or Braze, or what stands before it. Pure: `now_s` is the loop's time.
 
-A failure of a user alone says something only if others were taken since the last one; and what passes within a minute or two
-is nobody's fault.
+A user alone who fails has a strike if Braze says so itself, or if others were taken since it last failed. After Braze's own
+word, or from the second strike on, it rests for a minute: what passes within one or two is nobody's fault.
 """
 
 import math
 from typing import Final
 
-STRIKES: Final = 3
+REFUSALS: Final = 2  # in Braze's own words
+STRIKES: Final = 4  # failures, and answers that may be a firewall's
 STRIKE_S: Final = 60.0
 
 
@@ -15,19 +16,29 @@ class Strikes:
     """Users who failed alone, until they are taken."""
 
     def __init__(self) -> None:
-        self._users: dict[int, tuple[int, float, float]] = {}  # how often, when that was counted, when it was tried
+        self.took_s = -math.inf  # when somebody was taken
+        # How often, when it failed last, whether Braze said so itself.
+        self._users: dict[int, tuple[int, float, bool]] = {}
 
-    def count(self, user: int, now_s: float, took_s: float) -> int:
-        """A user alone has failed: how often by now, once in STRIKE_S. 0: nobody was taken since the last time. `took_s`:
-        when somebody was.
-        """
-        times, counted_s, tried_s = self._users.get(user, (0, -math.inf, -math.inf))
-        says_something = took_s > tried_s
-        if says_something and now_s - counted_s >= STRIKE_S:
-            times, counted_s = times + 1, now_s
-        self._users[user] = (times, counted_s, now_s)
-        return times if says_something else 0
+    def count(self, user: int, now_s: float, *, sure: bool = False) -> int:
+        """A user alone has failed: how often by now. 0: nobody was taken since the last time. `sure`: in Braze's own words."""
+        times, failed_s, _ = self._users.get(user, (0, -math.inf, False))
+        says_something = sure or self.took_s > failed_s
+        self._users[user] = (times + says_something, now_s, sure)
+        return times + 1 if says_something else 0
+
+    def resting(self, now_s: float) -> list[int]:
+        """Who isn't to be tried yet."""
+        return [
+            user
+            for user, (times, failed_s, sure) in self._users.items()
+            if now_s - failed_s < STRIKE_S and (sure or (times > 1 and self.took_s > failed_s))
+        ]
 
     def forget(self, user: int) -> None:
-        """A user was taken, or refused."""
+        """A user was taken, or set aside."""
         self._users.pop(user, None)
+
+    def clear(self) -> None:
+        """It wasn't they."""
+        self._users.clear()

@@ -38,6 +38,11 @@ class User(Struct, array_like=True, frozen=True):
     external_id: str
     rows: tuple[Row, ...]
 
+    def perhaps_in(self) -> "User":
+        """The same after a request that Braze may have carried out."""
+        rows = (msgspec.structs.replace(row, sent=-1) if row.is_due else row for row in self.rows)
+        return User(self.key, self.external_id, tuple(rows))
+
 
 class Named(Struct, array_like=True, frozen=True):
     """What Braze is told of a cohort."""

@@ -32,7 +32,7 @@ from bridged.braze.requests import Request
 from bridged.braze.transport import Outcome, Transport
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.pace import Pace
-from bridged.cohorts.strikes import STRIKES, Strikes
+from bridged.cohorts.strikes import REFUSALS, STRIKES, Strikes
 from bridged.cohorts.taking import Block, Named, Row, Settled, User
 from bridged.errors import MembershipError
 from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split
@@ -43,13 +43,9 @@ log = structlog.get_logger()
 _EARLY_PROBE_S: Final = 2.0
 # While the day's points are spent: so often somebody looks whether there is another day.
 _LOOK_S: Final = 10.0
-# So many users refused without one success in between: it isn't they who are wrong.
-_REFUSALS_TO_HALT: Final = 150
-# So many 403 without one success in between: it isn't what is in the requests.
-_NARROWING: Final = 20
+# So many requests, or users, refused without one success in between: it isn't they who are wrong.
+_IN_VAIN_TO_HALT: Final = 50
 _PUT_BACK_S: Final = 1.0
-# A success so recent shows that it is the user, and not the road, that is refused.
-_UNDERSTOOD_S: Final = 5.0
 
 
 class WriterOptions(Struct, frozen=True, kw_only=True):
@@ -106,11 +102,8 @@ class CohortWriter:
         self._after = -1  # the key behind which the next block begins
         self._probe_at = 0.0  # loop time
         self._sent_at = 0.0  # loop time of the last request
-        self._refused = 0  # users, since the last success
-        self._took_at = -math.inf  # loop time of the last success
-        self._doubted: set[int] = set()  # users who were refused alone while nobody was taken
+        self._in_vain = 0  # users refused, and answers 403, since the last success
         self._strikes = Strikes()
-        self._forbidden = _NARROWING  # answers 403, since the last success
         self._most = requests.MAX_IDS  # users a request: small after a failure, which may be one of size or time
         self._capped = False  # there was nobody to take: the day's points are spent
         self._stopping = False
@@ -231,7 +224,8 @@ class CohortWriter:
         limit = 1 if trying else per_request * free
         # While some are being taken nobody is busy yet, and points that had come back may be spent again.
         self._capped = self._capped and membership.figures.points_left_today == 0
-        block = await membership.take(self._after, limit, list(self._busy))
+        resting = [] if self.halted else self._strikes.resting(asyncio.get_running_loop().time())
+        block = await membership.take(self._after, limit, [*self._busy, *resting])
         self._after = block.last if block.users else -1
         self._capped = not block.users and membership.figures.points_left_today == 0
         self._ready = list(self._parcels(block, per_request))
@@ -301,16 +295,12 @@ class CohortWriter:
                 self.unknown_users += short
             case Reject(failures) if len(failures) < len(parcel.users):
                 self._took(parcel, {at: failure.message for at, failure in failures.items()}, result)
-            case Reject(failures) if len(parcel.users) == 1:
-                self._give_up(parcel, failures[0].message, result)
             case Reject(failures):
-                self._refused += len(failures)
-                if self._refused < _REFUSALS_TO_HALT:
-                    self._refuse(parcel, {at: failure.message for at, failure in failures.items()}, result)
-                else:
-                    self._halt(Halt(0, f"Braze refuses every user, whoever it is: {failures[0].message}"))
-                    self._back(parcel, result)
-            case Split():
+                self._refused(parcel, {at: failure.message for at, failure in failures.items()}, result)
+            case Split(perhaps_in=perhaps_in):
+                if perhaps_in:
+                    result.refund -= len(parcel.users)
+                    parcel.users = [user.perhaps_in() for user in parcel.users]
                 await self._write_halves(parcel, result)
             case Retry(kind, reason):
                 # Whether it was carried out can't be known, but of what was over a rate limit, or never left.
@@ -321,17 +311,17 @@ class CohortWriter:
                     if len(parcel.users) == 1 and self._strike(parcel.users[0]) >= STRIKES:
                         self._refuse(parcel, {0: reason}, result)
                         result.refund -= 1
-            case Halt(403) if len(parcel.users) > 1 and self.halted is None and self._forbidden < _NARROWING:
-                self._forbidden += 1
+            case Halt(403) if len(parcel.users) > 1 and not (self.halted or self._all_in_vain) and self.delivered_at:
+                self._in_vain += 1
                 await self._write_halves(parcel, result)
             case Halt(status, reason):
                 self._most = 1
-                self._forbidden += 1
+                self._in_vain += 1
                 strikes = self._strike(parcel.users[0]) if status == 403 and len(parcel.users) == 1 else 0
                 if strikes >= STRIKES:
                     self._refuse(parcel, {0: reason}, result)
                     return
-                if not outdated and (not strikes or self._forbidden > _NARROWING):
+                if not outdated and (not strikes or self._all_in_vain):
                     self._halt(verdict)
                 self._back(parcel, result)
 
@@ -342,25 +332,27 @@ class CohortWriter:
             else:
                 self._back(half, result)
 
-    def _strike(self, user: User) -> int:
-        return self._strikes.count(user.key, asyncio.get_running_loop().time(), self._took_at)
+    def _strike(self, user: User, *, sure: bool = False) -> int:
+        return self._strikes.count(user.key, asyncio.get_running_loop().time(), sure=sure)
 
-    def _give_up(self, parcel: _Parcel, reason: str, result: Settled) -> None:
-        """A user alone was refused. Whether for itself is known only when Braze takes others, or says so twice."""
-        (user,) = parcel.users
-        self._refused += 1
-        if self._refused >= _REFUSALS_TO_HALT or self.halted is not None:
-            self._halt(Halt(0, f"Braze refuses every request, whoever is in it: {reason}"))
+    def _refused(self, parcel: _Parcel, failures: dict[int, str], result: Settled) -> None:
+        """All of them were refused. Whether each for itself is known when Braze says so again a while later."""
+        if self.halted is not None and self.halted.status:
+            self._resume()  # in its own words, to a key and an address that are good
+        self._in_vain += len(failures)
+        if self._all_in_vain or self.halted is not None:
+            self._halt(Halt(0, f"Braze refuses every user, whoever it is: {failures[0]}"))
+            self._strikes.clear()
             self._back(parcel, result)
-        elif self._takes_others() or user.key in self._doubted:
-            self._doubted.discard(user.key)
-            self._refuse(parcel, {0: reason}, result)
-        else:
-            self._doubted.add(user.key)
-            self._back(parcel, result)
+            return
+        own = {at: why for at, why in failures.items() if self._strike(parcel.users[at], sure=True) >= REFUSALS}
+        self._refuse(parcel, own, result)
+        others = [user for at, user in enumerate(parcel.users) if at not in own]
+        self._back(_Parcel(others, parcel.block, parcel.cohort), result)
 
-    def _takes_others(self) -> bool:
-        return asyncio.get_running_loop().time() - self._took_at < _UNDERSTOOD_S
+    @property
+    def _all_in_vain(self) -> bool:
+        return self._in_vain >= _IN_VAIN_TO_HALT
 
     async def _ask(self, request: Request) -> Outcome:
         """Sends a request; the pace and the books know of it."""
@@ -379,6 +371,7 @@ class CohortWriter:
             await self._put_back_ready()
         elif isinstance(verdict, Halt):
             self.problem = verdict.reason
+            await self._put_back_ready()
         else:
             self.pace.succeeded(sent_at)
         return outcome
@@ -414,9 +407,8 @@ class CohortWriter:
     def _took(self, parcel: _Parcel, failures: dict[int, str], result: Settled) -> None:
         """Braze has all but the failures."""
         self._resume()
-        self._refused = self._forbidden = 0
-        self._doubted.clear()
-        self._took_at = asyncio.get_running_loop().time()
+        self._in_vain = 0
+        self._strikes.took_s = asyncio.get_running_loop().time()
         self._most = max(self._most, min(2 * len(parcel.users), requests.MAX_IDS))
         self.delivered_at = self._clock()
         self.users_sent += len(parcel.users) - len(failures)
@@ -441,7 +433,7 @@ class CohortWriter:
             result.refused += [(user.key, row.cohort, row.sent, row.wanted) for row in user.rows if row.is_due]
             result.reasons.append((user.key, why))
         result.refund += len(failures)
-        self.problem = next(iter(failures.values()))
+        self.problem = next(iter(failures.values()), self.problem)
 
     def _back(self, parcel: _Parcel, result: Settled) -> None:
         """Nothing of it was carried out."""

@@ -68,6 +68,8 @@ class Split(msgspec.Struct, frozen=True):
     max_bytes: int | None = None
     too_large: bool = False
     """It is the size that was refused, not what is in it."""
+    perhaps_in: bool = False
+    """Part of it may have been carried out."""
 
 
 class Reject(msgspec.Struct, frozen=True):
