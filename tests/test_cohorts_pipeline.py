@@ -638,6 +638,45 @@ async def test_a_partner_s_key_that_is_refused_at_a_cohort_s_name_halts(daemon, 
 
 
 @pytest.mark.usefixtures("_soon")
+async def test_a_cohort_that_braze_locks_or_refuses_keeps_no_other_back(daemon, importing, client):
+    """Its name may be locked, or no name to Braze; its members may be locked for long, which is nothing about them."""
+    async with BrazeEmulator(BrazeConfig(port=0, partner_window_s=0.2, **PARTNER)) as braze:
+        keys = {f"braze__{name}": value for name, value in PARTNER.items()}
+        app = await daemon(
+            **importing | keys | {"braze__url": braze.url, "braze__rest_key": "", "braze__probe_interval": "200ms"}
+        )
+        mixpanel, workspace, name = sender(app, client), braze.workspace, braze.workspace._name
+
+        def members() -> dict[str, int]:
+            return {cohort["cohort_id"]: len(cohort["members"]) for cohort in braze.cohorts()}
+
+        workspace.locked = {"777"}
+        await mixpanel.take(session("members", USERS[:3], "777") + session("members", USERS[3:6], "778"))
+        await until(lambda: members() == {"778": 3}, "the other one")
+        workspace.locked = set()
+        await in_step(app)
+        assert members() == {"777": 3, "778": 3}
+
+        # A name that is refused: a halt only when nothing else is left to do.
+        workspace._name = lambda id_, body: name(id_, body | ({"name": ""} if id_ == "779" else {}))
+        await mixpanel.take(session("members", USERS[:3], "779") + session("members", USERS[:3], "780"))
+        await until(lambda: members().get("780") == 3 and app.cohort_writer.state == "halted", "the other one, a halt")
+        assert "Cohort 779" in app.cohort_writer.problem
+        workspace._name = name
+        await in_step(app)
+
+        workspace.locked = {"777"}
+        await mixpanel.take(session("add_members", USERS[10:12], "777"))
+        for late in range(8):
+            await mixpanel.take(session("add_members", [f"late{late}"], "778"))
+            await until(lambda late=late: members()["778"] == 4 + late, "one more")
+        assert app.membership.figures.rejected == 0
+        workspace.locked = set()
+        await in_step(app)
+        assert members() == {"777": 5, "778": 11, "779": 3, "780": 3}
+
+
+@pytest.mark.usefixtures("_soon")
 async def test_after_a_halt_what_is_sent_is_what_is_wanted_then(daemon, importing, client):
     """What was taken and hadn't left when the key was refused goes back: who has left Mixpanel meanwhile doesn't join."""
     async with BrazeEmulator(BrazeConfig(port=0, **PARTNER)) as braze:

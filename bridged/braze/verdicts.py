@@ -11,7 +11,7 @@
     413  a single object                                         Retry(server): no size that Braze refuses
     401 402 403 404                                              Halt
     3xx 405 407 411 414 415                                      Halt: the address or a proxy is wrong, not the users
-    423  locked (partner endpoints)                              Retry(server)
+    423  locked (partner endpoints)                              Retry(locked): nothing is in, others may go
     429                                                          Retry(rate)
     408, 5xx, 1xx, everything else                               Retry(server)
 
@@ -103,7 +103,7 @@ def judge(
             return Retry("server", _said("413 to a single object, so a proxy answered in Braze's place", body))
         return Split(_said("413: the request is too large for Braze", body), too_large=True)
     if status == 423:
-        return Retry("server", _said("423: Braze has locked the cohort for now", body), _wait_s(headers, now_s))
+        return Retry("locked", _said("423: Braze has locked the cohort for now", body), _wait_s(headers, now_s))
     if status == 429:
         return Retry("rate", _said("429: over Braze's rate limit", body), _wait_s(headers, now_s, limited=True))
     if status in _HALTS:

@@ -214,11 +214,7 @@ class CohortWriter:
         membership = self._membership
         trying = self.halted is not None or self.pace.failures > 0
         free = self.pace.max_concurrency - len(self._in_flight)
-        if not membership.options.by_name:
-            for cohort in (await membership.unannounced()).values():
-                if not await self._announce(cohort):
-                    return False
-        if not membership.figures.due:
+        if not (membership.options.by_name or await self._announced()) or not membership.figures.due:
             return False
         per_request = min(self._most, requests.MAX_OBJECTS if membership.options.by_name else requests.MAX_IDS)
         limit = 1 if trying else per_request * free
@@ -245,22 +241,33 @@ class CohortWriter:
             for at in range(0, len(users), per_request):
                 yield _Parcel(users[at : at + per_request], block, block.cohorts[cohort])
 
-    async def _announce(self, cohort: Named) -> bool:
-        """Tells Braze a cohort's name; whether it took it."""
-        self._sent_at = asyncio.get_running_loop().time()
-        self._probe_at = self._sent_at + self._options.probe_interval_s
-        request = requests.announce(self._transport.target, cohort.mixpanel_id, cohort.name, cohort.created_at)
-        verdict = (await self._ask(request)).verdict
-        if isinstance(verdict, Delivered):
-            await self._membership.announced(cohort)
-            self._resume()
-            return True
-        if isinstance(verdict, Halt):
-            self._halt(verdict)
-        if isinstance(verdict, Reject):
-            said = verdict.failures[0].message
-            self._halt(Halt(400, f"Braze doesn't take the cohort {cohort.mixpanel_id} ({cohort.name}): {said}"))
-        return False
+    async def _announced(self) -> bool:
+        """Tells Braze the names that it doesn't know; whether anybody may go. Whose name isn't taken keeps back nobody else."""
+        refused: dict[str, Halt] = {}
+        for cohort in (await self._membership.unannounced()).values():
+            self._sent_at = asyncio.get_running_loop().time()
+            self._probe_at = self._sent_at + self._options.probe_interval_s
+            request = requests.announce(self._transport.target, cohort.mixpanel_id, cohort.name, cohort.created_at)
+            match (await self._ask(request)).verdict:
+                case Delivered():
+                    await self._membership.announced(cohort)
+                    self._resume()
+                case Reject(failures):
+                    what = f"Braze doesn't take the cohort {cohort.mixpanel_id} ({cohort.name})"
+                    refused[cohort.mixpanel_id] = Halt(400, f"{what}: {failures[0].message}")
+                case Retry("locked"):
+                    pass
+                case verdict:
+                    if isinstance(verdict, Halt):
+                        self._halt(verdict)
+                    return False
+        why = next(iter(refused.values()), None)
+        if why is not None:
+            self.problem = why.reason
+            if not any(row.joining + row.leaving for row in self._membership.rows if row.cohort not in refused):
+                self._halt(why)
+                return False
+        return True
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -303,8 +310,8 @@ class CohortWriter:
                     parcel.users = [user.perhaps_in() for user in parcel.users]
                 await self._write_halves(parcel, result)
             case Retry(kind, reason):
-                # Whether it was carried out can't be known, but of what was over a rate limit, or never left.
-                if kind == "rate" or not outcome.left:
+                # Whether it was carried out can't be known, but of what was over a rate limit, or locked, or never left.
+                if kind in ("rate", "locked") or not outcome.left:
                     self._back(parcel, result)
                 else:
                     self._most = 1

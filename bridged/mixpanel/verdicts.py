@@ -56,7 +56,7 @@ class Delivered(msgspec.Struct, frozen=True):
 class Retry(msgspec.Struct, frozen=True):
     """Nothing is known to be in: send the same bytes again later."""
 
-    kind: Literal["rate", "server", "network"]
+    kind: Literal["rate", "server", "network", "locked"]
     reason: str
     after_s: float | None = None
 
