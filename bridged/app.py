@@ -34,7 +34,14 @@ from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.writer import CohortWriter
-from bridged.config import NO_CREDENTIAL, demand_good, has_credential, secret_files, with_credentials
+from bridged.config import (
+    NO_CREDENTIAL,
+    demand_good,
+    has_credential,
+    secret_files,
+    spoken_secrets,
+    with_credentials,
+)
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.delivery import Delivery
@@ -44,7 +51,7 @@ from bridged.errors import BridgedError, ConfigError, MembershipDamaged, SpoolEr
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping
 from bridged.mixpanel.requests import API_SECRET_RETIRED
-from bridged.redaction import redacted
+from bridged.redaction import hide, redacted
 from bridged.saved import Saved, SaveUnderWay, applied, in_words
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import Config
@@ -68,6 +75,7 @@ class App:
         if self.saved.problem:
             log.error("saved_settings_unusable", problem=self.saved.problem, hint="see the page, Connection")
         self.config = config
+        hide(spoken_secrets(config), in_force=True)
         self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before both
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
@@ -354,6 +362,7 @@ class App:
         if door := getattr(self, "http", None):
             door.use(config.sources.http.bearer_token)
         self.config = config
+        hide(spoken_secrets(config), in_force=True)
         if is_other:
             self.delivery.credentials_changed()
 

@@ -120,7 +120,7 @@ def demand_good(config: Config, where: str = "", *, complete: bool = True, about
 
     A credential may be missing as long as there is a page to give it on.
     """
-    hide(_spoken_secrets(config))
+    hide(spoken_secrets(config))
     problems, missing = list(_problems(config)), list[str]()
     if complete:
         missing += _missing_secrets(config)
@@ -300,8 +300,8 @@ def value_at(config: Config, path: tuple[str, ...]) -> Any:
     return value
 
 
-def _spoken_secrets(config: Config) -> Iterator[str]:
-    """Every secret, and the pairs that Basic authentication makes of them."""
+def spoken_secrets(config: Config) -> Iterator[str]:
+    """Every secret that is set, and the pairs that Basic authentication makes of them."""
     for path in SECRETS:
         if secret := value_at(config, path):
             names = (config.mixpanel.service_account, config.cohorts.username)
@@ -318,7 +318,7 @@ def replaced(struct: Any, path: tuple[str, ...], value: object) -> Any:
 def with_credentials(config: Config, changes: Mapping[str, str]) -> Config:
     """The configuration with other values in [mixpanel]. Raises ConfigError if they contradict each other."""
     config = msgspec.structs.replace(config, mixpanel=msgspec.structs.replace(config.mixpanel, **changes))
-    hide(_spoken_secrets(config))
+    hide(spoken_secrets(config))
     if problems := [*_problems(config), *_missing_secrets(config)]:
         raise ConfigError("; ".join(problems))
     return config

@@ -1,7 +1,7 @@
 """The secrets that this process knows, taken out of whatever it says: logs, errors, tracebacks, answers of the admin side.
 
-A configuration that is loaded makes its secrets known here, once and for the life of the process: an old one that was
-replaced is still one. What says something asks `redacted`. It is the last line; the first is not to say them.
+A configuration that is loaded makes its secrets known here: an old one that was replaced is still one, until many others
+have been. What says something asks `redacted`. It is the last line; the first is not to say them.
 """
 
 import base64
@@ -18,25 +18,43 @@ MIN_CHARACTERS: Final = 8
 # How names of secrets end. Where a value has such a name, its length doesn't matter.
 SECRET_KEYS: Final = ("token", "secret", "password", "authorization", "webhook_url")
 
-_forms: set[str] = set()
+# So many are remembered, those in force and the newest: each makes all that is said a little slower.
+MOST: Final = 200
+
+_forms: dict[str, set[str]] = {}  # by secret, the oldest first
+_in_force: set[str] = set()
 _pattern: re.Pattern[str] | None = None
 
 
-def hide(secrets: Iterable[str]) -> None:
-    """From now on `redacted` masks these, as they are and as JSON, Python, URLs and Basic authentication write them."""
+def hide(secrets: Iterable[str], *, in_force: bool = False) -> None:
+    """From now on `redacted` masks these, as they are and as JSON, Python, URLs and Basic authentication write them.
+
+    Those `in_force`, until others are, for as long as they are; others until so many newer ones have come.
+    """
     global _pattern  # noqa: PLW0603  # a process has one standard error, and one set of secrets
+    secrets = list(secrets)
+    if in_force:
+        _in_force.clear()
+        _in_force.update(secrets)
+    is_new = False
     for secret in secrets:
-        if len(secret) >= MIN_CHARACTERS:
+        if known := _forms.pop(secret, None):
+            _forms[secret] = known  # it is in use: the newest
+        elif len(secret) >= MIN_CHARACTERS:
+            is_new = True
             encoded = secret.encode("utf-8", "surrogateescape")
             forms = {secret, repr(secret)[1:-1], repr(encoded)[2:-1], quote(encoded), quote(encoded, safe="")}
             forms.add(base64.b64encode(encoded).decode().rstrip("="))
             # Twice: a log line is JSON, and what it tells may have quoted JSON, or Python.
             for _ in range(2):
                 forms |= {json.dumps(form, ensure_ascii=ascii_)[1:-1] for form in forms for ascii_ in (True, False)}
-            _forms.update(forms)
-    if _forms:
+            _forms[secret] = forms
+    if is_new:
+        for oldest in [secret for secret in _forms if secret not in _in_force][: max(0, len(_forms) - MOST)]:
+            del _forms[oldest]
         # The longest first: one may be the beginning of another.
-        _pattern = re.compile("|".join(map(re.escape, sorted(_forms, key=lambda form: (-len(form), form)))))
+        longest = sorted(set().union(*_forms.values()), key=lambda form: (-len(form), form))
+        _pattern = re.compile("|".join(map(re.escape, longest)))
 
 
 def redacted(text: str) -> str:

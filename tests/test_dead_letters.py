@@ -115,6 +115,18 @@ async def test_newest_first(verbs, monkeypatch, wanted, window):
     assert sum(group.count for group in await verbs.groups(wanted)) == len(expected)
 
 
+async def test_groups_of_too_many_kinds(spool, verbs, monkeypatch):
+    """A million reasons of their own are no million groups: what is beyond some thousand kinds is counted together."""
+    monkeypatch.setattr(dead_letters, "_MAX_GROUPS", 10)
+    for n in range(30):
+        await spool.append(Intaken([], letters(1, reason=f"another {n}")))
+    for wanted in (None, None, Filter(reason="another")):
+        groups = await verbs.groups(wanted)
+        assert sum(group.count for group in groups) == (55 if wanted is None else 30)
+        assert len(groups) == 11
+        assert groups[0].reason == dead_letters.OTHERS
+
+
 async def test_groups_are_counted_on(spool, verbs):
     """What came since is added to what was counted; what went or changed meanwhile is not in it any more."""
 

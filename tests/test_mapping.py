@@ -224,6 +224,11 @@ def test_a_time_that_mixpanel_would_refuse_is_a_dead_letter(time: Any, reason: s
     assert reason in reason_of(currents(OPEN, time=time))
 
 
+def test_times_of_long_ago_have_one_reason() -> None:
+    """A million of them are one group of dead letters."""
+    assert len({reason_of(currents(time=time)) for time in range(100)}) == 1
+
+
 def test_our_clock_is_in_the_reason_to_the_hour() -> None:
     """One that is days behind makes a dead letter of everything: the reason shows it, and is the same for all of an hour."""
     reasons = {reason_of(currents(time=int(NOW_S) + days * 86400)) for days in (1, 2, 3)}

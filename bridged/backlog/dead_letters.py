@@ -24,6 +24,7 @@ MAX_LISTED: Final = 1000
 MAX_ID: Final = 2**63 - 1
 _WINDOW_ROWS: Final = 10_000
 _PURGE_ROWS: Final = 1000  # a commit of its own, which the doors' commits wait for
+_MAX_GROUPS: Final = 10_000  # that are kept apart
 _SLICE_ROWS: Final = 500
 _SLICE_BYTES: Final = 8 * 2**20
 _SUMMARY_COLUMNS: Final = "id, first_at, last_at, attempts, stage, event_type, reason, length(event)"
@@ -36,6 +37,8 @@ Replay = Callable[[DeadLetterRow], "asyncio.Future[None] | str"]
 
 # Stage, event type, reason.
 _Alike = tuple[Stage, str, str]
+OTHERS: Final = "others: too many kinds to tell them apart"
+_OTHERS: Final[_Alike] = ("mixpanel", "", OTHERS)
 
 
 class Filter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,7 +174,8 @@ class DeadLetters:
         return DeadLetterRow(*rows[0]) if rows else None
 
     async def groups(self, wanted: Filter | None = None) -> list[Group]:
-        """Those that match, counted by what is alike; the most frequent first.
+        """Those that match, counted by what is alike; the most frequent first. What is beyond 10,000 kinds is
+        counted together, with the reason OTHERS.
 
         Of all of them, only those are counted that came since the last time, as long as none has gone or changed.
         """
@@ -184,7 +188,8 @@ class DeadLetters:
             counts, known_to, key = Counter[_Alike](), 0, None
         async for low, high in self._windows(known_to):
             for *alike, n in await self._read(_grouped, low, high, wanted or Filter()):
-                counts[tuple(alike)] += n
+                kind = tuple(alike)
+                counts[kind if kind in counts or len(counts) < _MAX_GROUPS else _OTHERS] += n
             known_to = high
         if key is not None and key == (self._changes, self._spool.dropped_dead_letters) and not self.busy:
             self._known, self._known_to = counts, known_to

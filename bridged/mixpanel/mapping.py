@@ -245,7 +245,7 @@ class EventMapping:
             # Mixpanel would overwrite it, differently at each try: clamped once, before it is committed.
             event.time = int(now_s)
         elif event.time < EARLIEST_TIME_S:
-            return Refusal(code, event_type, f"time {event.time} is before 1971", original)
+            return Refusal(code, event_type, "time is before 1971", original)
         if not _is_plain(event.id):
             # The same event always gets the same id, or Mixpanel could not recognise its repetition.
             event.id = hashlib.sha256(event.id.encode() or original).hexdigest()[:36]
