@@ -327,6 +327,21 @@ async def test_a_plain_file_is_replayed_as_well(expired, bridged, emulator, tmp_
     await until(lambda: len(emulator.events()) == 30, "the delivery")
 
 
+async def test_a_folder_is_replayed(expired, bridged, emulator, tmp_path):  # noqa: F811  # the fixture
+    """A long halt makes more files than a command line takes: their folder does, the oldest first, and what isn't one stays."""
+    folder = tmp_path / "archive"
+    files = sorted(folder.glob("*.ndjson.gz"))
+    (folder / "notes.txt").write_text("not an event")
+    code, out, _ = await bridged(expired, "replay", folder)
+    assert code == 0
+    assert [line.partition(":")[0] for line in out.splitlines()] == [str(file) for file in files]
+    await until(lambda: len(emulator.events()) == 30, "the delivery")
+
+    code, out, _ = await bridged(expired, "replay", folder)
+    assert (code, out) == (0, f"{folder}: no .ndjson.gz files in it\n")
+    assert (folder / "notes.txt").exists()
+
+
 ARCHIVED = b'{"event":"Email Open","properties":{"$insert_id":"a","time":1}}\n'
 
 

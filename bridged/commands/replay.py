@@ -21,9 +21,11 @@ pipes, devices, links and what has such a name already keep theirs.
 Events that Mixpanel has already are recognised by their $insert_id: to replay a file again is harmless.
 
 examples:
-  bridged replay archive/*.ndjson.gz
+  bridged replay archive
+  bridged replay archive/20260301T*.ndjson.gz
 """
 _SUFFIX = ".replayed"
+_ARCHIVED = ".ndjson.gz"
 # Events in a request: what the daemon takes in one go without keeping others waiting.
 _SLICE = 2000
 _SLICE_BYTES = 4 * 2**20
@@ -31,14 +33,16 @@ _SLICE_BYTES = 4 * 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="what [retention] archived: gzip NDJSON")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", type=Path, help="what [retention] archived: gzip NDJSON, or their folder"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Replays them in the order given; stops at the first that can't be. 1: some were refused; 74: a file kept its name."""
     daemon = Daemon.configured(arguments.config)
     code = 0
-    for path in arguments.files:
+    for path in (file for given in arguments.files for file in _files(given)):
         lines = _lines(path)
         refused = 0
         try:
@@ -58,6 +62,16 @@ def main(arguments: argparse.Namespace) -> int:
             print("  hint: don't replay it again; move it away", file=sys.stderr)
             code = SpoolError.exit_code
     return code
+
+
+def _files(given: Path) -> list[Path]:
+    """Of a folder, the archive's files that are in it, the oldest first: there may be more than a command line takes."""
+    if not given.is_dir():
+        return [given]
+    files = sorted(file for file in given.iterdir() if file.name.endswith(_ARCHIVED))
+    if not files:
+        print(f"{given}: no {_ARCHIVED} files in it")
+    return files
 
 
 def _put_aside(path: Path) -> None:
