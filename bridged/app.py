@@ -452,7 +452,9 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
     warn(app.config)
     open_files.allow(app.config)
     memory.give_back_large_blocks()
+    starting = asyncio.create_task(service.starting(), name="starting")
     async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
+        await _end(starting)
         log.info(
             "ready",
             version=__version__,

@@ -1,6 +1,7 @@
 """What a service manager (systemd) and the daemon say to each other: readiness, progress, and sockets handed over.
 
-    NOTIFY_SOCKET                        one datagram a message: READY=1, RELOADING=1, STOPPING=1, WATCHDOG=1, STATUS=...
+    NOTIFY_SOCKET                        one datagram a message: READY=1, RELOADING=1, STOPPING=1, WATCHDOG=1, STATUS=...,
+                                         EXTEND_TIMEOUT_USEC=...
     WATCHDOG_USEC, WATCHDOG_PID          silence for so long means that we hang, and are to be restarted
     LISTEN_FDS, LISTEN_PID               listening sockets from file descriptor 3 on, which outlive us: nobody is refused
                                          while the daemon restarts, the kernel lets them wait
@@ -24,6 +25,8 @@ log = structlog.get_logger()
 _FIRST_FD: Final = 3
 # Beats in the time that the manager waits for one: a beat that comes late is no reason to be killed.
 _BEATS: Final = 3
+# So often a long start says that it goes on.
+_STARTING_S: Final = 20.0
 
 
 class Notifier:
@@ -44,6 +47,12 @@ class Notifier:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             sock.sendto("\n".join(assignments).encode(), self._address)
+
+    async def starting(self) -> None:
+        """Asks for more time, until it is cancelled: a start that salvages a large file is not to be ended and begun anew."""
+        while True:
+            await asyncio.sleep(_STARTING_S)
+            self.tell(f"EXTEND_TIMEOUT_USEC={round(3 * _STARTING_S * 1e6)}")
 
     def ready(self, sentence: str) -> None:
         """The doors are open, or open again with another configuration."""

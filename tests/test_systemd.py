@@ -22,6 +22,7 @@ from conftest import SLOW, currents, free_port, ndjson, until
 
 from bench import restart
 from bench.processes import BenchError
+from bridged import service
 from bridged.errors import ConfigError
 from bridged.service import Listeners, Notifier, Progress
 from bridged.settings import SECRETS, Config
@@ -282,6 +283,19 @@ def test_whom_to_tell():
     assert Notifier({"WATCHDOG_USEC": "3000000"}, 7).watchdog_s == 0
     Notifier({}, 7).ready("nobody listens")
     Notifier(address, 7).ready("nobody listens any more")
+
+
+async def test_a_start_that_takes_long(tmp_path, monkeypatch):
+    """A salvage of many gigabytes says that it goes on, and systemd doesn't end it after TimeoutStartSec, to begin anew."""
+    monkeypatch.setattr(service, "_STARTING_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        starting = asyncio.create_task(Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}, 7).starting())
+        for _ in range(2):
+            said = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(manager, 100), 10)
+            assert said == b"EXTEND_TIMEOUT_USEC=150000"
+        starting.cancel()
 
 
 # -- the heartbeat -----------------------------------------------------------------------------------------------------
