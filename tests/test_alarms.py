@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -659,6 +660,20 @@ async def test_an_outage_is_told(daemon, emulator, client):
     emulator.script([])
     await until(lambda: app.backlog.events == 0, "the events", 40)
     assert alarm_facts(app).undelivered_s == 0.0
+
+
+@pytest.mark.parametrize("jump_s", [7200, -7200])
+async def test_an_outage_after_the_clock_jumped_is_told(daemon, emulator, client, jump_s):
+    """A machine that slept, or a clock that was set, makes the alarm and the probe of a stall neither blind nor too early."""
+    app = await daemon(alerts__undelivered="200ms")
+    emulator.script([{"status": 503}])
+    await until(lambda: app.clock.uptime_s() > 0.1)
+    app.clock._wall = lambda: time.time() + jump_s
+    started = time.monotonic()
+    await post(client, app, 3)
+    await until(lambda: alarm_facts(app).undelivered_s > 0.5, "the time")
+    assert alarm_facts(app).undelivered_s <= app.clock.uptime_s()
+    assert alarm_facts(app).undelivered_s <= time.monotonic() - started + 1
 
 
 async def test_the_clock_of_mixpanel_is_looked_at(daemon, emulator, client):

@@ -185,7 +185,7 @@ def health(app: "App") -> Health:
             backing_off=pace.backing_off_s > 0,
             waiting=app.backlog.events,
             uptime_s=app.clock.uptime_s(),
-            oldest_age_s=oldest_age_s(app),
+            oldest_age_s=oldest_age_s(app, app.clock.latest()),
             judged_age_s=None if delivery.judged_at is None else asyncio.get_running_loop().time() - delivery.judged_at,
             timeout_s=float(app.config.delivery.timeout),
         )
@@ -197,8 +197,9 @@ def alarm_facts(app: "App") -> AlarmFacts:
     delivery, spool, config = app.delivery, app.spool, app.config
     cohorts_halted, cohorts_capped = trouble(app)
     well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
-    # Since the last success, but no longer than the oldest event has waited, or the daemon has run.
-    ages = (age_s, delivery.success_age_s, app.clock.uptime_s())
+    # Since the last success, but no longer than the oldest event has waited, or the daemon has run. By the later clock: by
+    # the earlier one, what came after the machine had slept would not have waited at all.
+    ages = (oldest_age_s(app, app.clock.latest()), delivery.success_age_s, app.clock.uptime_s())
     late = well.waiting and config.mixpanel.export
     undelivered_s = max(0.0, min(age for age in ages if age is not None)) if late else 0.0
     return AlarmFacts(
@@ -286,10 +287,10 @@ def _doors_open(app: "App") -> bool:
     return getattr(app, "http", None) is not None or (hasattr(app, "http") and not app.config.sources.http.listen)
 
 
-def oldest_age_s(app: "App") -> float | None:
+def oldest_age_s(app: "App", now_s: float | None = None) -> float | None:
     """How long the oldest waiting event has waited; None when nothing waits."""
     oldest_at = app.backlog.oldest_at()
-    return None if oldest_at is None else max(0.0, app.clock.earliest() - oldest_at)
+    return None if oldest_at is None else max(0.0, (now_s or app.clock.earliest()) - oldest_at)
 
 
 def status(app: "App", reasons: list[Group]) -> Status:
