@@ -81,7 +81,9 @@ class ListenError(BridgedError):
 
 
 _LISTEN_HINTS = {
-    errno.EADDRINUSE: "is another bridged running? choose another port",
+    errno.EADDRINUSE: "is another bridged running? choose another port or path",
+    errno.EEXIST: "remove what is there, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter one",
     errno.EACCES: "not permitted to this user: choose a port above 1023, a folder that is writable, or systemd's socket",
     errno.ENOENT: "the folder isn't there: make it, or choose another",
 }

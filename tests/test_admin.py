@@ -153,6 +153,17 @@ async def test_halted_stays_ready_and_says_so(daemon, client, emulator):
     assert samples["bridged_oldest_event_age_seconds"] > 0
 
 
+async def test_who_stops_is_not_ready(daemon, client):
+    """While its doors are closed, and the last requests end, a daemon that stops takes nothing new."""
+    app = await daemon()
+    ended = asyncio.ensure_future(app.http.__aexit__(None, None, None))
+    await asyncio.sleep(0)
+
+    status, body = await ask(client, app, "/readyz")
+    assert (status, body["reason"]) == (503, "the doors are not open")
+    await ended
+
+
 async def test_near_the_cap_is_not_ready(daemon, client, emulator):
     """A daemon that refuses new events says 503, with the reason."""
     emulator.credentials(token="another-token")

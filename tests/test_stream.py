@@ -871,6 +871,25 @@ async def test_a_socket_that_somebody_listens_at_is_left_alone(door, tmp_path):
     assert acked(await door.talk(ACKS + ndjson(batch(1)), "unix")) == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file", "a file.*remove what is there"),
+        ("folder", "a folder.*remove what is there"),
+        ("x" * 200, "107 bytes.*shorter"),
+    ],
+    ids=["file", "folder", "long"],
+)
+async def test_a_path_where_no_socket_can_be(door, tmp_path, name, said):
+    """It is told what is in the way; and that stays as it is."""
+    (tmp_path / "file").write_text("a letter")
+    (tmp_path / "folder").mkdir()
+    options = StreamOptions(listen=(f"unix:{tmp_path}/{name}",))
+    with pytest.raises(ListenError, match=f"(?s){said}"):
+        await StreamSource(options, door.source.intake, door.spool).__aenter__()
+    assert (tmp_path / "file").read_text() == "a letter"
+
+
 async def test_a_stale_socket_file_is_replaced(tmp_path):
     """What a killed daemon left behind doesn't keep the next from starting; an orderly end leaves nothing."""
     stale = socket.socket(socket.AF_UNIX)

@@ -283,8 +283,9 @@ def _expires_in_s(app: "App") -> float | None:
 
 
 def _doors_open(app: "App") -> bool:
-    """Whether the last door is open; they are opened after the admin listener."""
-    return getattr(app, "http", None) is not None or (hasattr(app, "http") and not app.config.sources.http.listen)
+    """Whether the last door is open; they are opened after the admin listener, and closed before it."""
+    http = getattr(app, "http", None)
+    return not http.stopping if http else hasattr(app, "http") and not app.config.sources.http.listen
 
 
 def oldest_age_s(app: "App", now_s: float | None = None) -> float | None:

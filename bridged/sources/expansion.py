@@ -24,7 +24,8 @@ _MAX_MEMBERS: Final = 1000
 def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
     """One or more compressed members, in pieces of at most 256 KiB.
 
-    Raises BadRequest for damaged ones, TooLarge for more than `limit` bytes and for more than a hundredfold of `body`.
+    Raises BadRequest for damaged ones, TooLarge for more than `limit` bytes, for more than a hundredfold of `body` and for
+    too many members.
     """
     most = min(limit, max(_FREE_BYTES, _MAX_RATIO * len(body)))
     size, members = 0, 0
@@ -38,7 +39,7 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
                         break
                     members += 1
                     if members > _MAX_MEMBERS:
-                        raise BadRequest(f"the compressed body has more than {_MAX_MEMBERS} members")
+                        raise TooLarge(f"the compressed body has more than {_MAX_MEMBERS} members", "split it")
                     member = isal_zlib.decompressobj(window_bits)
                 piece = member.decompress(rest, min(PIECE_BYTES, most + 1 - size))
                 size += len(piece)

@@ -7,6 +7,7 @@ Answers, in Braze's terms (what the connector does with each is in its documenta
     401  no token or a wrong one
     404, 405  not this address, not this method
     408  the head or the body didn't come in time
+    411  a body whose length the head doesn't say
     413  larger than max_body, or compressed more than a hundredfold. Braze splits the batch
     415  compressed with anything but gzip or deflate
     431  the head is too large
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from email.utils import formatdate
 from http import HTTPStatus
+from itertools import chain
 from typing import Any, Self
 
 import msgspec
@@ -36,7 +38,7 @@ from bridged.redaction import redacted
 from bridged.sources import cohorts, tls
 from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
-from bridged.sources.http_connections import HttpConnection, HttpConnections, HttpLimits
+from bridged.sources.http_connections import MAX_HEAD_BYTES, HttpConnection, HttpConnections, HttpLimits
 
 log = structlog.get_logger()
 
@@ -45,6 +47,10 @@ _OK = b'{"status":"ok"}\n'
 _RETRY_AFTER_S = 30
 # What makes a body, or its answer, more than plain bytes.
 _UNUSUAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade")
+# Of a compressed body. What expands to nothing takes its time too: a piece of it several ms.
+_PIECES_AT_ONCE = 4
+# Answers to heads that we would rather not see again.
+_LAST = (411, 431)
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
 _ROOM_S = 5.0
 # At the end: so long an idle connection is kept for a request that is on its way, and for one of which something came.
@@ -159,7 +165,7 @@ class HttpSource:
         self._credential = options.bearer_token.encode() or None
         self._ok = _Ok()
         self._busy = 0  # requests that have no answer yet
-        self._stopping = False
+        self.stopping = False
         self._servers: list[asyncio.Server] = []
 
     def use(self, bearer_token: str) -> None:
@@ -190,7 +196,7 @@ class HttpSource:
 
     async def __aexit__(self, *_exc: object) -> None:
         """Stops accepting, lets requests finish; one that is on its way is answered too, and told that it is the last."""
-        self._stopping = True
+        self.stopping = True
         for server in self._servers:
             server.close()
         loop = asyncio.get_running_loop()
@@ -226,7 +232,7 @@ class HttpSource:
             connection.handled(came, plain=usual and response is self._ok)
         if isinstance(response, web.Response):
             response.headers["Server"] = "bridged"  # and not which Python and aiohttp
-        if response is not self._ok and self._last(request, connection):
+        if response is not self._ok and (response.status in _LAST or self._last(request, connection)):
             response.force_close()
         return response
 
@@ -234,6 +240,8 @@ class HttpSource:
         """What became of a request, in words."""
         response: web.StreamResponse
         try:
+            if sum(map(len, chain.from_iterable(request.raw_headers))) > MAX_HEAD_BYTES:
+                raise web.HTTPRequestHeaderFieldsTooLarge(text="the request's head is too large")
             if self._cohorts is not None and request.path.rstrip("/") == cohorts.PATH:
                 response = await self._accept_cohort(request, connection, self._cohorts)
             else:
@@ -264,7 +272,7 @@ class HttpSource:
 
         That is read for a while, so that the answer arrives.
         """
-        return self._stopping or connection.last_answer or not request.content.is_eof()
+        return self.stopping or connection.last_answer or not request.content.is_eof()
 
     async def _accept(self, request: web.BaseRequest, connection: HttpConnection) -> None:
         """Takes one request up to its commit. Raises what its answer says, ConnectionError when the client is gone."""
@@ -323,15 +331,17 @@ class HttpSource:
 
     async def _body(self, request: web.BaseRequest, connection: HttpConnection) -> bytes:
         """A whole body, expanded. Raises what its answer says."""
-        body = await self._read(request)
+        body = await self._read(request, connection)
         if "Content-Encoding" in request.headers:
             body = await self._decoded(request, connection, body)
         if len(body) > self._options.max_body:
             raise TooLarge(f"the body is larger than {self._options.max_body:d} bytes")
         return body
 
-    async def _read(self, request: web.BaseRequest) -> bytes:
+    async def _read(self, request: web.BaseRequest, connection: HttpConnection) -> bytes:
         if not request.can_read_body:
+            if connection.garbage_follows and "Content-Length" not in request.headers:
+                raise web.HTTPLengthRequired(text="a body without a Content-Length: the head must say how long it is")
             return b""
         try:
             if request.content.is_eof():
@@ -354,9 +364,9 @@ class HttpSource:
                 text=f"Content-Encoding {coding[:40]!r}: gzip and deflate are understood"
             )
         whole = bytearray()
-        for piece in expanded(body, WINDOW_BITS[coding], self._options.max_body):
+        for number, piece in enumerate(expanded(body, WINDOW_BITS[coding], self._options.max_body), start=1):
             whole += piece
-            if len(whole) >= PIECE_BYTES:
+            if len(whole) >= PIECE_BYTES or number >= _PIECES_AT_ONCE:
                 break
         else:
             return bytes(whole)
@@ -418,7 +428,7 @@ class HttpSource:
     def accept_again(self, body: bytes, sender: int) -> "asyncio.Future[None] | None":
         """What `_accept` does with a plain body while there is room. None: it must do it, and find the right words."""
         fits = 0 < len(body) <= self._options.max_body
-        if self._intake is None or self._stopping or not fits or not self._spool.room.is_set():
+        if self._intake is None or self.stopping or not fits or not self._spool.room.is_set():
             return None
         try:
             written = self._intake.accept_body(body, sender)
@@ -435,7 +445,7 @@ class HttpSource:
         error = SpoolError("the spool was closed") if written.cancelled() else written.exception()
         if error is None:
             self.answers[200] += 1
-            return self._ok.whole() if not self._stopping else _bytes(200, _OK, {"Connection": "close"}), self._stopping
+            return self._ok.whole() if not self.stopping else _bytes(200, _OK, {"Connection": "close"}), self.stopping
         if not isinstance(error, BridgedError):
             log.error("request_failed", exc_info=error)
             error = BridgedError("a bug of the bridge", "its log says more")

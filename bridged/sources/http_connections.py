@@ -37,8 +37,8 @@ _SPARE_S: Final = 10.0
 _LOOKED_AT_ONCE: Final = 50
 # Who holds more than this at a look has much that is slow: what it leaves of the heap is given back.
 _MUCH_BYTES: Final = 8 * 2**20
-# Of a head. aiohttp bounds each line and their number, which makes 1 MiB.
-_MAX_HEAD_BYTES: Final = 64 * 2**10
+# Of a head: a connection may keep it for as long as it lasts. aiohttp bounds each line and their number, which makes 1 MiB.
+MAX_HEAD_BYTES: Final = 16 * 2**10
 _MAX_BEHIND_BYTES: Final = 128 * 2**10  # a repeat, while it is being committed: then reading pauses
 _MAX_UNWANTED_BYTES: Final = 64 * 2**20
 _LENGTH: Final = re.compile(rb"\n[Cc]ontent-[Ll]ength:[ \t]*(\d{1,12})[ \t]*\r")
@@ -223,6 +223,11 @@ class HttpConnection(RequestHandler):
             return self._body_is_coming()
         return self.held > 0
 
+    @property
+    def garbage_follows(self) -> bool:
+        """Whether what came behind the request that is being handled is no HTTP."""
+        return bool(self._messages) and isinstance(self._messages[0][0], _ErrInfo)
+
     def _body_is_coming(self) -> bool:
         if self._coming:
             return True
@@ -270,7 +275,7 @@ class HttpConnection(RequestHandler):
             self._room.unused.pop(self, None)
             self.since = self._room.now
             self._unwanted = 0
-        elif self.held > _MAX_HEAD_BYTES and self._waits_for_a_head():
+        elif self.held > MAX_HEAD_BYTES and self._waits_for_a_head():
             self.refuse(431)
 
     def _parse(self, data: bytes) -> None:
