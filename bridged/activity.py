@@ -73,6 +73,7 @@ class Activity:
         self._file = -1
         self._lines = 0
         self._rest = False  # the last entry has happened more often than its line says
+        self._torn = False  # the disk took only a part of the last line
         self._failed = False
 
     def open(self) -> None:
@@ -145,7 +146,8 @@ class Activity:
                 self.close()
                 self._begin_file()
             else:
-                os.write(self._file, msgspec.json.encode(entry) + b"\n")
+                line = b"\n" * self._torn + msgspec.json.encode(entry) + b"\n"
+                self._torn = os.write(self._file, line) < len(line)
                 self._lines += 1
         except OSError as error:
             self._complain(error)

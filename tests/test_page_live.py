@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 import shutil
 
 import aiohttp
@@ -317,6 +318,28 @@ def test_it_is_bounded(tmp_path):
     again = Activity(path)
     again.open()
     assert [entry.id for entry in again.newest(2)] == ids[:2]
+    again.close()
+
+
+def test_a_disk_that_takes_half_a_line(tmp_path):
+    """It costs that line, and not the one after it, which would stand behind it otherwise."""
+    path = tmp_path / "activity"
+    activity = Activity(path)
+    activity.open()
+    activity.tell("settings", "one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, limits[1]))
+    try:
+        activity.tell("settings", "two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    activity.tell("halted", "three")
+    activity.tell("resumed", "four")
+    activity.close()
+
+    again = Activity(path)
+    again.open()
+    assert [entry.text for entry in again.entries] == ["one", "three", "four"]
     again.close()
 
 
