@@ -146,6 +146,16 @@ async def test_a_page_elsewhere_changes_nothing(daemon, client):
     assert app.spool.dead_letters == 1
 
 
+async def test_a_proxy_that_keeps_the_name_to_itself(daemon, client):
+    """Our own page is refused behind it; the hint says what the proxy has to do."""
+    app = await daemon()
+    url = f"http://{app.config.admin.listen}/api/login"
+    headers = {"Origin": "https://bridged.example", "Sec-Fetch-Site": "same-origin"}
+    async with client.post(url, json={"token": "x"}, headers=headers) as got:
+        told = await got.json()
+    assert (got.status, "Host" in told["hint"], "https://bridged.example" in told["hint"]) == (403, True, True)
+
+
 async def test_our_own_page_and_tools_may(daemon, client):
     """Tools send neither header; our own page the right ones, and the CSRF token; a proxy in front may have ended the TLS."""
     app = await daemon()

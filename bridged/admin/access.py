@@ -134,9 +134,14 @@ class Access:
         if changes or request.path == _LIVE_PATH:
             site = request.headers.get("Sec-Fetch-Site", "same-origin")
             # Of a page's scheme nothing is asked: a proxy in between may have ended the TLS.
-            theirs = request.headers.get("Origin", f"://{request.host}").partition("://")[2].lower()
+            origin = request.headers.get("Origin", f"://{request.host}")[:200]
+            theirs = origin.partition("://")[2].lower()
             if site not in ("same-origin", "none") or theirs != request.host.lower():
-                raise web.HTTPForbidden(text="a page of another origin may not change anything here")
+                hint = (
+                    f"a proxy in between has to pass the Host on: the page is {origin}'s, and asks for {request.host}"
+                )
+                answer = {"error": "a page of another origin may not change anything here", "hint": hint}
+                return json(answer, 403)
         if changes and request.match_info.http_exception is None:  # else there is nothing to change: 404 or 405
             if request.content_type != "application/json":
                 raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
