@@ -23,6 +23,7 @@ MOST: Final = 200
 
 _forms: dict[str, set[str]] = {}  # by secret, the oldest first
 _in_force: set[str] = set()
+_words = ""  # that aren't masked
 _pattern: re.Pattern[str] | None = None
 
 
@@ -31,7 +32,6 @@ def hide(secrets: Iterable[str], *, in_force: bool = False) -> None:
 
     Those `in_force`, until others are, for as long as they are; others until so many newer ones have come.
     """
-    global _pattern  # noqa: PLW0603  # a process has one standard error, and one set of secrets
     secrets = list(secrets)
     if in_force:
         _in_force.clear()
@@ -52,9 +52,22 @@ def hide(secrets: Iterable[str], *, in_force: bool = False) -> None:
     if is_new:
         for oldest in [secret for secret in _forms if secret not in _in_force][: max(0, len(_forms) - MOST)]:
             del _forms[oldest]
-        # The longest first: one may be the beginning of another.
-        longest = sorted(set().union(*_forms.values()), key=lambda form: (-len(form), form))
-        _pattern = re.compile("|".join(map(re.escape, longest)))
+        _compile()
+
+
+def spare(words: str) -> None:
+    """What stands in this text isn't masked: a secret that is a word of ours hides nothing, and would take our words along."""
+    global _words  # noqa: PLW0603  # as the pattern
+    _words = words
+    _compile()
+
+
+def _compile() -> None:
+    global _pattern  # noqa: PLW0603  # a process has one standard error, and one set of secrets
+    forms = [form for form in set().union(*_forms.values()) if form not in _words]
+    # The longest first: one may be the beginning of another.
+    longest = sorted(forms, key=lambda form: (-len(form), form))
+    _pattern = re.compile("|".join(map(re.escape, longest))) if longest else None
 
 
 def redacted(text: str) -> str:

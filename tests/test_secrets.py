@@ -19,6 +19,7 @@ from conftest import SLOW, currents, ndjson, until
 
 from bench import restart
 from bridged import cli, config, redaction
+from bridged.admin.status import Status
 from bridged.commands import config as config_command
 
 # With characters that JSON, Python, URLs and headers write in ways of their own.
@@ -46,6 +47,18 @@ def found(output):
         forms |= {basic(ACCOUNT, secret), basic(secret, ""), base64.b64encode(secret.encode()).decode().rstrip("=")}
         singing += [f"{name} as {form}" for form in forms if form in text]
     return singing + (["something with `canary-`"] if "canary-" in text else [])
+
+
+@pytest.mark.parametrize("word", ["mixpanel", "accepted", "delivering"])
+async def test_a_secret_that_is_a_word_of_ours(daemon, client, word):
+    """It hides nothing, and masked it would take the names along by which the page and the commands know an answer."""
+    app = await daemon(sources__http__bearer_token=word)
+    status = f"http://{app.config.admin.listen}/api/status"
+    settings = f"http://{app.config.admin.listen}/api/settings"
+    async with client.get(status) as got:
+        msgspec.json.decode(await got.read(), type=Status)
+    async with client.get(settings) as got:
+        assert "mixpanel.url" in [key["key"] for key in (await got.json())["keys"]]
 
 
 @pytest.fixture(autouse=True)

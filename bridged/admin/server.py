@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
 
+import msgspec
 from aiohttp import web
 
 from bridged import __version__
@@ -25,9 +26,9 @@ from bridged.admin.live import Broadcast
 from bridged.admin.page import Page
 from bridged.admin.settings import SettingsApi
 from bridged.admin.status import health, totals
-from bridged.config import split_address
+from bridged.config import keys, split_address
 from bridged.errors import BridgedError, ConfigError, ListenError
-from bridged.redaction import redacted_bytes
+from bridged.redaction import redacted_bytes, spare
 from bridged.saved import BadSettings
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class AdminServer:
         self._live = Broadcast(app, self._access.lasts)
         self._history = History(lambda: totals(app))
         self._tls: ssl.SSLContext | None = None
+        # The names by which the page and the commands know our answers.
+        spare(msgspec.json.encode(openapi.document()).decode() + " ".join(".".join(key.path) for key in keys()))
 
     async def __aenter__(self) -> Self:
         admin = self._app.config.admin
