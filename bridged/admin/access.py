@@ -137,11 +137,12 @@ class Access:
             origin = request.headers.get("Origin", f"://{request.host}")[:200]
             theirs = origin.partition("://")[2].lower()
             if site not in ("same-origin", "none") or theirs != request.host.lower():
-                hint = (
-                    f"a proxy in between has to pass the Host on: the page is {origin}'s, and asks for {request.host}"
-                )
-                answer = {"error": "a page of another origin may not change anything here", "hint": hint}
-                return json(answer, 403)
+                told = {"error": "a page of another origin may not change anything here", "hint": ""}
+                if site in ("same-origin", "none"):
+                    told["hint"] = (
+                        f"if it is {origin}'s own: the proxy has to pass the Host on, which is {request.host} here"
+                    )
+                return json(told, 403)
         if changes and request.match_info.http_exception is None:  # else there is nothing to change: 404 or 405
             if request.content_type != "application/json":
                 raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")

@@ -6,6 +6,7 @@ but for the export of dead letters, which is the events as they are, and the pag
 
 import asyncio
 import contextlib
+import functools
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -112,7 +113,7 @@ class AdminServer:
         self._history = History(lambda: totals(app))
         self._tls: ssl.SSLContext | None = None
         # The names by which the page and the commands know our answers.
-        spare(msgspec.json.encode(openapi.document()).decode() + " ".join(".".join(key.path) for key in keys()))
+        spare(_our_words())
 
     async def __aenter__(self) -> Self:
         admin = self._app.config.admin
@@ -232,6 +233,11 @@ class AdminServer:
 
     async def _metrics_text(self, request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+@functools.cache
+def _our_words() -> str:
+    return msgspec.json.encode(openapi.document()).decode() + " ".join(".".join(key.path) for key in keys())
 
 
 def _load(context: ssl.SSLContext, cert: str, key: str) -> None:
