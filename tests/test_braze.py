@@ -201,7 +201,7 @@ def verdict(
         (204, b"", ("server", "no JSON object")),
         (408, b"", ("server", "408")),
         (409, b"", ("server", "no proof")),
-        (423, {"message": "Resource locked"}, ("server", "locked")),
+        (423, {"message": "Resource locked"}, ("locked", "locked")),
         (429, {"message": "Over limit"}, ("rate", "Over limit")),
         (500, b"", ("server", "failure of its own")),
         (503, b"<html>x</html>", ("server", "503")),
