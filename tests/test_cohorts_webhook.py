@@ -51,6 +51,7 @@ def test_the_documented_shape() -> None:
         ({"total_pages": 3}, (3, 1)),
         ({"page_count": 3}, (UNKNOWN_TOTAL, 3)),
         ({"total_pages": 0, "page_count": 1}, (1, 1)),
+        ({"total_pages": 0, "page_count": 0}, (1, 1)),
         ({"total_pages": True, "page_count": -4}, (1, 1)),
         ({"total_pages": "9" * 400, "page_count": 1}, (UNKNOWN_TOTAL, 1)),
     ],
@@ -90,6 +91,21 @@ def test_a_member_without_a_usable_id_costs_only_itself(member: Any) -> None:
     """It is counted; the page is taken."""
     page = READER.read(body([{"mixpanel_distinct_id": "a"}, member, {"mixpanel_distinct_id": "b"}]))
     assert (page.ids, page.no_id, page.too_long, page.received) == (["a", "b"], 1, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(b"12345.0", "12345"), (b"1e7", "10000000"), (b"12345678", "12345678"), (b"0.5", "0.5")]
+)
+def test_a_whole_number_is_an_id_without_a_point(number: bytes, expected: str) -> None:
+    """Mixpanel's numbers are floats: 12345.0 is who is 12345 in Braze."""
+    assert READER.read(body([{"distinct_id": 7}]).replace(b"7}", number + b"}")).ids == [expected]
+
+
+def test_an_empty_value_hides_no_id_under_the_next_key() -> None:
+    """The first key may be there with nothing in it; also where a member that is none makes the reading a loose one."""
+    given = {"mixpanel_distinct_id": "", "$distinct_id": "u1"}
+    assert READER.read(body([given])).ids == ["u1"]
+    assert READER.read(body([given, 7])).ids == ["u1"]
 
 
 def test_ids_longer_than_braze_takes_are_counted() -> None:

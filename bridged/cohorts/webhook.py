@@ -25,6 +25,8 @@ MAX_NAME: Final = 255  # characters of a string in an attribute
 # Who was never identified has no external id in Braze: Mixpanel names the device instead.
 _ANONYMOUS: Final = "$device:"
 UNKNOWN_TOTAL: Final = 2**40
+_NOTHING: Final = (None, "")  # the id may stand under the next key
+_WHOLE: Final = 2.0**53  # beyond it a float isn't the number that was meant
 _QUOTED: Final = 60  # characters of something wrong that are repeated to its sender
 
 
@@ -143,7 +145,7 @@ class Reader:
     def _ids(self, members: bytes) -> tuple[list[str], int, int]:
         try:
             found = [
-                next((value for value in candidates if value is not None), None)
+                next((value for value in candidates if value not in _NOTHING), None)
                 for candidates in map(msgspec.structs.astuple, self._members.decode(members))
             ]
         except msgspec.ValidationError:
@@ -153,7 +155,7 @@ class Reader:
             except msgspec.ValidationError:
                 raise BadRequest("parameters.members: expected an array of objects") from None
             found = [
-                next((each[key] for key in self._keys if each.get(key) is not None), None)
+                next((each[key] for key in self._keys if each.get(key) not in _NOTHING), None)
                 if isinstance(each, dict)
                 else None
                 for each in loose
@@ -207,6 +209,8 @@ def _text(value: object) -> str:
     """A scalar as Mixpanel means it: ids come as strings and as numbers."""
     if isinstance(value, str):
         return value.strip() if "\0" not in value else ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < _WHOLE:
+        value = int(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return ""
@@ -222,7 +226,9 @@ def _page(info: object) -> tuple[int, int]:
     total, page = _count(info.get("total_pages")), _count(info.get("page_count"))
     if total is None:
         return (1, 1) if page is None else (UNKNOWN_TOTAL, page)
-    return max(1, total), 1 if page is None else page
+    if page is None or total == 0:
+        page = page or 1
+    return max(1, total), page
 
 
 def _count(value: object) -> int | None:
