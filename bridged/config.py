@@ -399,6 +399,10 @@ def _problems(config: Config) -> Iterator[str]:
         yield "spool.max_bytes: at least 16MiB"
 
 
+# Of an object of /users/track: no custom attributes.
+_NO_ATTRIBUTES: Final = frozenset({"external_id", "braze_id", "user_alias", "_update_existing_only", "_merge_objects"})
+
+
 def _cohort_problems(config: Config) -> Iterator[str]:
     cohorts, braze, http = config.cohorts, config.braze, config.sources.http
     if not http.listen:
@@ -409,6 +413,8 @@ def _cohort_problems(config: Config) -> Iterator[str]:
         yield "cohorts.user_id: expected distinct_id or the name of a property"
     if not re.fullmatch(r"[^\s$.][^$.]{0,254}", cohorts.attribute):
         yield "cohorts.attribute: expected the name of an attribute, without $ and dots"
+    elif cohorts.attribute in _NO_ATTRIBUTES:
+        yield f"cohorts.attribute: {cohorts.attribute} is who is written, or how, to Braze: choose another name"
     if cohorts.max_bytes < 16 * 2**20:
         yield "cohorts.max_bytes: at least 16MiB"
     if Path(cohorts.path).absolute() == Path(config.spool.path).absolute():

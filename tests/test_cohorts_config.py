@@ -40,6 +40,11 @@ def test_a_profile_demands_only_its_own_credentials(environ: dict[str, str], pag
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USERNAME": "a:b"}, "without a colon"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USER_ID": " "}, "cohorts.user_id"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": "$x"}, "cohorts.attribute"),
+        (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": "external_id"}, "cohorts.attribute: external_id is"),
+        (
+            COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": "_merge_objects"},
+            "cohorts.attribute: _merge_objects is",
+        ),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__PATH": "./spool.db"}, "the same file"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__MAX_BYTES": "1MiB"}, "at least 16MiB"),
         (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__TIMEOUT": "0"}, "braze.timeout: more than 0s"),
