@@ -80,12 +80,21 @@ class WriterStatus(Struct, kw_only=True):
     verdicts: dict[str, int] = {}  # on Braze's answers
 
 
+class PageRefused(Struct, kw_only=True):
+    """The last of Mixpanel's pages that was refused: its sync is paused then."""
+
+    at: float  # wall clock, seconds
+    status: int  # HTTP
+    reason: str
+
+
 class CohortsStatus(Struct, kw_only=True):
     """The import of cohorts at a glance."""
 
     sentence: str
     figures: Figures
     writer: WriterStatus
+    page_refused: PageRefused | None = None  # since this start
 
 
 class Overview(CohortsStatus, kw_only=True):
@@ -103,7 +112,7 @@ def cohorts_status(app: "App") -> CohortsStatus | None:
         return CohortsStatus(sentence=f"Not imported: {app.cohorts_problem}", figures=figures, writer=off)
     if membership is None or writer is None:
         return None
-    halt = writer.halted
+    halt, refused = writer.halted, app.cohorts.last_refusal if app.cohorts is not None else None
     said = sentence(writer.state, writer.problem, figures)
     return CohortsStatus(
         sentence=f"Refusing Mixpanel's pages: {membership.full}. {said}" if membership.full else said,
@@ -122,6 +131,9 @@ def cohorts_status(app: "App") -> CohortsStatus | None:
             unknown_users=writer.unknown_users,
             verdicts=dict(writer.verdicts),
         ),
+        page_refused=None
+        if refused is None
+        else PageRefused(at=refused.at, status=refused.status, reason=refused.reason),
     )
 
 
@@ -188,7 +200,8 @@ class CohortsApi:
     async def _list(self, request: web.Request) -> web.Response:
         cohorts, status = self._membership.rows, cohorts_status(self._app)
         assert status is not None  # there is a membership
-        return json(Overview(sentence=status.sentence, figures=status.figures, writer=status.writer, cohorts=cohorts))
+        said = {name: getattr(status, name) for name in CohortsStatus.__struct_fields__}
+        return json(Overview(**said, cohorts=cohorts))
 
     async def _plan(self, request: web.Request) -> web.Response:
         return json(await self._membership.plan())

@@ -71,6 +71,8 @@ def _list(daemon: Daemon, arguments: argparse.Namespace) -> int:
     print(printable(overview.sentence))
     none = "the first pages are being taken in" if overview.figures.waiting else "Mixpanel hasn't sent one"
     print(_cohorts(overview.cohorts) if overview.cohorts else f"no cohorts yet: {none}")
+    if refused := overview.page_refused:
+        print(printable(f"a page of Mixpanel's was refused {_when(refused.at)}, {refused.status}: {refused.reason}"))
     if unknown := overview.writer.unknown_users:
         print(f"{unknown:,} updates were taken and not counted by Braze: probably users that it doesn't know")
     return 0

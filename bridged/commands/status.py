@@ -159,6 +159,8 @@ def _cohorts(cohorts: CohortsStatus) -> Iterator[str]:
         rows.append(["rejected", f"{rejected:,} memberships: see `bridged cohorts show`"])
     if writer.unknown_users:
         rows.append(["not counted", f"{writer.unknown_users:,} updates: probably users that Braze doesn't know"])
+    if refused := cohorts.page_refused:
+        rows.append(["page refused", f"{refused.status}: {refused.reason}"])
     if writer.problem and writer.state not in ("halted", "off", "backing off"):
         rows.append(["last problem", writer.problem])
     yield table(rows)

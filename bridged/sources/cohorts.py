@@ -12,8 +12,11 @@ What Mixpanel does with an answer:
 import base64
 import binascii
 import hmac
-from typing import Final
+import math
+import time
+from typing import Final, NamedTuple
 
+import structlog
 from msgspec import Struct
 
 from bridged.cohorts import webhook
@@ -21,7 +24,10 @@ from bridged.cohorts.membership import Membership
 from bridged.errors import BridgedError, MembershipError, Unauthorized
 from bridged.redaction import redacted
 
+log = structlog.get_logger()
+
 PATH: Final = "/v1/cohorts/mixpanel"
+_LOG_S: Final = 60.0  # a storm of them is a line a minute
 
 
 class CohortOptions(Struct, frozen=True, kw_only=True):
@@ -32,12 +38,22 @@ class CohortOptions(Struct, frozen=True, kw_only=True):
     user_id: str = "distinct_id"
 
 
+class PageRefusal(NamedTuple):
+    """A page that was refused, and why."""
+
+    at: float  # wall clock
+    status: int  # HTTP
+    reason: str
+
+
 class CohortSource:
     """Takes one body at a time, up to its commit. `membership` None: cohorts are off, or have a `problem`."""
 
     def __init__(self, options: CohortOptions, membership: Membership | None, problem: str = "") -> None:
         self.pages = 0
         self.failures: dict[int, int] = {}  # by status
+        self.last_refusal: PageRefusal | None = None  # that Mixpanel takes for an answer
+        self._logged_s: dict[int, float] = {}  # by status
         self._membership = membership
         self._problem = problem
         self.use(options)
@@ -85,4 +101,11 @@ class CohortSource:
     def refused(self, status: int, said: str, body: bytes) -> bytes:
         """The same for a status and why."""
         self.failures[status] = self.failures.get(status, 0) + 1
-        return webhook.failure(webhook.action_of(body) if body else "", redacted(said), status)
+        said = redacted(said)
+        if status < 500:  # those are of ours, said where they belong, and Mixpanel comes again by itself
+            self.last_refusal = PageRefusal(time.time(), status, said)
+            now_s = time.monotonic()
+            if now_s - self._logged_s.get(status, -math.inf) >= _LOG_S:
+                self._logged_s[status] = now_s
+                log.warning("cohort_page_refused", status=status, reason=said)
+        return webhook.failure(webhook.action_of(body) if body else "", said, status)
