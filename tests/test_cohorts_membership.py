@@ -385,6 +385,29 @@ async def test_a_forgotten_cohort_leaves_braze_and_is_gone(membership: Membershi
     await counted(membership)
 
 
+async def test_a_forgotten_cohort_is_gone_though_braze_keeps_somebody(membership: Membership) -> None:
+    """Whom Braze refuses to take out can't be taken out: the log says so, and the other cohorts of that user stay."""
+    await hear(membership, page("members", "abc"), page("members", "a", "s2", cohort="778"))
+    await deliver(membership)
+    await membership.forget("777")
+    await merged(membership)
+    block = await membership.take(-1, 10, [])
+    result = Settled(day=block.day)
+    for user in block.users:
+        if user.external_id == "c":
+            result.sent += sent_of(user)
+        else:
+            result.refused += [(user.key, row.cohort, row.sent, 0) for row in user.rows if row.is_due]
+            result.reasons.append((user.key, "no"))
+    with capture_logs() as logs:
+        await membership.settle(result)
+    assert [row.cohort for row in membership.rows] == ["778"]
+    assert [line["refused"] for line in logs if line["event"] == "cohort_forgotten"] == [2]
+    assert await wanted(membership, "778") == "a"
+    assert await membership.refusals() == []
+    await counted(membership)
+
+
 async def test_another_target_has_to_be_told_everything(options: MembershipOptions) -> None:
     """Another workspace, cluster or attribute holds nothing of what the old one did."""
     async with Membership(options) as membership:
@@ -395,6 +418,39 @@ async def test_another_target_has_to_be_told_everything(options: MembershipOptio
     async with Membership(msgspec.structs.replace(options, target="b")) as membership:
         await merged(membership)
         assert await deliver(membership) == "ab"
+
+
+async def test_nothing_is_allowed_where_there_is_no_cap(membership: Membership) -> None:
+    """It would count on the day that a cap comes."""
+    await hear(membership, page("members", "ab"))
+    assert (await membership.allow(50_000)).allowed_today is None
+    membership.use(10)
+    assert (await membership.plan()).allowed_today == 10
+
+
+async def test_a_plan_knows_what_a_resync_makes_due(membership: Membership) -> None:
+    """Asked for right behind it; and the resync counts those as well who are to leave."""
+    await hear(membership, page("members", "abcd"))
+    await deliver(membership)
+    await hear(membership, page("remove_members", "ab", "s2"))
+    assert await membership.resync("777") == 4
+    assert (await membership.plan()).users == 4
+
+
+async def test_a_cohort_is_in_step_since_its_own_last_write(options: MembershipOptions) -> None:
+    """What another cohort is sent doesn't count, and an emptied one is in step, too."""
+    now = [1_000_000.0]
+    async with Membership(options, lambda: now[0]) as membership:
+        await hear(membership, page("members", "a"), page("members", "b", "s2", cohort="778"))
+        await deliver(membership)
+        now[0] += 60
+        await hear(membership, page("members", "bc", "s3", cohort="778"))
+        await deliver(membership)
+        assert [row.synced_at for row in membership.rows] == [1_000_000.0, 1_000_060.0]
+        now[0] += 60
+        await hear(membership, page("members", "", "s4"))
+        await deliver(membership)
+        assert [row.synced_at for row in membership.rows] == [1_000_120.0, 1_000_060.0]
 
 
 async def test_the_cap_of_a_day(options: MembershipOptions) -> None:

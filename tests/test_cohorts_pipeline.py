@@ -17,6 +17,7 @@ import pytest
 from aiohttp import web
 from cohort_sender import ATTRIBUTE, Sender, session
 from conftest import SLOW, currents, free_port, until
+from structlog.testing import capture_logs
 
 from bridged.admin.status import alarm_facts
 from bridged.app import App
@@ -499,6 +500,21 @@ async def test_one_failure_does_not_wait_for_the_window_of_the_rate_limit(daemon
     await in_step(app, 10)
 
 
+async def test_a_rate_limit_that_is_used_up_for_long_is_said(daemon, importing, braze, client):
+    """Nothing failed, and nothing goes: that isn't sending."""
+    headers = {"X-RateLimit-Limit": "1000", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9999999999"}
+    said = {"message": "success", "attributes_processed": 5}
+    braze.script([{"action": "store_then_status", "status": 201, "body": said, "headers": headers}])
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    await mixpanel.take(session("members", USERS[:5]))
+    await until(lambda: app.membership.figures.in_braze == 5, "the first")
+    assert app.cohort_writer.state == "idle"
+    await mixpanel.take(session("add_members", USERS[5:]))
+    await until(lambda: app.cohort_writer.state == "backing off", "its being said")
+    assert "rate limit" in app.cohort_writer.problem
+
+
 @pytest.mark.usefixtures("_soon")
 async def test_a_bad_user_alone_keeps_no_halt_up(daemon, importing, braze, client):
     """The key is good again, and the only user that is due is one whom Braze refuses: its words about him end the halt."""
@@ -703,6 +719,23 @@ async def test_after_a_halt_what_is_sent_is_what_is_wanted_then(daemon, importin
 
 
 # -- who may ask, and who is there -------------------------------------------------------------------------------------
+
+
+async def test_a_refused_page_is_in_the_log_and_in_the_status(daemon, importing, client):
+    """Mixpanel pauses a sync that is refused: whoever looks here finds out why. A storm of them is a line a minute."""
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    with capture_logs() as logs:
+        for _ in range(3):
+            assert (await mixpanel.post({"action": "members", "parameters": {"mixpanel_cohort_id": "7"}}))[0] == 400
+        assert (await Sender(client, mixpanel.url, "wrong").post(session("members", [])[0]))[0] == 401
+    found = [line for line in logs if line["event"] == "cohort_page_refused"]
+    assert [line["status"] for line in found] == [400, 401]
+    assert "members is missing" in found[0]["reason"]
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/api/cohorts") as answer:
+        refused = (await answer.json())["page_refused"]
+    assert refused["status"] == 401
+    assert "user name and password" in refused["reason"]
 
 
 async def test_only_mixpanel_may_send(daemon, importing, braze, client):

@@ -162,7 +162,7 @@ LONGER = {
     ),
     "delivery/delivery.py": (515, "one dispatcher: the ways on for each verdict read best side by side"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
-    "cohorts/membership.py": (490, "one owner, as the spool: opening, the writer and its transactions belong together"),
+    "cohorts/membership.py": (500, "one owner, as the spool: opening, the writer and its transactions belong together"),
     "backlog/spool.py": (
         710,
         "one owner: opening, the writer, its transaction and the rows that it reads belong together",

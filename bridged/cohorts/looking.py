@@ -136,6 +136,11 @@ def figures(
     )
 
 
+def is_walking(db: sqlite3.Connection) -> bool:
+    """Whether a walk is under way."""
+    return db.execute("SELECT 1 FROM walks LIMIT 1").fetchone() is not None
+
+
 def used_bytes(db: sqlite3.Connection) -> int:
     """The bytes of the pages that hold something."""
     pages = "(SELECT page_count FROM pragma_page_count) - (SELECT freelist_count FROM pragma_freelist_count)"

@@ -46,6 +46,7 @@ _SHARE: Final = 0.9
 # So often it is looked whether there is room again, and whether the files are still there.
 _LOOK_S: Final = 1.0
 _PLAN_ROWS: Final = 100_000
+_PLAN_WAIT_S: Final = 5.0
 
 
 class MembershipOptions(Struct, frozen=True, kw_only=True):
@@ -246,6 +247,11 @@ class Membership:
 
     async def plan(self, key: str = "") -> Plan:
         """What is due now and what it costs, counted in steps. With a key, `rows` has only that cohort. Raises UnknownCohort."""
+        with contextlib.suppress(TimeoutError):
+            # What a walk has yet to pass may become due.
+            async with asyncio.timeout(_PLAN_WAIT_S):
+                while await self.run(looking.is_walking) and not (self.full or self.failed):
+                    await asyncio.sleep(_PLAN_WAIT_S / 100)
         rows = [self._row(key)] if key else self.rows
         users, after = 0, -1
         while True:
@@ -280,7 +286,9 @@ class Membership:
         """
         rows = [self._row(key)] if key else self.rows
         await self._begin(rows, "retry" if rejected_only else "resync")
-        return sum(row.rejected + row.rejected_leaving if rejected_only else row.members for row in rows)
+        return sum(
+            row.rejected_leaving + (row.rejected if rejected_only else row.members + row.leaving) for row in rows
+        )
 
     async def forget(self, key: str) -> int:
         """Takes all members of a cohort out of Braze; then the cohort is gone. Gives their number. Raises UnknownCohort.
@@ -299,6 +307,8 @@ class Membership:
     async def allow(self, points: int) -> Plan:
         """So many more data points today; 0: as many as what is due now needs."""
         plan = await self.plan()
+        if plan.allowed_today is None:
+            return plan
         if points == 0:
             points = max(0, plan.points - (plan.left_today or 0))
 

@@ -26,10 +26,13 @@ from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 import msgspec
+import structlog
 from msgspec import Struct
 
 from bridged.cohorts.tables import collect, transaction
 from bridged.cohorts.webhook import Page
+
+log = structlog.get_logger()
 
 WalkKind = Literal["sweep", "rename", "resync", "retry", "forget"]
 # Each touches a page of its own, and SQLite keeps what was there until the statement ends: memory, 4 KiB a member.
@@ -328,11 +331,19 @@ def walk(db: sqlite3.Connection, *, by_name: bool) -> bool:
 
 
 def bury(db: sqlite3.Connection) -> None:
-    """Deletes the cohorts that were to be forgotten and of which nothing is left, in Braze neither."""
-    empty = "forgotten = 1 AND in_braze + joining + leaving + rejected + rejected_leaving = 0"
+    """Deletes the cohorts that were to be forgotten and of which nothing is left, in Braze neither, but for what it refuses."""
+    empty = "forgotten = 1 AND in_braze + joining + leaving + rejected = 0"
     # A page that waits may be a late repeat, which is known by the rounds.
     walked = "id NOT IN (SELECT cohort FROM walks) AND NOT EXISTS (SELECT 1 FROM inbox)"
-    for (cohort,) in db.execute(f"SELECT id FROM cohorts WHERE {empty} AND {walked}").fetchall():
+    found = db.execute(f"SELECT id, name, rejected_leaving FROM cohorts WHERE {empty} AND {walked}").fetchall()
+    for cohort, name, refused in found:
+        if refused:
+            log.warning("cohort_forgotten", cohort=name, refused=refused, why="Braze refuses to take these users out")
+            db.execute("DELETE FROM temp.batch")
+            db.execute("INSERT INTO temp.batch SELECT user FROM members WHERE cohort = ?", (cohort,))
+            stuck = "cohort = ? AND user IN (SELECT user FROM temp.batch)"
+            db.execute(f"UPDATE members SET sent = 0, rejected = 0 WHERE {stuck}", (cohort,))
+            collect(db, "{} IN (SELECT user FROM temp.batch)")
         db.execute("DELETE FROM pages WHERE round IN (SELECT id FROM rounds WHERE cohort = ?)", (cohort,))
         db.execute("DELETE FROM rounds WHERE cohort = ?", (cohort,))
         db.execute("DELETE FROM cohorts WHERE id = ?", (cohort,))

@@ -14,6 +14,7 @@ _FIRST_BACKOFF_S: Final = 1.0
 _MAX_BACKOFF_S: Final = 60.0
 # A window that is said to end later is no window of a rate limit.
 _MAX_WINDOW_S: Final = 3600.0
+_MOMENT_S: Final = 10.0
 
 
 class Pace:
@@ -38,6 +39,10 @@ class Pace:
         if self._left is not None and self._left <= 0:
             wait_s = max(wait_s, self._resets_at - now_s)
         return max(0.0, wait_s)
+
+    def is_spent(self, now_s: float) -> bool:
+        """Whether the allowance is used up, and not only for a moment."""
+        return self._left is not None and self._left <= 0 and self._resets_at - now_s > _MOMENT_S
 
     def sent(self, now_s: float) -> float:
         """A request goes; gives what `failed` and `succeeded` want to know of it."""

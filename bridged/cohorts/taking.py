@@ -199,7 +199,9 @@ def settle(db: sqlite3.Connection, results: list[Settled], now: float) -> None:
         for result in results:
             _settle(db, result, now)
         collect(db, "{} IN (SELECT user FROM temp.batch)")
-        db.execute("UPDATE cohorts SET synced_at = ? WHERE joining + leaving = 0 AND in_braze > 0", (now,))
+        written = {row[1] for result in results for row in (*result.sent, *result.refused)}
+        in_step = "joining + leaving = 0 AND id IN (SELECT value FROM json_each(?))"
+        db.execute(f"UPDATE cohorts SET synced_at = ? WHERE {in_step}", (now, msgspec.json.encode(written).decode()))
         bury(db)
 
 

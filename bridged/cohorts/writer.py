@@ -133,7 +133,7 @@ class CohortWriter:
         # Before the backoff: when that is over, nothing goes either.
         if self._capped and figures.points_left_today == 0 and figures.due and not self._busy:
             return "capped"
-        if self.pace.failures:
+        if self.pace.failures or (figures.due and self.pace.is_spent(asyncio.get_running_loop().time())):
             return "backing off"
         return "sending" if figures.due or self._in_flight else "idle"
 
@@ -381,6 +381,8 @@ class CohortWriter:
             await self._put_back_ready()
         else:
             self.pace.succeeded(sent_at)
+            if self.pace.is_spent(loop.time()):
+                self.problem = "Braze's rate limit is used up until its window ends"
         return outcome
 
     def _request(self, parcel: _Parcel) -> Request:

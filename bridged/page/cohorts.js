@@ -142,8 +142,8 @@ function cohortRow(first, reload) {
       again.setAttribute("aria-label", `Resync ${called}`);
       say(state, BUSY.includes(one.state) && one.progress > 0 && one.progress < 1 ? `${one.state}, ${Math.round(100 * one.progress)} %` : one.state);
       state.className = BUSY.includes(one.state) ? "tag changed" : "tag";
-      if (cells.synced.dataset.at !== String(one.synced_at)) fill(cells.synced, one.synced_at ? moment(one.synced_at) : "never");
-      cells.synced.dataset.at = String(one.synced_at);
+      if (cells.synced.dataset.at !== String(one.last_page_at)) fill(cells.synced, one.last_page_at ? moment(one.last_page_at) : "never");
+      cells.synced.dataset.at = String(one.last_page_at);
       for (const [key, value] of Object.entries({ members: one.members, in_braze: one.in_braze, waiting: one.joining + one.leaving, rejected: one.rejected })) {
         say(cells[key], number(value));
         cells[key].classList.toggle("zero", !value);
