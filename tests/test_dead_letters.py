@@ -494,7 +494,7 @@ async def test_the_page_looks_at_them(daemon, client, emulator):
     _, groups = await ask("/groups?event_type=users.messages.email.Open")
     assert sum(group["count"] for group in groups) == 5
     query = urllib.parse.urlencode({"exact_reason": groups[0]["reason"], "order": "newest"})
-    assert len((await ask(f"?{query}"))[1]["dead_letters"]) == 1
+    assert len((await ask(f"?{query}"))[1]["dead_letters"]) == groups[0]["count"]
 
     status, letter = await ask("/1")
     assert (status, letter["original"], letter["mapped"]) == (200, letter["event"], None)
@@ -503,7 +503,7 @@ async def test_the_page_looks_at_them(daemon, client, emulator):
     for order, count in (
         ({"all": True}, 6),
         ({"ids": [1, 2, 99]}, 2),
-        ({"filter": {"exact_reason": groups[0]["reason"]}}, 1),
+        ({"filter": {"exact_reason": groups[0]["reason"]}}, groups[0]["count"]),
     ):
         async with client.post(f"{url}/count", json=order) as got:
             assert await got.json() == {"count": count, "upto": 6}
