@@ -520,6 +520,21 @@ async def test_who_a_partner_is_told_of(options: MembershipOptions) -> None:
         await counted(membership)
 
 
+async def test_a_partner_s_refusal_outlives_a_success_in_another_cohort(options: MembershipOptions) -> None:
+    """Braze's words stay as long as it refuses the user somewhere."""
+    async with Membership(msgspec.structs.replace(options, by_name=False)) as membership:
+        await hear(membership, page("members", "a"), page("members", "a", "s2", cohort="778"))
+        for cohort in (await membership.unannounced()).values():
+            await membership.announced(cohort)
+        block = await membership.take(-1, 10, [])
+        [user] = block.users
+        bad, good = user.rows
+        refused = [(user.key, bad.cohort, bad.sent, bad.wanted)]
+        await membership.settle(Settled(day=block.day, refused=refused, reasons=[(user.key, "no")]))
+        await membership.settle(Settled(day=block.day, sent=[(user.key, good.cohort, 1)]))
+        assert [(one.external_id, one.reason) for one in await membership.refusals()] == [("a", "no")]
+
+
 async def test_steps_are_bounded_and_go_on_after_a_restart(
     options: MembershipOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

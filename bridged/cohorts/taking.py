@@ -224,7 +224,8 @@ def _settle(db: sqlite3.Connection, result: Settled, now: float) -> None:
             )
     if result.sent:
         given = msgspec.json.encode([user for user, *_ in result.sent]).decode()
-        db.execute("DELETE FROM refusals WHERE user IN (SELECT value FROM json_each(?))", (given,))
+        elsewhere = "EXISTS (SELECT 1 FROM members WHERE user = refusals.user AND rejected = 1)"
+        db.execute(f"DELETE FROM refusals WHERE user IN (SELECT value FROM json_each(?)) AND NOT {elsewhere}", (given,))
     if result.reasons:
         db.execute(
             "INSERT INTO refusals (user, reason, attempts, first_at, last_at)"
