@@ -197,8 +197,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
     delivery, spool, config = app.delivery, app.spool, app.config
     cohorts_halted, cohorts_capped = trouble(app)
     well, age_s, total = health(app), oldest_age_s(app), spool.accounts.total
-    # Since the last success, but no longer than the oldest event has waited, or the daemon has run. By the later clock: by
-    # the earlier one, what came after the machine had slept would not have waited at all.
+    # Since the last success, but no longer than the oldest event has waited, by the later clock, or the daemon has run.
     ages = (oldest_age_s(app, app.clock.latest()), delivery.success_age_s, app.clock.uptime_s())
     late = well.waiting and config.mixpanel.export
     undelivered_s = max(0.0, min(age for age in ages if age is not None)) if late else 0.0
