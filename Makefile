@@ -16,7 +16,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # (fiu-run), clocks that jump (faketime), a log of what is written (strace), disks that lose power (mkfs.ext4, losetup);
 # Prometheus, for the alert rules and the dashboard; a browser for the page (chromium).
 # Each with the package that it comes in: a tool that is there already, wherever from, needs none, and the package of
-# another origin's tool may not even be installable beside it.
+# another origin's tool may not even be installable beside it. One at a time, so that what one distribution lacks (Ubuntu:
+# chromium) doesn't keep the others away.
 TOOLS := npm:npm systemd-analyze:systemd systemd-socket-activate:systemd fiu-run:fiu-utils faketime:faketime strace:strace \
   mkfs.ext4:e2fsprogs losetup:mount mount:mount prometheus:prometheus promtool:prometheus chromium:chromium
 # Debian starts a server that it installs, for everybody to reach; one that is masked it doesn't.
@@ -36,11 +37,14 @@ tools:
 	for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || \
 	  { missing="$$missing $${tool%%:*}"; packages="$$packages $${tool##*:}"; }; done; \
 	[ -z "$$missing" ] && exit 0; \
-	case "$$packages" in *chromium*) packages="$$packages fonts-dejavu-core";; esac; \
+	case "$$packages" in *chromium*) packages="fonts-dejavu-core$$packages";; esac; \
 	echo "The tests also use$$missing: apt-get install$$packages"; \
 	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "Install them, or run this as root."; exit 1; }; \
 	command -v prometheus >/dev/null || [ -e $(MASKED) ] || { mkdir -p $(dir $(MASKED)) && ln -s /dev/null $(MASKED); }; \
-	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages >/dev/null
+	apt-get update -qq; \
+	for package in $$packages; do \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$package >/dev/null || \
+	  echo "No package $$package here: the tests that use it will say so. (Ubuntu has chromium as a snap: snap install chromium)"; done
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -164,3 +166,28 @@ def test_the_readmes_figures(readme: str) -> None:
     """How many types there are, and how many of them have two spellings."""
     assert f"The {len(EVENT_TYPES)} event types" in readme
     assert f"the {sum(row.seed_name is not None for row in EVENT_TYPES)} types of that page" in readme
+
+
+def test_a_tool_that_a_distribution_lacks_keeps_no_other_away(tmp_path: Path) -> None:
+    """Ubuntu has no package chromium: `make test` installs the others all the same, and says which is missing."""
+    (tmp_path / "id").write_text("#!/bin/sh\necho 0\n")
+    (tmp_path / "apt-get").write_text(
+        f'#!/bin/sh\nfor last; do :; done\necho "$last" >> {tmp_path}/asked\ntest "$last" != chromium\n'
+    )
+    for name in ("id", "apt-get"):
+        (tmp_path / name).chmod(0o755)
+    for name in ("mkdir", "ln"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    make = shutil.which("make") or "make"
+    result = subprocess.run(
+        [make, "--no-print-directory", "-C", str(ROOT), "tools", f"MASKED={tmp_path}/masked/unit"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert "No package chromium here" in result.stdout
+    asked = (tmp_path / "asked").read_text().split()
+    assert {"npm", "strace", "prometheus", "fonts-dejavu-core", "chromium"} <= set(asked)

@@ -47,7 +47,9 @@ SCRIPT = "<script>document.title='broken'</script><img src=x onerror=\"document.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One Chromium for all of them."""
-    assert Path(CHROMIUM).exists(), "this test needs Debian's chromium: apt-get install chromium"
+    assert Path(CHROMIUM).exists(), (
+        "this test needs a browser: apt-get install chromium, on Ubuntu snap install chromium"
+    )
     with sync_playwright() as playwright:
         expect.set_options(timeout=PATIENCE_S * 1000)
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
