@@ -100,6 +100,14 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
     return f"{said} chown -R --reference={folder} {folder}" if ours else otherwise
 
 
+def about_pem(error: Exception) -> str:
+    """The hint for a certificate and its key that can't be used."""
+    hint = "PEM files that the daemon may read: the certificate with its chain, and its private key, unencrypted"
+    # Read by root, they pass `check`; the unit's service is another user.
+    systemd = "; for the systemd unit LoadCredential= hands them over (see the README, Under systemd)"
+    return hint + systemd if isinstance(error, PermissionError) else hint
+
+
 class UpstreamError(BridgedError):
     """Mixpanel, or the daemon a command talks to, can't be reached or refuses us."""
 

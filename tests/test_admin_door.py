@@ -7,6 +7,7 @@ import io
 import os
 import ssl
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -20,6 +21,7 @@ from bridged.admin import server
 from bridged.commands.client import Daemon
 from bridged.config import default_toml, load
 from bridged.errors import ConfigError, UpstreamError
+from bridged.sources.tls import server_context
 
 PURGE = "/api/dead-letters/purge"
 
@@ -379,6 +381,16 @@ async def test_commands_take_no_other_certificate(daemon, certificate, tmp_path)
         await asyncio.to_thread(commands.ask, "/api/status", dict)
     assert "another certificate than [admin] tls_cert" in str(caught.value)
     assert "have the daemon read it" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "load", [partial(server_context, "sources.http"), partial(server._load, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))]
+)
+def test_a_key_that_is_roots_alone_says_how_the_service_gets_it(tmp_path, load, an_ordinary_user):
+    """`check` as root reads it, the service doesn't: its hint is systemd's way."""
+    with pytest.raises(ConfigError) as caught:
+        load(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+    assert "LoadCredential=" in caught.value.hint
 
 
 async def test_test_events_go_to_a_door_with_tls(daemon, certificate, tmp_path):

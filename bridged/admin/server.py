@@ -28,7 +28,7 @@ from bridged.admin.page import Page
 from bridged.admin.settings import SettingsApi
 from bridged.admin.status import health, totals
 from bridged.config import keys, split_address
-from bridged.errors import BridgedError, ConfigError, ListenError
+from bridged.errors import BridgedError, ConfigError, ListenError, about_pem
 from bridged.redaction import redacted_bytes, spare
 from bridged.saved import BadSettings
 
@@ -247,6 +247,5 @@ def _load(context: ssl.SSLContext, cert: str, key: str) -> None:
         context.load_cert_chain(cert, key, password=b"")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
-            f"can't use admin.tls_cert = {cert!r} with admin.tls_key = {key!r}: {error}",
-            "PEM files that the daemon may read: the certificate with its chain, and its private key, unencrypted",
+            f"can't use admin.tls_cert = {cert!r} with admin.tls_key = {key!r}: {error}", about_pem(error)
         ) from error

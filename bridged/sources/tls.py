@@ -4,7 +4,7 @@ import asyncio
 import ssl
 from typing import Any
 
-from bridged.errors import ConfigError
+from bridged.errors import ConfigError, about_pem
 
 # A handshake takes two round trips; who needs longer is not a client.
 HANDSHAKE_S = 10.0
@@ -46,11 +46,8 @@ def _load(context: ssl.SSLContext, section: str, cert: str, key: str) -> None:
         # An encrypted key would be asked for at the terminal.
         context.load_cert_chain(cert, key, password=b"")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        hint = "PEM files that the daemon may read: the certificate with its chain, and its private key, unencrypted"
-        if isinstance(error, PermissionError):
-            hint += "; for the systemd unit LoadCredential= hands them over (see the README, Under systemd)"
         raise ConfigError(
-            f"[{section}] tls_cert = {cert!r} and tls_key = {key!r} can't be used: {error}", hint
+            f"[{section}] tls_cert = {cert!r} and tls_key = {key!r} can't be used: {error}", about_pem(error)
         ) from error
 
 
