@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/bridged demo $(if $(KEEP),--keep) $(if $(EVENTS),--events $(EVENTS))
 
 test: tools lint
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 tools:
 	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; packages=; \
