@@ -327,12 +327,12 @@ def free_ports(count: int) -> list[int]:
     """Ports of the loopback that nobody listens on at this moment.
 
     None of those that the system gives to connections: while a daemon is dead, somebody's connection would take its port, or
-    one to the port would meet itself, and the next life couldn't listen. Nor of those from 12,000 on, which the tests give to
-    daemons of their own.
+    one to the port would meet itself, and the next life couldn't listen. Nor of the lower ones, which the tests give to daemons
+    of their own.
     """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     sockets: list[socket.socket] = []
-    ports_below = range(10_000, 12_000) if lowest >= 12_000 else range(1025, 65_536)
+    ports_below = range(20_000, lowest) if lowest >= 22_000 else range(1025, 65_536)
     for port in random.SystemRandom().sample(ports_below, 1000):  # not as a test has seeded it
         with contextlib.suppress(OSError):
             sockets.append(socket.create_server(("127.0.0.1", port)))

@@ -21,6 +21,7 @@ import msgspec
 import pytest
 import uvloop
 
+from bench import processes
 from bridged.app import App
 from bridged.backlog.spool import Spool, SpoolOptions
 from bridged.config import load
@@ -79,6 +80,10 @@ def free_port() -> int:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("127.0.0.1", port))
             return port
+
+
+# The benchmarks' loops are tests, too: two of them beside each other mustn't choose the same port.
+processes.free_ports = lambda count: [free_port() for _ in range(count)]
 
 
 def currents(event_type: str = "users.messages.email.Open", seed: int = 0, **changes: Any) -> dict[str, Any]:

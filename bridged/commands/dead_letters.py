@@ -4,9 +4,9 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import stat
 import sys
-import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -131,9 +131,9 @@ def _export(daemon: Daemon, arguments: argparse.Namespace) -> int:
     count = 0
     try:
         if is_new:
-            # For nobody else's eyes: events are personal data.
-            opened, name = tempfile.mkstemp(".part", ".bridged-export-", path.parent)
-            part = Path(name)
+            # Known before it is there, so that it goes whenever we are interrupted; for nobody else's eyes.
+            part = path.parent / f".bridged-export-{secrets.token_hex(8)}.part"
+            opened = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         else:
             opened = os.open(path, os.O_WRONLY)
         with os.fdopen(opened, "wb") as file:
