@@ -140,6 +140,21 @@ async def emulator() -> AsyncIterator[MixpanelEmulator]:
 
 
 @pytest.fixture
+async def turns() -> AsyncIterator[Callable[[], int]]:
+    """How often the loop has turned so far."""
+    loop, turn = asyncio.get_running_loop(), 0
+
+    def turned() -> None:
+        nonlocal turn, following
+        turn += 1
+        following = loop.call_soon(turned)
+
+    following = loop.call_soon(turned)
+    yield lambda: turn
+    following.cancel()
+
+
+@pytest.fixture
 def config(tmp_path: Path, emulator: MixpanelEmulator) -> Callable[..., Config]:
     """A configuration on free ports; `overrides` are environment-style: mixpanel__naming="current"."""
 

@@ -368,6 +368,19 @@ async def test_a_braze_that_cannot_be_reached_for_long_is_an_alarm(daemon, impor
     assert any("Backing off" in one.text for one in app.watch.alarms.open)
 
 
+class IllNowAndThen:
+    """For `fake_braze`: while it is ill it says so to everybody."""
+
+    def __init__(self, status, said):
+        self.is_now = False
+        self.asked = 0
+        self._said = status, said
+
+    async def answer(self, _ids):
+        self.asked += 1
+        return self._said if self.is_now else None
+
+
 @contextlib.asynccontextmanager
 async def fake_braze(answer):
     """A Braze that answers `answer(ids)`: a status and a body, or None for a success. Gives its address and whom it took."""
@@ -430,23 +443,16 @@ async def test_a_user_at_whom_braze_fails_stops_nobody_else(daemon, importing, c
 @pytest.mark.usefixtures("_soon")
 async def test_a_400_of_somebody_else_refuses_nobody(daemon, importing, client):
     """What a load balancer says that is ill for a while, in HTML, isn't Braze's word about a user."""
-    is_ill = asyncio.Event()
-    asked = 0
-
-    async def answer(ids):
-        nonlocal asked
-        asked += 1
-        return (400, "<h1>Bad Request</h1>") if is_ill.is_set() else None
-
-    async with fake_braze(answer) as (url, taken):
+    ill = IllNowAndThen(400, "<h1>Bad Request</h1>")
+    async with fake_braze(ill.answer) as (url, taken):
         app = await daemon(**importing | {"braze__url": url})
         mixpanel = sender(app, client)
         await mixpanel.take(session("members", USERS[:1]))
         await until(lambda: taken, "the first")
-        is_ill.set()
+        ill.is_now = True
         await mixpanel.take(session("members", USERS))
-        await until(lambda: asked > 12, "its illness")
-        is_ill.clear()
+        await until(lambda: ill.asked > 12, "its illness")
+        ill.is_now = False
         await in_step(app)
         assert app.membership.figures.rejected == 0
         assert sorted(taken) == USERS
@@ -534,25 +540,18 @@ async def test_a_bad_user_alone_keeps_no_halt_up(daemon, importing, braze, clien
 @pytest.mark.usefixtures("_soon")
 async def test_a_second_of_refusals_rejects_nobody(daemon, importing, client):
     """JSON or not: what passes within a minute isn't about the users, whom Braze was still taking a moment before."""
-    is_ill = asyncio.Event()
-    asked = 0
-
-    async def answer(ids):
-        nonlocal asked
-        asked += 1
-        return (400, '{"message": "Bad Request"}') if is_ill.is_set() else None
-
-    async with fake_braze(answer) as (url, taken):
+    ill = IllNowAndThen(400, '{"message": "Bad Request"}')
+    async with fake_braze(ill.answer) as (url, taken):
         app = await daemon(**importing | {"braze__url": url, "braze__probe_interval": "100ms"})
         mixpanel = sender(app, client)
         await mixpanel.take(session("members", USERS[:1]))
         await until(lambda: taken, "the first")
-        is_ill.set()
+        ill.is_now = True
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bridged.cohorts.strikes.STRIKE_S", 1.0)
             await mixpanel.take(session("members", USERS))
-            await until(lambda: asked > 12, "its illness")
-            is_ill.clear()
+            await until(lambda: ill.asked > 12, "its illness")
+            ill.is_now = False
             await in_step(app)
         assert app.membership.figures.rejected == 0
         assert sorted(taken) == USERS

@@ -1222,28 +1222,20 @@ async def send_over_tls(port, trust, data):
 
 
 @pytest.mark.parametrize("line", [b"1\n", ndjson([currents()])], ids=["crumbs", "events"])
-async def test_who_sends_much_over_tls_lets_the_loop_turn(tmp_path, certificate, monkeypatch, line):
+async def test_who_sends_much_over_tls_lets_the_loop_turn(tmp_path, certificate, monkeypatch, turns, line):
     """As over TCP: one read a turn, and of short lines some; others don't wait for all that a client has sent. And it all
     arrives, although reading is paused in between and the end comes meanwhile.
     """
     keys, trust = certificate
-    loop = asyncio.get_running_loop()
-    turn, taken = 0, []
-
-    def turned():
-        nonlocal turn
-        turn += 1
-        loop.call_soon(turned)
-
+    taken = []
     async with opened(tmp_path, stream=keys) as doors:
         accept = doors.stream.intake.accept_lines
 
         def counted(lines, sender):
-            taken.append((turn, len(lines)))
+            taken.append((turns(), len(lines)))
             return accept(lines, sender)
 
         monkeypatch.setattr(doors.stream.intake, "accept_lines", counted)
-        loop.call_soon(turned)
         count = 3 * MIB // max(len(line), 60)
         await send_over_tls(doors.stream.ports[0], trust, line * count)
         await until(lambda: sum(lines for _, lines in taken) == count, "all of it", 30)

@@ -130,25 +130,17 @@ async def test_a_handshake_is_the_first_line_or_none(door):
     assert [event[:3] for _, event in await door.dead()] == [b"xxx", b'{"a']
 
 
-async def test_who_sends_much_lets_the_loop_turn(door, monkeypatch):
+async def test_who_sends_much_lets_the_loop_turn(door, monkeypatch, turns):
     """One large read a turn: acks, deliveries and everybody else don't wait for all that a client has sent."""
-    loop = asyncio.get_running_loop()
-    turn, taken = 0, []
-
-    def turned():
-        nonlocal turn
-        turn += 1
-        loop.call_soon(turned)
-
+    taken = []
     accept = door.source.intake.accept_lines
 
     def counted(lines, sender):
         if sum(map(len, lines)) > 100_000:
-            taken.append(turn)
+            taken.append(turns())
         return accept(lines, sender)
 
     monkeypatch.setattr(door.source.intake, "accept_lines", counted)
-    loop.call_soon(turned)
     events = ndjson(batch(100)) * 100
     with socket.create_connection(("127.0.0.1", door.source.ports[0])) as sock:
         await asyncio.to_thread(sock.sendall, events)

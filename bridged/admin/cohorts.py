@@ -18,7 +18,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from bridged.admin.answers import body, json, number
-from bridged.cohorts.records import CohortRow, Figures, Refusal
+from bridged.cohorts.records import CohortRow, Figures, PageRefused, Refusal
 from bridged.errors import BadRequest, MembershipError
 
 if TYPE_CHECKING:
@@ -80,14 +80,6 @@ class WriterStatus(Struct, kw_only=True):
     verdicts: dict[str, int] = {}  # on Braze's answers
 
 
-class PageRefused(Struct, kw_only=True):
-    """The last of Mixpanel's pages that was refused: its sync is paused then."""
-
-    at: float  # wall clock, seconds
-    status: int  # HTTP
-    reason: str
-
-
 class CohortsStatus(Struct, kw_only=True):
     """The import of cohorts at a glance."""
 
@@ -112,7 +104,7 @@ def cohorts_status(app: "App") -> CohortsStatus | None:
         return CohortsStatus(sentence=f"Not imported: {app.cohorts_problem}", figures=figures, writer=off)
     if membership is None or writer is None:
         return None
-    halt, refused = writer.halted, app.cohorts.last_refusal if app.cohorts is not None else None
+    halt = writer.halted
     said = sentence(writer.state, writer.problem, figures)
     return CohortsStatus(
         sentence=f"Refusing Mixpanel's pages: {membership.full}. {said}" if membership.full else said,
@@ -131,9 +123,7 @@ def cohorts_status(app: "App") -> CohortsStatus | None:
             unknown_users=writer.unknown_users,
             verdicts=dict(writer.verdicts),
         ),
-        page_refused=None
-        if refused is None
-        else PageRefused(at=refused.at, status=refused.status, reason=refused.reason),
+        page_refused=app.cohorts.last_refusal if app.cohorts is not None else None,
     )
 
 

@@ -199,8 +199,8 @@ class Backlog:
         """Leases the oldest segments that fill one request, or what there is once it has waited for `flush_interval_s`.
 
         Before it come halves of what was split, and by turns with it what was tried in vain. Waits until there is something, and
-        as long as too much that was settled isn't committed. A segment larger than the limits comes alone; events are never
-        reordered within it.
+        as long as too much that was settled isn't committed. Is much in memory that was tried in vain, what was never taken comes
+        as a scout. A segment larger than the limits comes alone; events are never reordered within it.
         """
         while True:
             self._changed.clear()

@@ -111,3 +111,11 @@ class Figures(Struct, frozen=True, kw_only=True):
     def due(self) -> int:
         """Users times cohorts that Braze is to be told."""
         return self.joining + self.leaving
+
+
+class PageRefused(Struct, kw_only=True):
+    """The last of Mixpanel's pages that was refused: its sync is paused then."""
+
+    at: float  # wall clock, seconds
+    status: int  # HTTP
+    reason: str

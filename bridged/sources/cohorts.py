@@ -14,13 +14,14 @@ import binascii
 import hmac
 import math
 import time
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 from msgspec import Struct
 
 from bridged.cohorts import webhook
 from bridged.cohorts.membership import Membership
+from bridged.cohorts.records import PageRefused
 from bridged.errors import BridgedError, MembershipError, Unauthorized
 from bridged.redaction import redacted
 
@@ -38,21 +39,13 @@ class CohortOptions(Struct, frozen=True, kw_only=True):
     user_id: str = "distinct_id"
 
 
-class PageRefusal(NamedTuple):
-    """A page that was refused, and why."""
-
-    at: float  # wall clock
-    status: int  # HTTP
-    reason: str
-
-
 class CohortSource:
     """Takes one body at a time, up to its commit. `membership` None: cohorts are off, or have a `problem`."""
 
     def __init__(self, options: CohortOptions, membership: Membership | None, problem: str = "") -> None:
         self.pages = 0
         self.failures: dict[int, int] = {}  # by status
-        self.last_refusal: PageRefusal | None = None  # that Mixpanel takes for an answer
+        self.last_refusal: PageRefused | None = None  # that Mixpanel takes for an answer
         self._logged_s: dict[int, float] = {}  # by status
         self._membership = membership
         self._problem = problem
@@ -103,7 +96,7 @@ class CohortSource:
         self.failures[status] = self.failures.get(status, 0) + 1
         said = redacted(said)
         if status < 500:  # those are of ours, said where they belong, and Mixpanel comes again by itself
-            self.last_refusal = PageRefusal(time.time(), status, said)
+            self.last_refusal = PageRefused(at=time.time(), status=status, reason=said)
             now_s = time.monotonic()
             if now_s - self._logged_s.get(status, -math.inf) >= _LOG_S:
                 self._logged_s[status] = now_s
