@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -19,6 +20,7 @@ import aiohttp
 import aioresponses
 import msgspec
 import pytest
+import structlog
 import uvloop
 
 from bench import processes
@@ -239,6 +241,14 @@ def answers() -> Iterator[aioresponses.aioresponses]:
             patch.setattr(aioresponses.core, "ClientResponse", Response)
         with aioresponses.aioresponses() as made_up:
             yield made_up
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+    """What a command prints; what the daemon logs meanwhile, in this same process, isn't of it and goes elsewhere."""
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.__stderr__))
+    yield capsys
+    structlog.reset_defaults()
 
 
 @pytest.fixture(autouse=True)

@@ -50,14 +50,14 @@ def settings(tmp_path):
 
 
 @pytest.fixture
-def backfill(settings, capsys):
+def backfill(settings, printed):
     """Runs the command in a thread: exit code, standard output, standard error."""
 
     async def run(app, *argv):
         words = ["backfill", "--config", str(settings(app)), *map(str, argv)]
-        capsys.readouterr()
+        printed.readouterr()
         code = await asyncio.to_thread(cli.main, words)
-        output = capsys.readouterr()
+        output = printed.readouterr()
         return code, output.out, output.err
 
     return run

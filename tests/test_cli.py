@@ -43,7 +43,7 @@ def no_terminal(monkeypatch):
 
 
 @pytest.fixture
-def bridged(capsys, monkeypatch):
+def bridged(printed, monkeypatch):
     """Runs a command in a thread, against the configuration of a daemon: exit code, standard output, standard error."""
 
     async def run(app, *argv):
@@ -52,12 +52,12 @@ def bridged(capsys, monkeypatch):
             for name in key.path:
                 value = getattr(value, name)
             monkeypatch.setenv("__".join(("BRIDGED", *key.path)).upper(), written(value))
-        capsys.readouterr()
+        printed.readouterr()
         try:
             code = await asyncio.to_thread(cli.main, [str(word) for word in argv])
         except SystemExit as usage:
             code = usage.code
-        output = capsys.readouterr()
+        output = printed.readouterr()
         return code, output.out, output.err
 
     return run

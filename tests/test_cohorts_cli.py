@@ -21,7 +21,7 @@ USERS = [f"u{n:03}" for n in range(30)]
 
 
 @pytest.fixture
-def command(tmp_path, capsys):
+def command(tmp_path, printed):
     """Runs `bridged WORDS` in a thread against a daemon's admin address: exit code, standard output, standard error."""
 
     async def run(app, *words):
@@ -29,12 +29,12 @@ def command(tmp_path, capsys):
         path.write_text(
             f'[admin]\nlisten = "{app.config.admin.listen}"\n[mixpanel]\ntoken = "example-token"\n', encoding="utf-8"
         )
-        capsys.readouterr()
+        printed.readouterr()
         try:
             code = await asyncio.to_thread(cli.main, [*words, "--config", str(path)])
         except SystemExit as usage:
             code = usage.code
-        output = capsys.readouterr()
+        output = printed.readouterr()
         return code, output.out, output.err
 
     return run
