@@ -469,11 +469,15 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         service.ready(app.sentence())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one may have come since `cli` blocked them
         memory.settle()
-        watching = asyncio.create_task(app.watch_secrets(reload), name="secrets")
+        beside = [
+            asyncio.create_task(app.watch_secrets(reload), name="secrets"),
+            asyncio.create_task(memory.keep_small(), name="memory"),
+        ]
         try:
             await app.until(stop)
         finally:
-            await _end(watching)
+            for task in beside:
+                await _end(task)
         log.info("stopping", waiting=app.backlog.events)
         service.stopping(f"Stopping: {app.backlog.events} events waiting, safe on disk")
     log.info("stopped")

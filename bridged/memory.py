@@ -1,5 +1,6 @@
 """The process's memory: what the allocator keeps, and what the collector of garbage looks at."""
 
+import asyncio
 import contextlib
 import ctypes
 import gc
@@ -11,6 +12,7 @@ _M_MMAP_THRESHOLD: Final = -3
 # What a read or a slice of events makes is smaller: giving that back each time would cost a tenth of all (measured).
 _LARGE_BYTES: Final = 2**20
 _KEPT_FREE_BYTES: Final = 2**23
+_TRIM_S: Final = 60.0
 
 
 def give_back_large_blocks() -> None:
@@ -31,6 +33,16 @@ def give_back_holes() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+async def keep_small() -> None:
+    """Gives back, once a minute, what no burst needs any more. Until it is cancelled.
+
+    Each burst that is larger than all before leaves the heap a little larger, for good (1 MB an hour, measured).
+    """
+    while True:
+        await asyncio.sleep(_TRIM_S)
+        await asyncio.to_thread(give_back_holes)
 
 
 def only_grows() -> None:
