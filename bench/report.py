@@ -24,7 +24,7 @@ def options(name: str, doc: str | None, *, runs: int = 5) -> argparse.ArgumentPa
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=(doc or "").partition("\n\n")[0])
     parser.add_argument("--runs", type=_count, default=runs, help="default %(default)s")
-    parser.add_argument("--json", type=_writable, metavar="FILE", help="writes all figures there")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="writes all figures there")
     return parser
 
 
@@ -34,7 +34,7 @@ def _count(text: str) -> int:
     return number
 
 
-def _writable(text: str) -> Path:
+def writable(text: str) -> Path:
     """Before anything is measured: nobody wants to hear it after an hour."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
