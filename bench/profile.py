@@ -31,7 +31,7 @@ _OBJECTS: Final = {
     "uvloop": "uvloop",
     "_http_": "aiohttp's parser",
     "python": "interpreter",
-    "libc": "libc: memory",
+    "libc": "libc: memory, copying",
 }
 # Of a system call's name.
 _CALLS: Final = {
@@ -41,7 +41,7 @@ _CALLS: Final = {
     "mmap|munmap|madvise|brk|mremap": "kernel: memory",
     "read|recv|write|send|accept|close|shutdown": "kernel: sockets",
 }
-_CALL = re.compile(r"^__(?:x64|arm64|se|do|ia32)_sys_(\w+)")
+_CALL = re.compile(r"^(?:__(?:x64|arm64|se|do|ia32)_|k)sys_(\w+)")
 _FRAME = re.compile(r"^\s+[0-9a-f]+ (.*) \((.*)\)$")
 _HEAD = re.compile(r"^\s*(\d+)\s*$")
 

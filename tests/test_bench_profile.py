@@ -23,7 +23,7 @@ SCRIPT = """
 
   100
 \tffffffff81d0 tcp_recvmsg+0x6 ([kernel.kallsyms])
-\tffffffff81e0 __x64_sys_recvfrom+0x7 ([kernel.kallsyms])
+\tffffffff81e0 ksys_read+0x7 ([kernel.kallsyms])
 """.splitlines()
 
 
