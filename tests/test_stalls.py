@@ -327,6 +327,48 @@ def test_an_outage_with_much_in_vain_holds_little_in_memory(play, tmp_path, monk
     play(scene())
 
 
+@pytest.mark.parametrize("refusal", [Halt(401, "no"), Halt(302, "a portal")], ids=["401", "302"])
+def test_a_halt_with_much_waiting_holds_little_in_memory(play, tmp_path, monkeypatch, refusal):
+    """However long it lasts, and however often it asks: what asks for the first time waits in the ring again. In the end
+    nothing is missing.
+    """
+    monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", 8_000)
+
+    async def scene():
+        async with Road(tmp_path, lambda _: refusal, max_batch_events=50, on_expiry="keep") as road:
+            for at in range(0, 10_000, 25):
+                await road.put(*range(at, at + 25))
+            await road.at(20 * HOUR_S)
+            assert 0 < road.backlog._leased_bytes < 10_000
+            road.mixpanel.answer = lambda _: Delivered()
+            await road.at(21 * HOUR_S)
+            assert road.mixpanel.got == set(range(10_000))
+            assert road.backlog.ring == (0, 0, 0)
+
+    play(scene())
+
+
+@pytest.mark.parametrize("before", [Halt(401, "no"), Retry("server", "503")], ids=["halt", "outage"])
+def test_with_much_in_memory_everything_expires_when_it_is_due(play, tmp_path, monkeypatch, before):
+    """What asks may be the newest: the oldest doesn't wait for its answer."""
+    monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", 8_000)
+    answers = [before]
+
+    async def scene():
+        async with Road(tmp_path, lambda _: answers[0], max_batch_events=50, max_age_s=4 * HOUR_S) as road:
+            for at in range(0, 20_000, 50):
+                await road.put(*range(at, at + 50))
+                await asyncio.sleep(1)
+            answers[0] = Halt(401, "no")
+            for seconds in range(50, 400, 50):
+                await road.at(4 * HOUR_S + seconds + 1.5)
+                assert 50 * seconds <= road.books()["expired"] <= 50 * (seconds + 2)
+            await road.at(5 * HOUR_S)
+            assert road.books() == {"accepted": 20_000, "expired": 20_000}
+
+    play(scene())
+
+
 def test_whoever_is_aside_and_hangs_takes_a_part_of_the_places(play, tmp_path):
     """Each that may ask again hangs for a minute: three quarters of the requests stay for others."""
 

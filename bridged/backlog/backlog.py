@@ -43,7 +43,8 @@ class Parcel(Struct, eq=False):
 
     def half(self, segments: list[Segment]) -> "Parcel":
         """A part of it, which has its history."""
-        return Parcel(segments, self.attempts, self.strikes, 0, self.in_vain_at, self.in_vain_since)
+        history = (self.attempts, self.strikes, 0, self.in_vain_at, self.in_vain_since)
+        return Parcel(segments, *history, scout=self.scout)
 
     @property
     def events(self) -> int:
@@ -195,12 +196,12 @@ class Backlog:
         self._read_to = read_to
         self._ahead = {id_ for id_ in self._ahead if id_ > read_to}
 
-    async def take(self, max_events: int, max_bytes: int, flush_interval_s: float) -> Parcel:
+    async def take(self, max_events: int, max_bytes: int, flush_interval_s: float, *, halted: bool = False) -> Parcel:
         """Leases the oldest segments that fill one request, or what there is once it has waited for `flush_interval_s`.
 
         Before it come halves of what was split, and by turns with it what was tried in vain. Waits until there is something, and
-        as long as too much that was settled isn't committed. Is much in memory that was tried in vain, what was never taken comes
-        as a scout. A segment larger than the limits comes alone; events are never reordered within it.
+        as long as too much that was settled isn't committed. Is much in memory that was tried in vain, as all is while `halted`,
+        what was never taken comes as a scout. A segment larger than the limits comes alone; events are never reordered within it.
         """
         while True:
             self._changed.clear()
@@ -209,7 +210,8 @@ class Backlog:
             due_s = await self._due_s(max_events, max_bytes, flush_interval_s)
             if due_s <= 0:
                 self._passed_over = True
-                return self._lease(max_events, max_bytes, scout=self._much_in_vain)
+                much = self._leased_bytes >= _MAX_LEASED_BYTES
+                return self._lease(max_events, max_bytes, scout=much and (halted or bool(self._in_vain)))
             if self._in_vain:
                 return self._in_vain.popleft()
             if self._again:
@@ -226,10 +228,6 @@ class Backlog:
             self._passed_over = False
             return self._in_vain.popleft() if self._in_vain else None
         return None
-
-    @property
-    def _much_in_vain(self) -> bool:
-        return bool(self._in_vain) and self._leased_bytes >= _MAX_LEASED_BYTES
 
     async def _due_s(self, max_events: int, max_bytes: int, flush_interval_s: float) -> float:
         """Seconds until what was never taken may go: when it fills a request, or has waited. Infinite: there is nothing."""
@@ -250,8 +248,8 @@ class Backlog:
 
     def _lease(self, max_events: int, max_bytes: int, *, scout: bool) -> Parcel:
         """The oldest that fill a request; for a scout the newest: what is old may be more of what fails."""
-        if self._turned and not scout:
-            self._ring, self._turned = deque(sorted(self._ring, key=lambda segment: segment.id)), False
+        if not scout:
+            self._in_order()
         at = -1 if scout else 0
         segments = [self._pop(at)]
         events, raw_bytes = len(segments[0].codes), segments[0].raw_bytes
@@ -263,6 +261,10 @@ class Backlog:
                 break
             segments.append(self._pop(at))
         return Parcel(segments[::-1] if scout else segments, scout=scout)
+
+    def _in_order(self) -> None:
+        if self._turned:
+            self._ring, self._turned = deque(sorted(self._ring, key=lambda segment: segment.id)), False
 
     async def _wait(self, seconds: float) -> None:
         try:
@@ -300,15 +302,24 @@ class Backlog:
             self._in_vain.append(parcel)
         self._changed.set()
 
-    @property
-    def oldest_again(self) -> Parcel | None:
-        """The oldest of those that were taken and put back; None: there are none."""
-        return min((*self._again, *self._in_vain), key=_accepted_at, default=None)
+    async def exchange(self, parcel: Parcel, before: float, max_events: int, max_bytes: int) -> Parcel | None:
+        """Takes the oldest of what is in memory, if it was accepted before then, and puts back a parcel that was taken.
 
-    def exchange(self, wanted: Parcel, parcel: Parcel) -> None:
-        """Takes `wanted`, one of those that were put back, and puts back a parcel that was taken."""
-        (self._again if wanted in self._again else self._in_vain).remove(wanted)
-        self._again.append(parcel)
+        It may be the same one. None: nothing is so old.
+        """
+        if self._behind and not self._ring:
+            await self._refill()
+        wanted = min((parcel, *self._again, *self._in_vain), key=_accepted_at)
+        self._in_order()
+        if self._ring and self._ring[0].created_at < min(before, _accepted_at(wanted)):
+            wanted = self._lease(max_events, max_bytes, scout=False)
+        elif _accepted_at(wanted) >= before:
+            return None
+        elif wanted is not parcel:
+            (self._again if wanted in self._again else self._in_vain).remove(wanted)
+        if wanted is not parcel:
+            self._again.append(parcel)
+        return wanted
 
     def flush(self) -> None:
         """From now on nothing waits to be joined with more: the daemon is about to stop."""

@@ -66,7 +66,7 @@ class Blame:
     def fate(self, parcel: Parcel, verdict: Split | Retry | Halt, now: float, *, halted: bool) -> Fate:
         """Notes in its history that a parcel was tried in vain, and says what becomes of it."""
         parcel.attempts += 1
-        if isinstance(verdict, Retry) and (verdict.kind == "rate" or parcel.scout):
+        if (parcel.scout and not isinstance(verdict, Halt)) or (isinstance(verdict, Retry) and verdict.kind == "rate"):
             return "again"
         if self.is_its_own(parcel, verdict):
             parcel.strikes += 1

@@ -27,6 +27,7 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog, Parcel
 from bridged.backlog.segment import Batch, Segment
 from bridged.backlog.spool import DeadLetter, Settlement, Spool
+from bridged.delivery.aside import Aside
 from bridged.delivery.blame import SMALLEST_CAP_BYTES, Blame, aside_s, too_large
 from bridged.delivery.pacing import Attempt, Pace, PaceLimits
 from bridged.delivery.transport import Transport
@@ -43,10 +44,6 @@ _ARCHIVE_RETRY_S = 60.0
 _SMALLEST_GUESS_BYTES = 256 * 1024
 # What was learned from a 413, or a short count, is forgotten after so long: what was mended must not cost anything for ever.
 _LEARNED_S = 600.0
-# A success lets so many of those set aside ask again: if they are taken, they do the same for others.
-_RELEASED = 2
-# And they may be one of so many requests in flight.
-_ASIDE_SHARE = 4
 # The same problem is logged no more often, though successes lie in between.
 _SAME_PROBLEM_S = 60.0
 
@@ -123,8 +120,7 @@ class Delivery:
         self._noted_at = -math.inf  # loop time at which a problem was logged
         self._noted = ""
         self._short_until = -math.inf  # loop time; till then a count that is short is believed: it was confirmed
-        self._aside: list[Parcel] = []  # single events that were refused, or fail though others are taken
-        self._asking: set[int] = set()  # those of them that were let go, by their segments
+        self._aside = Aside()
         self._archive_at = 0.0  # loop time before which no file is tried: the last one couldn't be written
 
     @property
@@ -184,6 +180,7 @@ class Delivery:
                 if parcel.raw_bytes > self._max_batch_bytes and parcel.events > 1:
                     # Mixpanel said meanwhile that it takes less.
                     self._retried.pop(parcel.segments[0].id, None)
+                    parcel.scout = False  # parts of a segment travel alone
                     self._split(parcel, f"larger than {self._max_batch_bytes} bytes")
                     continue
                 parcel, too_old = await self._may_go(parcel)
@@ -192,7 +189,8 @@ class Delivery:
                     continue
                 if self.halted is not None and len(parcel.segments) > 1:
                     # A probe is small: what it tells is worth one segment.
-                    self._backlog.again(parcel.half(parcel.segments[1:]))
+                    put_back = self._backlog.in_vain if parcel.scout else self._backlog.again
+                    put_back(parcel.half(parcel.segments[1:]))
                     parcel = parcel.half(parcel.segments[:1])
                 self._sent_at = loop.time()
                 attempt = self._pace.sent(self._sent_at, parcel.events, parcel.raw_bytes)
@@ -205,14 +203,15 @@ class Delivery:
         self._answered.set()  # not sooner: who is woken asks what is in flight
 
     async def _take(self) -> Parcel:
-        options = self._options
-        return await self._backlog.take(options.max_batch_events, self._max_batch_bytes, options.flush_interval_s)
+        options, halted = self._options, self.halted is not None
+        limits = (options.max_batch_events, self._max_batch_bytes)
+        return await self._backlog.take(*limits, options.flush_interval_s, halted=halted)
 
     async def _may_go(self, parcel: Parcel) -> tuple[Parcel, list[Segment]]:
         """Returns when the pace lets a parcel go; while halted, when it is time for a probe, or with what is too old of it.
 
-        While halted another takes the parcel's place if it is too old: what was refused at once comes back in any order. A
-        probe goes first: what is too old is taken as well if the credential works again.
+        While halted another takes the parcel's place if it is too old: what was refused at once comes back in any order, and
+        scouts are the newest. A probe goes first: what is too old is taken as well if the credential works again.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -220,15 +219,12 @@ class Delivery:
             if self.halted is None:
                 wait_s = self._pace.wait_s(loop.time(), parcel.events, parcel.raw_bytes)
             elif self._in_flight or loop.time() < self._probe_at:
-                for parcel_aside in [each for each in self._aside if self._too_old(each)]:
-                    self._aside.remove(parcel_aside)
+                before = self._too_old_before()
+                for parcel_aside in self._aside.take_older(before):
                     self._backlog.again(parcel_aside)
-                oldest = self._backlog.oldest_again
-                if oldest is not None and (too_old := self._too_old(oldest)):
-                    self._backlog.exchange(oldest, parcel)
-                    return oldest, too_old
-                if too_old := self._too_old(parcel):
-                    return parcel, too_old
+                limits = (self._options.max_batch_events, self._max_batch_bytes)
+                if oldest := await self._backlog.exchange(parcel, before, *limits):
+                    return oldest, [each for each in oldest.segments if each.created_at < before]
                 wait_s = _HALTED_LOOK_S if self._in_flight else min(self._probe_at - loop.time(), _HALTED_LOOK_S)
             else:
                 wait_s = 0.0
@@ -252,7 +248,7 @@ class Delivery:
             # What fails although others are taken is no reason for those to wait.
             its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
             self._pace.judged(loop.time(), attempt, None if its_own else verdict)
-        self._asking.discard(parcel.segments[0].id)
+        self._aside.answered(parcel.segments[0].id)
         self.judged_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
@@ -283,14 +279,13 @@ class Delivery:
             case _:
                 self._not_taken(parcel, verdict, outdated=outdated)
 
-    def _too_old(self, parcel: Parcel) -> list[Segment]:
-        """What of a parcel is older than it may get while nothing can be delivered."""
+    def _too_old_before(self) -> float:
+        """What was accepted before then, wall clock, is older than it may get while nothing can be delivered."""
         if self.halted is None or self._options.on_expiry == "keep":
-            return []
+            return -math.inf
         if asyncio.get_running_loop().time() < self._archive_at:
-            return []
-        oldest = self._clock() - self._options.max_age_s
-        return [segment for segment in parcel.segments if segment.created_at < oldest]
+            return -math.inf
+        return self._clock() - self._options.max_age_s
 
     async def _expire(self, parcel: Parcel, too_old: list[Segment]) -> None:
         """Archived or dropped, as configured; off the loop, since it is fsynced. What is younger waits on."""
@@ -314,7 +309,7 @@ class Delivery:
         self.happened("expired", f"Events expired and were {fate}", "critical", events=len(codes), archived_as=file)
         self._backlog.settle(Settlement(too_old, expired=codes))
         gone = {segment.id for segment in too_old}
-        self._asking -= gone
+        self._aside.answered(parcel.segments[0].id)
         self._retried.pop(parcel.segments[0].id, None)
         if younger := [segment for segment in parcel.segments if segment.id not in gone]:
             self._backlog.again(parcel.half(younger))
@@ -333,7 +328,8 @@ class Delivery:
 
     def _not_taken(self, parcel: Parcel, verdict: Split | Retry | Halt, *, outdated: bool) -> None:
         now = asyncio.get_running_loop().time()
-        parcel.scout &= isinstance(verdict, Retry)  # else it is kept, with its history
+        # What is refused is kept, with its history; while everything is, that would soon be the whole backlog.
+        parcel.scout &= isinstance(verdict, Retry) or self.halted is not None
         fate = self._blame.fate(parcel, verdict, now, halted=self.halted is not None)
         if isinstance(verdict, Retry):
             self._note(f"{verdict.kind}: {verdict.reason}")
@@ -353,7 +349,7 @@ class Delivery:
                 self._split(parcel, verdict.reason)
             case "aside":
                 parcel.due_at = now + aside_s(parcel, verdict, self._options.probe_interval_s)
-                self._aside.append(parcel)
+                self._aside.put(parcel)
             case "give up":
                 self._give_up(parcel, verdict.reason)
             case "again" | "halt":
@@ -384,12 +380,7 @@ class Delivery:
             await asyncio.sleep(self._options.probe_interval_s)
             if self._aside:
                 # By turns with others: while halted there is one request in the same time, and it must not always be this one.
-                self._let_ask(self._aside[0])
-
-    def _let_ask(self, parcel: Parcel) -> None:
-        self._aside.remove(parcel)
-        self._asking.add(parcel.segments[0].id)
-        self._backlog.in_vain(parcel)
+                self._backlog.in_vain(self._aside.next())
 
     async def _ask(self) -> None:
         """Without an event to probe with, as when all have expired, a halt asks all the same whether it is over."""
@@ -446,10 +437,8 @@ class Delivery:
         self._understood_at = now = asyncio.get_running_loop().time()
         self._blame.taken(sent_at)
         self.last_problem = self.archived_in_vain = ""
-        # Each may hang until it times out: that must not take all the places.
-        room = max(1, self._pace.concurrency // _ASIDE_SHARE) - len(self._asking)
-        for parcel in [each for each in self._aside if each.due_at <= now][: max(0, min(room, _RELEASED))]:
-            self._let_ask(parcel)
+        for parcel in self._aside.due(now, self._pace.concurrency):
+            self._backlog.in_vain(parcel)
         if self.halted is not None:
             log.info(
                 "delivery_resumed", halted_s=round(self._clock() - (self.halted_at or 0)), waiting=self._backlog.events
