@@ -68,7 +68,7 @@ class App:
     """The parts of a running daemon, as an async context manager. `config` is what is in force."""
 
     def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
-        self.saved = Saved(config.spool.path)  # on the page: goes before the configuration
+        self.saved = Saved(str(Path(config.spool.path).absolute()))  # on the page: goes before the configuration
         self.saved.read(set_aside=True)
         self.base = config  # what the file and the environment last said
         config = self.saved.in_force(config)
@@ -101,6 +101,7 @@ class App:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         config, delivery = self.config, self.config.delivery
+        stack.push(self._keep_settings)
         self.spool = await stack.enter_async_context(
             Spool(options.spool_options(config), TYPE_NAMES, self.clock.latest)
         )
@@ -184,19 +185,17 @@ class App:
                 self.activity.tell("stopped", "bridged stopped", waiting=self.spool.accounts.total("waiting"))
             else:
                 self.activity.tell("stopped", f"bridged stopped: {error}", "critical")
-                if isinstance(error, SpoolError):
-                    self._keep_settings()
             self.activity.close()
 
         stack.push(ended)
 
-    def _keep_settings(self) -> None:
+    def _keep_settings(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         """Whoever removed the spool's folder has removed them, too: the next start shall not be another daemon."""
         try:
-            if self.saved.write_again():
+            if isinstance(error, SpoolError) and self.saved.write_again():
                 log.warning("settings_written_again", file=str(self.saved.path), keys=sorted(self.saved.values))
-        except OSError as error:
-            log.error("settings_lost", file=str(self.saved.path), keys=sorted(self.saved.values), error=str(error))
+        except OSError as why:
+            log.error("settings_lost", file=str(self.saved.path), keys=sorted(self.saved.values), error=str(why))
 
     def _begin_drain(self) -> None:
         """The doors are closed: what is waiting gets the grace, the rest stays in the spool."""
@@ -441,6 +440,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
 
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()
+        starting.cancel()  # who wants it to end gives it no more time for that
 
     def read_again() -> None:
         service.reloading()
@@ -480,6 +480,8 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
                 await _end(task)
         log.info("stopping", waiting=app.backlog.events)
         service.stopping(f"Stopping: {app.backlog.events} events waiting, safe on disk")
+        ending = asyncio.create_task(service.ending(lambda: app.spool.progress), name="ending")
+    await _end(ending)
     log.info("stopped")
 
 

@@ -3,6 +3,7 @@
 As long as the daemon runs the files are there, only nobody can find them: what they hold is copied to where it belongs.
 """
 
+import asyncio
 import os
 import sqlite3
 import time
@@ -14,6 +15,7 @@ from bridged import durable
 from bridged.errors import BridgedError
 
 _SUFFIXES: Final = ("", "-wal", ".lock")
+_LOOK_S: Final = 0.25
 
 
 class Presence:
@@ -43,6 +45,15 @@ class Presence:
         if saved != self._path:
             hint = f"another file is in its place, and the next start takes that: the README says what to do with {saved.name}"
         raise self._error(f"{what}; what it held was saved in {saved}", hint)
+
+    async def got_on(self, behind: "asyncio.Future[None]") -> None:
+        """Comes back when a hop through the thread does, or a copy that it is behind has got on; the hop ends with that."""
+        copied = self.copied
+        try:
+            while not behind.done() and copied == self.copied:
+                await asyncio.wait([behind], timeout=_LOOK_S)
+        finally:
+            behind.cancel()
 
     def _is_there(self, suffix: str, known: os.stat_result) -> bool:
         try:

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 _FIRST_FD: Final = 3
 # Beats in the time that the manager waits for one: a beat that comes late is no reason to be killed.
 _BEATS: Final = 3
-# So often a long start says that it goes on.
+# So often a long start, or end, says that it goes on.
 _STARTING_S: Final = 20.0
 
 
@@ -52,7 +52,20 @@ class Notifier:
         """Asks for more time, until it is cancelled: a start that salvages a large file is not to be ended and begun anew."""
         while True:
             await asyncio.sleep(_STARTING_S)
-            self.tell(f"EXTEND_TIMEOUT_USEC={round(3 * _STARTING_S * 1e6)}")
+            self._extend()
+
+    async def ending(self, progress: Callable[[], int]) -> None:
+        """The same for the end, as long as `progress` rises: what removed files held may be many gigabytes, to be saved."""
+        before = progress()
+        while True:
+            await asyncio.sleep(_STARTING_S)
+            if (now := progress()) == before:
+                return
+            self._extend()
+            before = now
+
+    def _extend(self) -> None:
+        self.tell(f"EXTEND_TIMEOUT_USEC={round(3 * _STARTING_S * 1e6)}")
 
     def ready(self, sentence: str) -> None:
         """The doors are open, or open again with another configuration."""

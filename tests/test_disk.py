@@ -407,6 +407,24 @@ async def test_settings_that_are_removed_with_the_spool(process, client):
     assert await process.end() == 0
 
 
+async def test_a_working_directory_that_is_removed_just_before_the_stop(tmp_path, config, emulator, monkeypatch):
+    """Relative paths are of the start: what waits is saved there, and so is what was saved on the page."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    settings = {"spool__path": "spool.db", "delivery__grace": "10ms"}
+    app = await App(config(mixpanel__url="http://127.0.0.1:9", **settings)).__aenter__()
+    await app.save({"retention.max_age": "3h"}, [])
+    await app.spool.append(Intaken([batch("a")]))
+    shutil.rmtree(folder)
+    with pytest.raises(SpoolError, match="what it held was saved in"):
+        await app.__aexit__(None, None, None)
+    monkeypatch.chdir(folder)
+    async with App(config(mixpanel__url="http://127.0.0.1:9", **settings)) as app:
+        assert await stored(app.spool) == ["a"]
+        assert app.saved.values == {"retention.max_age": 3 * 3600}
+
+
 async def test_a_file_that_is_put_in_the_place_of_the_spool(process, tmp_path, emulator, client):
     """What the daemon held is saved beside it, and named until it is gone; put back as the README says, all of it is delivered."""
     path, other = tmp_path / "spool.db", tmp_path / "other.db"

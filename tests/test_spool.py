@@ -537,6 +537,28 @@ async def test_saving_what_was_removed_is_progress(tmp_path, monkeypatch):
             await spool.ended()
 
 
+async def test_files_that_are_removed_just_before_the_end(tmp_path):
+    """They are looked for a last time: what they held is saved, and the end says so."""
+    spool = await Spool(options(tmp_path), NAMES).__aenter__()
+    await spool.append(Intaken([batch("a")]))
+    (tmp_path / "spool.db").unlink()
+    with pytest.raises(SpoolError, match="what it held was saved in"):
+        await spool.__aexit__(None)
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert await stored(again) == ["a"]
+
+
+async def test_the_end_where_removed_files_can_not_be_saved(tmp_path, monkeypatch):
+    """How much is lost is said: it is no orderly end."""
+    monkeypatch.setattr(durable, "_free_bytes", lambda _folder: 0)
+    spool = await Spool(options(tmp_path), NAMES).__aenter__()
+    await spool.append(Intaken([batch("a", "b", "c")]))
+    (tmp_path / "spool.db").unlink()
+    await until(lambda: spool.near_cap, "the doors to close")
+    with pytest.raises(SpoolError, match=r"can't be saved.*; 3 events that waited are lost"):
+        await spool.__aexit__(None)
+
+
 @pytest.mark.parametrize("drains", [True, False])
 async def test_files_that_are_removed_where_there_is_no_room(tmp_path, monkeypatch, drains):
     """Nothing new is taken, and why is said; what waits is delivered from the open file; the copy is made when it can be."""

@@ -22,6 +22,7 @@ from conftest import SLOW, currents, free_port, ndjson, until
 
 from bench import restart
 from bench.processes import BenchError
+from bridged import app as app_module
 from bridged import service
 from bridged.errors import ConfigError
 from bridged.service import Listeners, Notifier, Progress
@@ -296,6 +297,53 @@ async def test_a_start_that_takes_long(tmp_path, monkeypatch):
             said = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(manager, 100), 10)
             assert said == b"EXTEND_TIMEOUT_USEC=150000"
         starting.cancel()
+
+
+async def test_an_end_that_takes_long(tmp_path, monkeypatch):
+    """Saving what removed files held says that it goes on, as long as it does, and isn't cut off after TimeoutStopSec."""
+    monkeypatch.setattr(service, "_STARTING_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        steps = iter([0, 1, 2, 2])
+        await asyncio.wait_for(Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}, 7).ending(lambda: next(steps)), 10)
+        for _ in range(2):
+            assert manager.recv(100) == b"EXTEND_TIMEOUT_USEC=150000"
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
+
+
+async def test_a_start_that_is_to_end(tmp_path, monkeypatch, config):
+    """Who stops it while it starts gives it no more time: systemd may end it, and the next start begins anew."""
+    monkeypatch.setattr(service, "_STARTING_S", 0.02)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    opened, hold, loop = app_module.App._open, asyncio.Event(), asyncio.get_running_loop()
+
+    async def open_late(app, stack):
+        await hold.wait()
+        await opened(app, stack)
+
+    monkeypatch.setattr(app_module.App, "_open", open_late)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        running = asyncio.create_task(app_module.run(config(), config))
+        try:
+            assert await asyncio.wait_for(loop.sock_recv(manager, 100), 10) == b"EXTEND_TIMEOUT_USEC=60000"
+            os.kill(os.getpid(), signal.SIGTERM)
+            said = b"EXTEND_TIMEOUT_USEC=60000"
+            for _ in range(200):
+                try:
+                    said = await asyncio.wait_for(loop.sock_recv(manager, 100), 0.5)
+                except TimeoutError:
+                    break
+            else:
+                pytest.fail(f"it goes on: {said}")
+            hold.set()
+            await asyncio.wait_for(running, 20)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
 
 
 # -- the heartbeat -----------------------------------------------------------------------------------------------------

@@ -227,9 +227,12 @@ class Spool:
             log.error("books_unbalanced", problems=problems[:10], spool=options.path)
         self._look_for_room()
 
-    async def __aexit__(self, *_exc: object) -> None:
-        """Commits what is left, closes the file. Whoever cancels this waits for it: the writer is never cancelled."""
-        self._closing = True
+    async def __aexit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
+        """Commits what is left, closes the file. Whoever cancels this waits for it: the writer is never cancelled.
+
+        Raises what the writer died of on the way.
+        """
+        was_well, self._closing = not self.failed, True
         self._wake.set()
         _end(self._gathered)
         closing = asyncio.create_task(self._close(), name="spool closing")
@@ -241,6 +244,8 @@ class Spool:
                 cancelled = error
         if cancelled is not None:
             raise cancelled
+        if kind is None and was_well and self._failure is not None:
+            raise self._failure
 
     async def _close(self) -> None:
         with contextlib.suppress(BaseException):
@@ -267,12 +272,7 @@ class Spool:
 
     async def answer(self) -> None:
         """Comes back when the thread has done what it was busy with; a long copy is well when it gets on."""
-        hop, copied = asyncio.ensure_future(self.run(lambda _db: None)), self._presence.copied
-        try:
-            while not hop.done() and copied == self._presence.copied:
-                await asyncio.wait([hop], timeout=_IDLE_S / 4)
-        finally:
-            hop.cancel()
+        await self._presence.got_on(asyncio.ensure_future(self.run(lambda _db: None)))
 
     @property
     def max_bytes(self) -> int:
@@ -375,8 +375,7 @@ class Spool:
                     self._idle_s += _IDLE_S
                     await self._shrink()
                     self._look_for_room()
-            if self._unsaved is not None:
-                await self._look_after_files()  # a last time
+            await self._look_after_files()  # a last time: what was removed a moment ago would be gone
         except BaseException as error:
             self._failure = error
             # Nobody else will: neither for what it was committing, nor for what came meanwhile.
@@ -393,13 +392,15 @@ class Spool:
             if self._unsaved is None:
                 log.error("spool_removed", error=unsaved, waiting=self.accounts.total("waiting"), hint=hint)
             self._unsaved = SpoolFull(unsaved, hint)
-            if not (self.segments or self._work.intaken or self._work.settlements):
-                raise SpoolError(f"{unsaved}; nothing waited any more", "see what does that there, and start again")
+            if self._closing or not (self.segments or self._work.intaken or self._work.settlements):
+                waiting = self.accounts.total("waiting")
+                fate = f"{waiting:,} events that waited are lost" if waiting else "nothing waited any more"
+                raise SpoolError(f"{unsaved}; {fate}", "see what does that there, and start again")
         elif self._unsaved is not None:  # somebody has put them back
             self._unsaved = None
         self._look_for_room()
         # Where a few events always come it would never be idle.
-        if self.pending_bytes < _LITTLE_BYTES:
+        if self.pending_bytes < _LITTLE_BYTES and not self._closing:
             await self._shrink()
 
     async def _gather(self) -> None:
