@@ -434,6 +434,20 @@ async def test_room_tells_when_the_writer_is_behind(spool):
     assert spool.pending_bytes == 0
 
 
+async def test_skipped_events_wait_for_room_too(spool):
+    """They cost nothing on disk, but memory while the writer is busy: they pause the doors as others do."""
+    release, busy = hold(spool)
+    for _ in range(2000):
+        if not spool.room.is_set():
+            break
+        spool.append(Intaken(skipped=bytes([OPEN]) * 1000, reasons=["because"] * 1000))
+    assert not spool.room.is_set()
+    release.set()
+    await busy
+    await until(lambda: spool.room.is_set() and not spool.pending_bytes)
+    assert balances_by_type(spool)
+
+
 async def test_the_oldest_dead_letters_go_first(tmp_path):
     """Beyond the cap the oldest are dropped and counted; the books keep them as dead-lettered."""
     async with Spool(options(tmp_path, max_dead_letters=3), NAMES) as spool:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import asyncio
 
 DEAD_LETTER_BYTES = 256  # of a dead letter besides its event
+_SKIPPED_BYTES = 16  # of a skipped event in memory, with why it was
 
 Stage = Literal["door", "mixpanel"]
 
@@ -56,8 +57,9 @@ class Intaken(Struct, gc=False):
 
     @property
     def size(self) -> int:
-        """What it will take on disk at most, in bytes."""
-        return sum(len(b.ndjson) for b in self.batches) + sum(d.size for d in self.dead_letters)
+        """What it will take on disk, or takes in memory until then, at most, in bytes."""
+        size = sum(len(b.ndjson) for b in self.batches) + sum(d.size for d in self.dead_letters)
+        return size + _SKIPPED_BYTES * len(self.skipped)
 
 
 class Settlement(Struct, gc=False):
