@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -189,6 +190,35 @@ async def test_a_wal_whose_middle_is_damaged(tmp_path):
         assert set(found) >= {"e0", "e2", "e3", "e4", "e5"}
         assert balances_by_type(spool)
         assert spool.dead_letters >= 4
+        assert len(spool.set_aside) == 1
+
+
+async def test_a_damaged_wal_that_there_is_no_room_to_keep(tmp_path, monkeypatch):
+    """It is said how much is missing, nothing is left on the full disk, start after start; and nothing is changed."""
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        for n in range(6):
+            await spool.append(Intaken([batch(f"e{n}", size=50_000)]))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    wal = tmp_path / "b" / "spool.db-wal"
+    damaged = bytearray(wal.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    wal.write_bytes(damaged)
+
+    def full(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:1000])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        for _ in range(2):
+            with pytest.raises(SpoolError, match=r"spool.db-wal is damaged.*No space left") as refused:
+                await Spool(options(tmp_path / "b"), NAMES).__aenter__()
+            assert f"make room for {len(damaged):,} bytes" in refused.value.hint
+    assert not list((tmp_path / "b").glob("*.corrupt-*"))
+    assert wal.read_bytes() == damaged
+    async with Spool(options(tmp_path / "b"), NAMES) as spool:
+        assert len(await stored(spool)) >= 5
         assert len(spool.set_aside) == 1
 
 

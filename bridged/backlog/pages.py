@@ -94,6 +94,11 @@ class _Wal:
             sum_1, sum_2 = next_1, next_2
 
     @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.data)
+
+    @property
     def tail(self) -> list[_Frame]:
         """The frames that SQLite will not read."""
         return self.frames[self.valid :]

@@ -95,17 +95,7 @@ def recover(path: Path, names: Mapping[int, str], known: str) -> Found:
             _salvage(path, pages, names, reason, found)
             found.damaged_rows, found.damaged = [], pages.damaged
         elif pages.wal.certain:
-            aside = f"{path}.corrupt-{_stamp()}"
-            for suffix in _SUFFIXES[1:]:
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(f"{path}{suffix}", f"{aside}{suffix}")
-            log.error(
-                "wal_damaged",
-                kept_as=f"{aside}-wal",
-                frames_missing=pages.wal.missing,
-                segments_found=len(found.strays),
-                hint="check the disk: the newest commits were damaged or cut off, and what isn't found of them is lost",
-            )
+            _keep_wal(path, pages, found)
     return found
 
 
@@ -114,6 +104,30 @@ def _roll_back(path: Path) -> None:
     if Path(f"{path}-journal").is_file():
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
             db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+
+def _keep_wal(path: Path, pages: Pages, found: Found) -> None:
+    """A copy of a damaged WAL, which SQLite writes over, for whoever wants to look at it. Raises SpoolError without room."""
+    aside = f"{path}.corrupt-{_stamp()}"
+    for suffix in _SUFFIXES[1:]:
+        try:
+            shutil.copyfile(f"{path}{suffix}", f"{aside}{suffix}")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            for begun in _SUFFIXES[1:]:  # each start would leave some, on a disk that is full
+                Path(f"{aside}{begun}").unlink(missing_ok=True)
+            raise SpoolError(
+                f"{path}{suffix} is damaged, and can't be kept before it is written over: {error}",
+                f"make room for {pages.wal.size:,} bytes on this disk; nothing was changed",
+            ) from error
+    log.error(
+        "wal_damaged",
+        kept_as=f"{aside}-wal",
+        frames_missing=pages.wal.missing,
+        segments_found=len(found.strays),
+        hint="check the disk: the newest commits were damaged or cut off, and what isn't found of them is lost",
+    )
 
 
 def _set_wal_aside(path: Path, pages: Pages) -> None:
