@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import sqlite3
 import tempfile
 import threading
@@ -14,7 +15,7 @@ from conftest import NAMES, SLOW, until
 from structlog.testing import capture_logs
 
 from bridged import durable
-from bridged.backlog import company
+from bridged.backlog import company, tables
 from bridged.backlog import spool as spool_module
 from bridged.backlog.segment import Batch, lines
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Settlement, Spool, SpoolOptions
@@ -728,6 +729,80 @@ async def test_codes_follow_their_types(tmp_path, names):
         await spool.append(Intaken(replays, replayed=kept))
         assert balances_by_type(spool, names)
         assert spool.accounts.total("dead_lettered") == 0
+
+
+class Killed(BaseException):
+    """As by SIGKILL."""
+
+
+def killed_at(monkeypatch, number):
+    """Every transaction before that one succeeds. Says how many there were."""
+    transaction, begun = tables.transaction, [0]
+
+    def counted(db):
+        begun[0] += 1
+        if begun[0] == number:
+            raise Killed
+        return transaction(db)
+
+    monkeypatch.setattr(tables, "transaction", counted)
+    return begun
+
+
+@pytest.mark.parametrize("then", ["goes on", "goes back", "goes on with another", "is salvaged"])
+async def test_codes_follow_their_types_in_steps(tmp_path, monkeypatch, then):
+    """Killed between any two, the next start finds every code under its type, whatever table it goes on with."""
+    monkeypatch.setattr(tables, "_STEP_BYTES", 1)
+    few = [*range(2), *range(60, 63), *[code for code in NAMES if code > 200]]
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        for at in range(2):
+            mixed = Batch(b"".join(b"%d\n" % code for code in few), bytes(few))
+            await spool.append(Intaken([mixed], [letter(code=few[at])], skipped=bytes([62])))
+        before = spool.accounts.by_type(NAMES)
+    last = max(code for code in NAMES if code < 200)
+    turned = {last - code if code < 200 else code: name for code, name in NAMES.items()}
+    names = {"goes back": NAMES, "goes on with another": turned}.get(then, SHIFTED)
+    for number in range(1, 100):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        with monkeypatch.context() as patch:
+            begun = killed_at(patch, number)
+            with contextlib.suppress(Killed):
+                async with Spool(options(tmp_path / "b"), SHIFTED):
+                    pass
+        if then == "is salvaged":
+            with (tmp_path / "b" / "spool.db").open("r+b") as file:
+                file.write(b"?")
+        async with Spool(options(tmp_path / "b"), names) as spool:
+            assert spool.accounts.by_type(names) == before
+            assert balances_by_type(spool, names)
+            assert spool.damaged == spool.missing == 0
+            segments, _ = await spool.read_after(0, 2**40)
+            assert [[names[code] for code in segment.codes] for segment in segments] == [[NAMES[c] for c in few]] * 2
+            assert [names[row.code] for row in await letters_of(spool)] == [NAMES[code] for code in few[:2]]
+        if begun[0] < number:
+            break
+    assert number > 10, "it wasn't done in steps: this shows nothing"
+
+
+async def test_codes_that_change_take_little_room(tmp_path, monkeypatch):
+    """A large spool is translated without a second one in its WAL."""
+    monkeypatch.setattr(tables, "_STEP_BYTES", MIB)
+    async with Spool(options(tmp_path), NAMES) as spool:
+        for n in range(24):
+            await spool.append(Intaken([batch(f"{n}", code=60, size=2 * MIB)], [letter(code=60, size=MIB // 4)]))
+    wal, largest, say = tmp_path / "spool.db-wal", 0, tables.transaction
+
+    def looked_at(db):
+        nonlocal largest
+        largest = max(largest, wal.stat().st_size)
+        return say(db)
+
+    monkeypatch.setattr(tables, "transaction", looked_at)
+    async with Spool(options(tmp_path), SHIFTED) as spool:
+        assert (await spool.read_after(0, 1))[0][0].codes == bytes([61])
+    assert 0 < largest < (tmp_path / "spool.db").stat().st_size / 2
 
 
 async def test_a_damaged_row_stays_damaged_when_codes_change(tmp_path):

@@ -282,6 +282,10 @@ def _fill(db: sqlite3.Connection, pages: Pages, names: Mapping[int, str], found:
         accounts.add("dead_lettered", b"".join(bytes([code]) * n for code, n in kept.items()))
         accounts.counts["accepted"] = accounts.counts["waiting"] + accounts.counts["dead_lettered"]
     else:
+        same = tables.one_code_a_name(types)
+        waiting, accounts.counts["waiting"] = accounts.counts["waiting"], Counter()
+        for code, n in waiting.items():
+            accounts.counts["waiting"][same[code]] += n
         accounts.load(_right(books, types) or b"{}", {name: code for code, name in types.items()})
     lost, surplus = correct(accounts)
     now = time.time()
@@ -362,6 +366,7 @@ def repair(db: sqlite3.Connection, found: Found) -> None:
     """
     now, books = time.time(), Accounts()
     names = dict(db.execute("SELECT code, name FROM event_types").fetchall())
+    same = tables.one_code_a_name(names)
     books.load(db.execute("SELECT body FROM books").fetchone()[0], {name: code for code, name in names.items()})
     newest = db.execute("SELECT coalesce(max(id), 0) FROM segments").fetchone()[0]
     strays = [segment for segment in found.strays if segment.id > newest]
@@ -374,15 +379,15 @@ def repair(db: sqlite3.Connection, found: Found) -> None:
         blocks = db.execute(f"SELECT {columns} FROM segments WHERE {damaged}", (ids,)).fetchall()
         db.execute(f"DELETE FROM segments WHERE {damaged}", (ids,))
         for (codes,) in db.execute("SELECT codes FROM segments"):
-            books.add("waiting", codes)
+            books.add("waiting", codes.translate(same))
         # Books that don't balance although nothing is damaged are a bug, which must be seen.
         lost, surplus = correct(books) if blocks else (Counter[int](), Counter[int]())
         tables.insert_letters(db, _letters_of(blocks, list(lost.elements()), names, now))
         tables.insert_segments(db, strays)
         for segment in strays:
-            books.add("accepted", segment.codes)
+            books.add("accepted", segment.codes.translate(same))
         tables.insert_letters(db, [row[1:] for row in letters])
-        refused = bytes([row[5] for row in letters])
+        refused = bytes([same[row[5]] for row in letters])
         books.add("accepted", refused)
         books.add("dead_lettered", refused)
         tables.write_books(db, books.dump(names), tables.types_checksum(names))

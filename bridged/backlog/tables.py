@@ -40,6 +40,7 @@ CREATE TABLE books (id INTEGER PRIMARY KEY CHECK (id = 1), body BLOB NOT NULL, c
 SEGMENT_COLUMNS: Final = "id, created_at, raw_bytes, raw_crc32, codes, block, checksum"
 _ROWS: Final = 16  # of segments, in one statement
 _NEVER_RIGHT: Final = -1  # as a checksum
+_STEP_BYTES: Final = 2**22  # that one transaction rewrites, of many
 
 
 class Migration(NamedTuple):
@@ -190,6 +191,12 @@ def settle_folder(path: Path) -> None:
             raise SpoolError(f"can't write the folder {path.parent} of the spool: {error}") from error
 
 
+def one_code_a_name(names: Mapping[int, str]) -> bytes:
+    """For `translate`: while codes are exchanged for others, two of them have one name, and are counted as one."""
+    codes = {name: code for code, name in names.items()}
+    return bytes(codes[names[code]] if code in names else code for code in range(256))
+
+
 def types_checksum(names: Mapping[int, str]) -> int:
     """CRC-32 of a table of event types."""
     return isal_zlib.crc32(msgspec.json.encode(sorted(names.items())))
@@ -226,27 +233,75 @@ def intact(row: Sequence[Any]) -> bool:
 
 
 def adopt_types(db: sqlite3.Connection, names: Mapping[int, str]) -> None:
-    """Translates the codes in the file, if need be, from the table that it was written with to `names`."""
-    theirs = dict(db.execute("SELECT code, name FROM event_types").fetchall())
-    if theirs == names:
-        return
-    ours = {name: code for code, name in names.items()}
-    unknown = ours["(unknown)"]
-    codes = bytes(ours.get(theirs.get(code, ""), unknown) for code in range(256))
+    """Translates the codes in the file, if need be, from the table that it was written with to `names`.
+
+    In steps of a bounded size, killed between any two of which the next start goes on, of whatever version: at every moment the
+    table in the file says what each code in it means. So no code may mean two things: those that are to mean something else are
+    first exchanged for codes that nobody uses, under the same names.
+    """
+    while (theirs := _types(db)) != names:
+        shifted = {code: name for code, name in theirs.items() if names.get(code, name) != name}
+        if shifted:
+            of = {name: code for code, name in theirs.items() if code not in shifted}
+            unused = (code for code in range(256) if code not in theirs and code not in names)
+            to = {code: of[name] if name in of else of.setdefault(name, next(unused)) for code, name in shifted.items()}
+            meanwhile = theirs | {to[code]: name for code, name in shifted.items()}
+            then: Mapping[int, str] = {code: name for code, name in meanwhile.items() if code not in shifted}
+        else:
+            of = {name: code for code, name in names.items()}
+            to = {code: of.get(name, of["(unknown)"]) for code, name in theirs.items() if names.get(code) != name}
+            meanwhile, then = {**theirs, **names}, names
+        _say_types(db, meanwhile)
+        _translate(db, bytes(to.get(code, code) for code in range(256)))
+        _say_types(db, then)
+
+
+def _types(db: sqlite3.Connection) -> dict[int, str]:
+    return dict(db.execute("SELECT code, name FROM event_types").fetchall())
+
+
+def _say_types(db: sqlite3.Connection, names: Mapping[int, str]) -> None:
     with transaction(db):
         db.execute("DELETE FROM event_types")
         db.executemany("INSERT INTO event_types VALUES (?, ?)", names.items())
-        ours_of = "json_extract(?1, '$[' || code || ']')"
-        db.execute(f"UPDATE dead_letters SET code = {ours_of} WHERE code != {ours_of}", (_json(list(codes)),))
-        moved = [id_ for id_, of in db.execute("SELECT id, codes FROM segments") if of.translate(codes) != of]
-        for id_ in moved:
-            row = db.execute(f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE id = ?", (id_,)).fetchone()
-            segment = segment_of(row)
-            segment.codes = segment.codes.translate(codes)
-            checksum = segment.checksum if intact(row) else _NEVER_RIGHT
-            db.execute("UPDATE segments SET codes = ?, checksum = ? WHERE id = ?", (segment.codes, checksum, id_))
         body = db.execute("SELECT body FROM books").fetchone()[0]
         write_books(db, body, types_checksum(names))
+
+
+def _translate(db: sqlite3.Connection, codes: bytes) -> None:
+    """Exchanges each code for the one at its place in `codes`."""
+    to = "json_extract(?1, '$[' || code || ']')"
+    for low, high in _windows(db, "dead_letters", "event"):
+        values = (_json(list(codes)), low, high)
+        with transaction(db):
+            db.execute(f"UPDATE dead_letters SET code = {to} WHERE id > ?2 AND id <= ?3 AND code != {to}", values)
+    for low, high in _windows(db, "segments", "block"):
+        found = db.execute("SELECT id, codes FROM segments WHERE id > ? AND id <= ?", (low, high)).fetchall()
+        with transaction(db):
+            for id_ in [id_ for id_, of in found if of.translate(codes) != of]:
+                row = db.execute(f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE id = ?", (id_,)).fetchone()
+                segment = segment_of(row)
+                segment.codes = segment.codes.translate(codes)
+                checksum = segment.checksum if intact(row) else _NEVER_RIGHT
+                db.execute("UPDATE segments SET codes = ?, checksum = ? WHERE id = ?", (segment.codes, checksum, id_))
+
+
+def _windows(db: sqlite3.Connection, table: str, column: str) -> Iterator[tuple[int, int]]:
+    """The rows as ranges (low, high] of ids, with as much in the column as one transaction may bring into the WAL."""
+    low = db.execute(f"SELECT coalesce(min(id), 0) - 1 FROM {table}").fetchone()[0]
+    while True:
+        high, size = low, 0
+        with contextlib.closing(
+            db.execute(f"SELECT id, length({column}) FROM {table} WHERE id > ? ORDER BY id", (low,))
+        ) as rows:
+            for id_, of in rows:
+                high, size = id_, size + of + DEAD_LETTER_BYTES
+                if size >= _STEP_BYTES:
+                    break
+        if high == low:
+            return
+        yield low, high
+        low = high
 
 
 def write_books(db: sqlite3.Connection, body: bytes, types: int) -> None:
