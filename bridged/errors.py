@@ -19,6 +19,7 @@ Anything else that escapes is a bug: the process ends and systemd restarts it.
 
 import errno
 import os
+import sqlite3
 from pathlib import Path
 from typing import ClassVar
 
@@ -93,7 +94,9 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
     """The hint for a file of ours that can't be opened: in our own folder, and not for us, it is somebody else's."""
     folder = path.parent
     try:
-        ours = isinstance(error, PermissionError) and folder.stat().st_uid == os.geteuid()
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        refused = isinstance(error, PermissionError) or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+        ours = refused and folder.stat().st_uid == os.geteuid()
     except OSError:
         return otherwise
     said = "was it made by another user, such as root with `bridged run`, or copied? stop the daemon, then:"

@@ -959,3 +959,36 @@ async def test_files_of_another_user_are_told_with_what_to_do(theirs):
             os.seteuid(0)
 
     assert f"chown -R --reference={folder} {folder}" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+@pytest.mark.parametrize(
+    ("theirs", "word"), [("spool.db-wal", "chown -R --reference="), ("", "is its folder writable")]
+)
+async def test_a_spool_that_can_only_be_read(theirs, word):
+    """A WAL that root has copied there, or a folder that is root's: it isn't found out by the first event, and what to do is said."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)  # noqa: PTH101  # a Path of it would be flagged as blocking
+        first, folder = Path(name) / "first", Path(name) / "second"
+        first.mkdir()
+        async with Spool(options(first), NAMES) as spool:
+            await spool.append(Intaken([batch("a")]))
+            shutil.copytree(first, folder)
+        for file in folder.iterdir():
+            if theirs or file.name not in ("spool.db-wal", "spool.db-shm"):
+                os.chown(file, 65534, 65534)
+            else:
+                file.unlink()
+        if theirs:
+            os.chown(folder, 65534, 65534)
+            os.chown(folder / theirs, 0, 0)
+            (folder / theirs).chmod(0o644)
+        else:
+            folder.chmod(0o755)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(SpoolError, match="can't open the spool") as caught:
+                await Spool(options(folder), NAMES).__aenter__()
+        finally:
+            os.seteuid(0)
+        assert word in caught.value.hint

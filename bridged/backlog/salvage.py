@@ -185,7 +185,8 @@ def _examine(path: Path, pages: Pages, found: Found, *, in_full: bool) -> str:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
             if tables.is_corrupt(error) or code == sqlite3.SQLITE_ERROR:
                 return f"SQLite: {error}"
-            raise SpoolError(f"can't open the spool {path}: {error}") from error
+            hint = whose(error, path, "is its folder writable?")
+            raise SpoolError(f"can't open the spool {path}: {error}", hint) from error
         except UnicodeDecodeError as error:
             return f"SQLite quotes what is no text any more: {error}"
 

@@ -180,7 +180,8 @@ class Spool:
         except BaseException as error:
             await self._db.close()
             if isinstance(error, sqlite3.Error | OSError):
-                raise SpoolError(f"can't open the spool {path}: {error}") from error
+                hint = whose(error, path, "is its folder writable?")
+                raise SpoolError(f"can't open the spool {path}: {error}", hint) from error
             raise
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:

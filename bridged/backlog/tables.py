@@ -118,6 +118,8 @@ def set_up(db: sqlite3.Connection, synchronous: str, max_bytes: int, wal_bytes: 
     db.execute("PRAGMA cache_size = -4096")
     page = db.execute("PRAGMA page_size").fetchone()[0]
     db.execute(f"PRAGMA max_page_count = {max_bytes // page}")
+    with transaction(db):
+        pass  # a WAL that is somebody else's is found out before any door is open
 
 
 def format_of(db: sqlite3.Connection) -> int:
