@@ -564,3 +564,14 @@ async def test_a_limit_on_the_size_of_files_is_a_cap(tmp_path, emulator, client)
     await until(lambda: acked <= delivered(emulator), "what was acked to be delivered", 30)
     assert await daemon.post([currents(id="again")]) == 200
     assert await daemon.end() == 0
+
+
+async def test_a_limit_on_the_size_of_files_that_leaves_no_room(daemon):
+    """The start says so: the doors would answer 503 for ever, with words about a disk that is full and isn't."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * MIB, before[1]))
+    try:
+        with pytest.raises(SpoolError, match="files of 6,291,456 bytes at most, and the spool needs 8,388,608"):
+            await daemon()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

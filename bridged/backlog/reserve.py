@@ -21,6 +21,8 @@ from typing import Final
 
 import structlog
 
+from bridged.errors import SpoolError
+
 log = structlog.get_logger()
 
 _MIB: Final = 2**20
@@ -40,11 +42,14 @@ def reserve_of(max_bytes: int) -> int:
 def within_file_limit(max_bytes: int) -> int:
     """What a file may take, if it may take so much: `ulimit -f`, systemd's LimitFSIZE, bounds each file of a process.
 
-    Reached, it would look like a disk that fails; known, it is a cap like ours.
+    Reached, it would look like a disk that fails; known, it is a cap like ours. Raises SpoolError if nothing fits below it.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit == resource.RLIM_INFINITY or limit >= max_bytes:
         return int(max_bytes)  # a configured size is a kind of its own
+    if limit < (needed := 2 * reserve_of(limit)):
+        said = f"the process may write files of {limit:,} bytes at most, and the spool needs {needed:,}"
+        raise SpoolError(said, "raise the limit: ulimit -f, LimitFSIZE=")
     hint = "the limit is taken for the cap; raise it (ulimit -f, LimitFSIZE=), or set spool.max_bytes below it"
     log.warning("file_size_limited", limit_bytes=limit, max_bytes=max_bytes, hint=hint)
     return limit
