@@ -275,6 +275,15 @@ async def test_the_file_is_as_small_as_before(tmp_path, monkeypatch):
         await until(lambda: (tmp_path / "spool.db-wal").stat().st_size == 0, "an empty WAL")
 
 
+async def test_a_reserve_that_somebody_removes(tmp_path):
+    """To make room, with what was made for the day when there is none: it is made again."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        (tmp_path / "spool.db.reserve").unlink()
+        await spool.append(Intaken([batch("a")]))
+        assert (tmp_path / "spool.db.reserve").exists()
+        assert not spool.near_cap
+
+
 def test_the_reserve_knows_a_quota(tmp_path, monkeypatch):
     """Figures of the file system say nothing about a quota; whether there is room is asked by taking it."""
     reserve = Reserve(tmp_path / "spool.db", 64 * MIB)

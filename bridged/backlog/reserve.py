@@ -98,6 +98,7 @@ class Reserve:
     def measure(self) -> None:
         """Looks how much is free, and makes the ballast if there is room for it and as much again."""
         self.free_bytes = self._free()
+        self._held = self._held and self._path.exists()  # whoever needs room finds it, and doesn't know what it is for
         if not self.held and self.free_bytes >= 2 * self.bytes:
             self._hold()
             self.free_bytes = self._free()
