@@ -193,6 +193,22 @@ async def test_a_wal_whose_middle_is_damaged(tmp_path):
         assert len(spool.set_aside) == 1
 
 
+async def test_a_wal_that_is_cut_to_nothing_under_the_daemon(tmp_path):
+    """What was acked after that stands behind a hole, and a kill may come before it is in the file: it is found."""
+    (tmp_path / "a").mkdir()
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        for n in range(3):
+            await spool.append(Intaken([batch(f"before{n}", size=20_000)]))
+        os.truncate(tmp_path / "a" / "spool.db-wal", 0)
+        for n in range(5):
+            await spool.append(Intaken([batch(f"after{n}", size=20_000)], [letter(f"l{n}")]))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    async with Spool(options(tmp_path / "b"), NAMES) as spool:
+        assert {name for name in await stored(spool) if name.startswith("after")} == {f"after{n}" for n in range(5)}
+        assert balances_by_type(spool)
+        assert len(spool.set_aside) == 1
+
+
 async def test_a_damaged_wal_that_there_is_no_room_to_keep(tmp_path, monkeypatch):
     """It is said how much is missing, nothing is left on the full disk, start after start; and nothing is changed."""
     (tmp_path / "a").mkdir()

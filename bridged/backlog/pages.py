@@ -76,7 +76,10 @@ class _Wal:
         order = _MAGIC.get(magic, "<")
         header_intact = magic in _MAGIC and _sum(order, header[:24], 0, 0) == (sum_1, sum_2)
         if not header_intact:
-            salt_1, salt_2 = struct.unpack_from(">II", self.data, _WAL_HEADER + 8)
+            # Somebody may have cut the file to nothing while it was in use: what came later stands behind a hole.
+            frames = range(_WAL_HEADER, _WAL_HEADER + whole * _FRAME, _FRAME)
+            first = next((at for at in frames if any(self.data[at : at + 4])), _WAL_HEADER)
+            salt_1, salt_2 = struct.unpack_from(">II", self.data, first + 8)
         contiguous = header_intact
         for at in range(_WAL_HEADER, _WAL_HEADER + whole * _FRAME, _FRAME):
             page, size, *salts, next_1, next_2 = struct.unpack_from(">6I", self.data, at)
