@@ -22,6 +22,7 @@ from test_lifecycle import ROOT, Process, process
 from test_spool import OPEN, batch, collect, letter, options, stored
 
 from bench import disk
+from bridged import durable
 from bridged.app import App
 from bridged.backlog import spool as spool_module
 from bridged.backlog.reserve import Reserve
@@ -434,6 +435,22 @@ async def test_a_working_directory_that_is_removed_just_before_the_stop(tmp_path
         assert app.saved.values == {"retention.max_age": 3 * 3600}
 
 
+async def test_an_alarm_about_files_that_can_not_be_saved(tmp_path, config, emulator, monkeypatch):
+    """It names them: the spool is far from its cap, and room on its disk isn't what is missing for new events."""
+    free = 0
+    monkeypatch.setattr(durable, "_free_bytes", lambda _folder: free)
+    app = await App(config(mixpanel__url="http://127.0.0.1:9")).__aenter__()
+    await app.spool.append(Intaken([batch("a")]))
+    (tmp_path / "spool.db").unlink()
+    await until(lambda: app.spool.near_cap, "the doors to close")
+    await until(lambda: "refusing" in [one.alarm for one in app.watch.alarms.open], "the alarm")
+    [text] = [one.text for one in app.watch.alarms.open if one.alarm == "refusing"]
+    assert "spool.db was removed or replaced while bridged ran; what it held can't be saved" in text
+    free = 2**40
+    await until(lambda: app.spool.failed, "the end")
+    await app.__aexit__(None, None, None)
+
+
 async def test_a_file_that_is_put_in_the_place_of_the_spool(process, tmp_path, emulator, client):
     """What the daemon held is saved beside it, and named until it is gone; put back as the README says, all of it is delivered."""
     path, other = tmp_path / "spool.db", tmp_path / "other.db"
@@ -451,11 +468,14 @@ async def test_a_file_that_is_put_in_the_place_of_the_spool(process, tmp_path, e
     assert json.loads(line)["saved"] == [str(displaced)]
     async with client.get(f"http://{admin}/api/status") as answer:
         assert str(displaced) in " ".join((await answer.json())["warnings"])
+    assert await process.post([currents(seed=n, id=f"other{n}") for n in range(60)]) == 200
     assert await process.end() == 0
     path.rename(tmp_path / "spool.db.before")
+    (tmp_path / "spool.db.lock").rename(tmp_path / "spool.db.before.lock")
     displaced.rename(path)
     await process.up(mixpanel__url=emulator.url, admin__listen=admin)
-    await until(lambda: len(delivered(emulator)) >= 50, "what was acked to be delivered")
+    await until(lambda: len(delivered(emulator)) >= 110, "what was acked to be delivered")
+    assert process.said().count('"events_missing"') == 1, "what the other one had is no loss"
     async with client.get(f"http://{admin}/api/status") as answer:
         status = await answer.json()
         assert "displaced" not in " ".join(status["warnings"])

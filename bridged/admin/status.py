@@ -229,6 +229,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
         max_bytes=spool.max_bytes,
         spool_share=config.alerts.spool_share,
         refusing=spool.near_cap,
+        refusal=str(spool.refusal().args[0]),
         skew_s=app.transport.clock_skew_s,
         configuration_problem=app.reload_problem or app.saved.problem,
         cohorts_halted=cohorts_halted,

@@ -61,6 +61,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     spool_share: float = 0.8
     disk_free_bytes: int | None = None
     refusing: bool = False  # the doors, because the spool is near its cap or can't be written
+    refusal: str = "the spool is near its cap"  # why, when they do
     skew_s: float | None = None  # our wall clock less Mixpanel's
     cohorts_halted: str = ""  # why cohorts aren't imported
     cohorts_capped: str = ""  # that the day's data points are spent
@@ -304,10 +305,7 @@ RULES: Final = (
         name="refusing",
         severity="critical",
         says=_is("refusing"),
-        text=lambda facts, _: (
-            f"New events are refused (503, reading paused) until there is room: the spool has {_mib(facts.used_bytes)} of "
-            f"{_mib(facts.max_bytes)}, {_mib(facts.disk_free_bytes)} are free on the disk, {_waiting(facts)}"
-        ),
+        text=lambda facts, _: f"New events are refused (503, reading paused): {facts.refusal}; {_waiting(facts)}",
         end="New events are taken again",
     ),
     _Rule(
