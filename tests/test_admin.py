@@ -9,7 +9,7 @@ from conftest import NAMES, balanced, currents, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridged.admin.health import Facts, judge
-from bridged.admin.status import Status
+from bridged.admin.status import Status, alarm_facts, health
 from bridged.backlog.spool import DeadLetter, Intaken
 from bridged.commands.status import lines
 from bridged.currents.schema import UNKNOWN_CODE, UNKNOWN_TYPE
@@ -25,7 +25,7 @@ GOOD = Facts(
     waiting=0,
     uptime_s=10_000,
     oldest_age_s=None,
-    judged_age_s=None,
+    asked_age_s=None,
     timeout_s=60,
 )
 
@@ -80,8 +80,8 @@ def test_idle_is_ready():
         ({"doors_open": False}, "doors are not open"),
         ({"writer_failed": True}, "writer has failed"),
         ({"near_cap": True}, "near its cap"),
-        ({"waiting": 5, "oldest_age_s": 500, "judged_age_s": 400}, "not been heard of for 400 s"),
-        ({"waiting": 5, "oldest_age_s": 500, "judged_age_s": None}, "not been heard of for 500 s"),
+        ({"waiting": 5, "oldest_age_s": 500, "asked_age_s": 400}, "not been heard of for 400 s"),
+        ({"waiting": 5, "oldest_age_s": 500, "asked_age_s": None}, "not been heard of for 500 s"),
     ],
 )
 def test_not_ready(changes, reason):
@@ -95,21 +95,25 @@ def test_not_ready(changes, reason):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"halted": True, "waiting": 5, "oldest_age_s": 9000, "judged_age_s": 9000},
-        {"backing_off": True, "waiting": 5, "oldest_age_s": 9000, "judged_age_s": 9000},
-        {"waiting": 5, "oldest_age_s": 9000, "judged_age_s": 179},
-        {"waiting": 5, "oldest_age_s": 179, "judged_age_s": 9000},
-        {"waiting": 5, "oldest_age_s": 9000, "judged_age_s": None, "uptime_s": 20},
+        {"halted": True, "waiting": 5, "oldest_age_s": 9000, "asked_age_s": 9000},
+        {"backing_off": True, "waiting": 5, "oldest_age_s": 9000, "asked_age_s": 9000},
+        {"waiting": 5, "oldest_age_s": 9000, "asked_age_s": 179},
+        {"waiting": 5, "oldest_age_s": 179, "asked_age_s": 9000},
+        {"waiting": 5, "oldest_age_s": 9000, "asked_age_s": None, "uptime_s": 20},
+        {"paced": True, "waiting": 5, "oldest_age_s": 9000, "asked_age_s": 9000},
+        {"pause_s": 3600, "waiting": 5, "oldest_age_s": 9000, "asked_age_s": 3700},
     ],
 )
 def test_orderly_waiting_is_ready(changes):
-    """A halt, a backoff, a recent answer, a young event and a recent start are no stall: the doors must stay in service."""
+    """A halt, a backoff, the rate, a recent request or answer, a young event, a recent start, and what is configured are no
+    stall: the doors must stay in service.
+    """
     assert judge(facts(**changes)).ready
 
 
 def test_what_waits_for_the_export_is_no_stall():
     """With mixpanel.export off nothing is sent, and nobody is late."""
-    assert judge(facts(exporting=False, waiting=5, oldest_age_s=9000, judged_age_s=None)).ready
+    assert judge(facts(exporting=False, waiting=5, oldest_age_s=9000, asked_age_s=None)).ready
 
 
 # -- the listener -----------------------------------------------------------------------------------------------------
@@ -372,6 +376,79 @@ async def test_what_is_tried_again_is_told(daemon, client, emulator):
 
     assert app.delivery.retrying is None
     assert "tried again" not in await status_lines(client, app)
+
+
+@pytest.mark.parametrize(
+    ("configured", "faults"),
+    [
+        ({}, [{"status": 503, "headers": {"Retry-After": "1"}, "times": 1}, {"action": "hang"}]),
+        ({"delivery__flush_interval": "1h"}, []),
+        ({"delivery__probe_interval": "1h"}, [{"status": 400, "body": "no"}]),
+        ({"delivery__max_events_per_second": "1", "delivery__max_batch_events": "1"}, [{"status": 503, "times": 1}]),
+    ],
+    ids=["after Retry-After", "to fill a request", "set aside", "the rate"],
+)
+async def test_an_orderly_pause_is_no_stall(daemon, client, emulator, monkeypatch, configured, faults):
+    """Whatever pause was asked for, by us or by Mixpanel: the doors stay in service while it lasts, and when it ends."""
+    monkeypatch.setattr("bridged.admin.health.STALL_MARGIN_S", 0.0)
+    app = await daemon(delivery__timeout="200ms", **configured)
+    emulator.script(faults)
+    told = []
+    await post(client, app, [currents(seed=seed) for seed in range(3)])
+    until_then = asyncio.get_running_loop().time() + 2
+    while asyncio.get_running_loop().time() < until_then:
+        told.append(health(app).reason)
+        await asyncio.sleep(0.02)
+
+    assert app.backlog.events
+    assert not [reason for reason in told if "not been heard of" in reason]
+
+
+async def test_what_mixpanel_says_to_what_is_set_aside_is_told(daemon, client, emulator):
+    """All that waits is refused oddly: the sentence, the last problem and the alarm say so, and not that all goes on."""
+    app = await daemon(delivery__probe_interval="1h")
+    emulator.script([{"status": 400, "body": "the gateway says no"}])
+    await post(client, app, [currents(seed=seed) for seed in range(2)])
+    await until(lambda: app.delivery.set_aside == 2, "the events")
+    _, status = await ask(client, app, "/api/status")
+
+    assert status["sentence"].endswith("2 events waiting, 2 of them kept aside: refused, or failing")
+    assert "the gateway says no" in status["last_problem"]
+    assert "the gateway says no" in alarm_facts(app).last_problem
+
+
+async def test_a_spool_without_room_is_told_though_nothing_is_set_up(daemon, client, monkeypatch):
+    """Nothing leaves without a credential, and then nothing comes in any more: who looks must see the second as well."""
+    app = await daemon(mixpanel__token="")
+    await post(client, app, [currents()])
+    monkeypatch.setattr(type(app.spool), "near_cap", property(lambda _: True))
+    _, status = await ask(client, app, "/api/status")
+
+    assert status["state"] == "not set up"
+    assert "New events are refused: the spool" in status["sentence"]
+
+
+async def test_one_request_that_tries_again_is_told(daemon, client, emulator):
+    """It is the only one, and hangs: that isn't a delivery."""
+    app = await daemon(delivery__timeout="1h", delivery__max_concurrency="1")
+    emulator.script([{"status": 503, "times": 3}, {"action": "hang"}])
+    await post(client, app, [currents()])
+    await until(lambda: emulator.summary().requests == 4, "the fourth request", 20)
+    _, status = await ask(client, app, "/api/status")
+
+    assert status["state"] == "backing off"
+    assert status["sentence"].startswith("Trying again with one request, after 503")
+    app.hurry.set()
+
+
+async def test_events_that_mixpanel_does_not_count_are_told(daemon, client, emulator):
+    """They are in, as far as Mixpanel's words go; somebody who misses them must find a trace."""
+    app = await daemon()
+    emulator.script([{"status": 200, "body": {"code": 200, "num_records_imported": 1, "status": "OK"}}])
+    await post(client, app, [currents(seed=seed) for seed in range(3)])
+    await until(lambda: app.backlog.events == 0, "the delivery")
+
+    assert "warning: Mixpanel took 2 events that its answers don't count" in await status_lines(client, app)
 
 
 async def test_what_is_kept_aside_is_told(daemon, client, emulator):

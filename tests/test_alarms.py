@@ -104,6 +104,38 @@ def test_what_never_expires_is_not_announced():
     assert clock.told == [("halted", "raised")]
 
 
+def test_what_waited_for_the_end_of_an_outage_is_not_stuck():
+    """For a moment it is still tried again, and others are taken already: nobody is to be told of that."""
+    clock = Clock()
+    clock.run(600, waiting=9, in_vain=9, in_vain_s=300.0, undelivered_s=300.0)
+    clock.run(60, waiting=9, in_vain=9, in_vain_s=3600.0, undelivered_s=0.0)
+    clock.run(600)
+
+    assert clock.told == []
+
+
+def test_what_was_done_about_the_expiry_is_seen():
+    """With on_expiry = keep the alarm ends, though the halt lasts; a longer max_age is in its words."""
+    clock, halt = Clock(), {"halted": True, "waiting": 9, "oldest_age_s": 95.0}
+    clock.run(10, **halt, max_age_s=100.0)
+    clock.run(10, **halt, max_age_s=950.0)
+    [text, _] = [each.text for each in clock.alarms.open if each.alarm.startswith("expiring")]
+    assert text.startswith("10% of retention.max_age (16 min) is over")
+    clock.told.clear()
+    clock.run(CLEAR_AFTER_S + 5, **halt, expires=False)
+
+    assert clock.told == [("expiring_50", "cleared"), ("expiring_90", "cleared")]
+
+
+def test_who_wants_to_be_told_at_once_is_told_of_the_end_as_well():
+    """With alerts.undelivered = 0 nothing is below it; when nothing waits any more, it is over."""
+    clock = Clock()
+    clock.run(60, undelivered_after_s=0.0, waiting=1, undelivered_s=1.0)
+    clock.run(60, undelivered_after_s=0.0)
+
+    assert clock.told == [("undelivered", "raised"), ("undelivered", "cleared")]
+
+
 @pytest.mark.parametrize(
     ("alarm", "bad", "neither"),
     [
@@ -283,8 +315,13 @@ def test_the_words_are_for_people():
     told = {notice.alarm: notice.text for at in range(10) for notice in alarms.look(bad, 1.0 + at)}
     told |= {
         notice.alarm: notice.text
-        for at, more in enumerate(({"undelivered_s": 700.0, "last_problem": "503"}, {"in_vain": 2, "in_vain_s": 700.0}))
-        for notice in alarms.look(facts(waiting=3, **more), 20.0 + at)
+        for at, more in (
+            (20.0, {"undelivered_s": 700.0, "last_problem": "503"}),
+            (200.0, {"in_vain": 2, "in_vain_s": 700.0}),
+            (400.0, {"in_vain": 2, "in_vain_s": 900.0}),
+        )
+        for notice in alarms.look(facts(waiting=3, **more), at)
+        if notice.state == "raised"
     }
 
     assert set(told) == set(NAMES)

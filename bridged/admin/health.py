@@ -4,7 +4,7 @@
 that is only waiting for Mixpanel, which helps nobody.
 
 *Ready* (/readyz): progress. Not ready means that new events would be refused (starting, spool near its cap, writer
-dead), or that events wait and nothing has been delivered or judged for so long that no orderly wait explains it. A halt
+dead), or that events wait and nothing has been asked or judged for so long that no orderly wait explains it. A halt
 (Mixpanel refuses the credential) and a backoff are orderly: the doors are open and keep what comes, so the daemon stays
 ready, or an orchestrator would cut the intake off and turn an outage of Mixpanel into a loss at the source. Both are
 told in the body, and by `bridged_delivery_halted`, which is what an alarm should look at.
@@ -31,7 +31,9 @@ class Facts(Struct, frozen=True, kw_only=True):
     waiting: int  # events
     uptime_s: float
     oldest_age_s: float | None
-    judged_age_s: float | None  # since Mixpanel's last answer, whatever it said
+    asked_age_s: float | None  # since the last request left, or its answer came, whatever it said
+    paced: bool = False  # the rate that is allowed makes the next request wait
+    pause_s: float = 0.0  # so long may be between two requests: to fill one, or until what is set aside asks again
     timeout_s: float  # of one request
 
 
@@ -79,7 +81,7 @@ def _stalled_s(facts: Facts) -> float:
 
     The smallest of three ages, so that one clock that was set forward can't make a stall.
     """
-    if not facts.waiting or not facts.exporting or facts.halted or facts.backing_off:
+    if not facts.waiting or not facts.exporting or facts.halted or facts.backing_off or facts.paced:
         return 0.0
-    ages = [facts.uptime_s, facts.oldest_age_s, facts.judged_age_s]
-    return max(0.0, min(age for age in ages if age is not None))
+    ages = [facts.uptime_s, facts.oldest_age_s, facts.asked_age_s]
+    return max(0.0, min(age for age in ages if age is not None) - facts.pause_s)

@@ -192,7 +192,7 @@ class _BridgedCollector(Collector):
         )
         yield _gauge(
             "events_set_aside",
-            "Single events refused incomprehensibly while nothing else was taken.",
+            "Single events that are refused incomprehensibly, or fail though others are taken.",
             delivery.set_aside,
         )
         if (skew_s := self._app.transport.clock_skew_s) is not None:

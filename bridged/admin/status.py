@@ -12,6 +12,7 @@ from bridged import __version__
 from bridged.admin.cohorts import CohortsStatus, cohorts_status, trouble
 from bridged.admin.health import Facts, Health, is_stall, judge
 from bridged.admin.history import Totals
+from bridged.admin.sentence import HaltStatus, State, in_words
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
 from bridged.backlog.dead_letters import Group
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from bridged.app import App
 
 TYPE_NAMES = dict(iter_types(EVENT_TYPES))
-
-State = Literal["not set up", "idle", "delivering", "backing off", "halted", "stalled", "refusing"]
 
 
 class SpoolStatus(Struct, kw_only=True):
@@ -95,14 +94,6 @@ class PaceStatus(Struct, kw_only=True):
     reason: str  # of the backoff
     batch_bytes: int  # uncompressed, a request at most
     batch_bytes_learned: bool  # from an answer 413: less than configured, for ten minutes
-
-
-class HaltStatus(Struct, kw_only=True):
-    """Why nothing is sent until a person or time changes something."""
-
-    since: float  # wall clock, seconds
-    status: int  # HTTP; 0: it took more than one answer
-    reason: str
 
 
 class HttpDoorStatus(Struct, kw_only=True):
@@ -173,7 +164,7 @@ def credential_from(app: "App") -> Literal["configuration", "page", "api"]:
 
 def health(app: "App") -> Health:
     """Whether the daemon is ready, now."""
-    delivery, pace = app.delivery, app.delivery.pace
+    delivery, pace, times = app.delivery, app.delivery.pace, app.config.delivery
     return judge(
         Facts(
             doors_open=_doors_open(app),
@@ -186,8 +177,10 @@ def health(app: "App") -> Health:
             waiting=app.backlog.events,
             uptime_s=app.clock.uptime_s(),
             oldest_age_s=oldest_age_s(app, app.clock.latest()),
-            judged_age_s=None if delivery.judged_at is None else asyncio.get_running_loop().time() - delivery.judged_at,
-            timeout_s=float(app.config.delivery.timeout),
+            asked_age_s=delivery.asked_age_s,
+            paced=pace.limited_by == "rate",
+            pause_s=max(times.flush_interval, times.probe_interval if delivery.set_aside else 0.0),
+            timeout_s=float(times.timeout),
         )
     )
 
@@ -305,12 +298,9 @@ def status(app: "App", reasons: list[Group]) -> Status:
     # The doors are opened after the admin listener.
     http, stream = getattr(app, "http", None), getattr(app, "stream", None)
     well = health(app)
-    state, sentence = _state(well, halted, pace, str(spool.refusal().args[0]) if spool.near_cap else "")
-    if config.mixpanel.export and not app.transport.target.credentials.given:
-        safe = f". {well.waiting:,} events wait, safe on disk" if well.waiting else ""
-        state, sentence = "not set up", f"Not set up: Mixpanel's credential isn't given yet{safe}"
-    if not config.mixpanel.export and well.ready and well.waiting:
-        state, sentence = "idle", f"Exports nothing (mixpanel.export): {well.waiting:,} waiting, safe on disk"
+    given = None if not config.mixpanel.export else app.transport.target.credentials.given
+    refusal = str(spool.refusal().args[0]) if spool.near_cap else ""
+    state, sentence = in_words(well, halted, pace, refusal, delivery.set_aside, given=given)
     return Status(
         version=__version__,
         started_at=app.started_at,
@@ -372,33 +362,6 @@ def status(app: "App", reasons: list[Group]) -> Status:
         ],
         warnings=_warnings(app),
     )
-
-
-def _state(well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal: str) -> tuple[State, str]:
-    """The one thing that matters most, in words."""
-    waiting = f"{well.waiting:,} events" if well.waiting != 1 else "1 event"
-    if halted is not None:
-        since = time.strftime(
-            "%H:%M" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M", time.localtime(halted.since)
-        )
-        # With a status, the reason begins with it.
-        why = f", HTTP {halted.reason}" if halted.status else f": {halted.reason}"
-        refused = f". New events are refused: {refusal}" if refusal else ""
-        return "halted", f"Halted since {since}{why}. {waiting} safe on disk{refused}"
-    if refusal:
-        return "refusing", f"Refusing new events: {refusal}; {waiting} waiting"
-    if not well.ready:
-        return "stalled", f"Not ready: {well.reason}"
-    if pace.limited_by == "probe":
-        return "backing off", f"Trying again with one request, after {pace.reason}. {waiting} safe on disk"
-    if pace.backing_off_s > 0:
-        return "backing off", f"Backing off for {pace.backing_off_s:.0f} s: {pace.reason}. {waiting} safe on disk"
-    rate = f"{pace.delivered_per_second:,.0f} events/s" if pace.delivered_per_second >= 1 else "a trickle"
-    if well.waiting:
-        return "delivering", f"Delivering: {rate}, {waiting} waiting"
-    if pace.delivered_per_second > 0:
-        return "delivering", f"Delivering: {rate}, nothing waiting"
-    return "idle", "Idle: nothing waiting"
 
 
 def _since_start(pace: PaceSnapshot, uptime_s: float) -> PaceSnapshot:
@@ -468,6 +431,11 @@ def _warnings(app: "App") -> list[str]:
         found.append(
             f"{app.delivery.set_aside} single event(s) are refused for a reason that can't be understood, or fail: kept aside, "
             "and tried again now and then when others are taken"
+        )
+    if app.delivery.uncounted:
+        found.append(
+            f"Mixpanel took {app.delivery.uncounted:,} events that its answers don't count, twice: are some blocked in the "
+            "project (Lexicon)? They are counted as delivered"
         )
     if config.mixpanel.api_secret and not config.mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account")

@@ -184,9 +184,8 @@ def _burst(facts: Facts, memory: _Memory) -> Says:
 
 
 def _skewed(facts: Facts, memory: _Memory) -> Says:
-    if facts.skew_s is None:
-        return "neither"
-    return _said(abs(facts.skew_s) > SKEW_S, abs(facts.skew_s) < SKEW_S * CALM)
+    skew_s = SKEW_S if facts.skew_s is None else abs(facts.skew_s)  # neither, if it isn't known
+    return _said(skew_s > SKEW_S, skew_s < SKEW_S * CALM)
 
 
 def _grew(name: str) -> Callable[[Facts, _Memory], Says]:
@@ -211,18 +210,18 @@ def _duration(seconds: float) -> str:
 
 def _expiring(percent: int, severity: Severity) -> _Rule:
     def says(facts: Facts, memory: _Memory) -> Says:
-        age_s = facts.oldest_age_s or 0.0
-        return _said(facts.halted and facts.expires and age_s >= percent / 100 * facts.max_age_s, not facts.halted)
+        expires, age_s = facts.halted and facts.expires, facts.oldest_age_s or 0.0
+        return _said(expires and age_s >= percent / 100 * facts.max_age_s, not expires)
 
     return _Rule(
         name=f"expiring_{percent}",
         severity=severity,
         says=says,
         text=lambda facts, _: (
-            f"{percent} % of retention.max_age ({_duration(facts.max_age_s)}) is over while Mixpanel refuses us: "
-            f"{_waiting(facts)}. Repair the credential, or events expire. {facts.halt_reason}"
+            f"{(facts.oldest_age_s or 0.0) / max(facts.max_age_s, 1.0):.0%} of retention.max_age ({_duration(facts.max_age_s)}) "
+            f"is over while Mixpanel refuses us: {_waiting(facts)}. Repair the credential, or events expire. {facts.halt_reason}"
         ),
-        end="Delivery goes on: nothing expires",
+        end="Nothing expires any more",
     )
 
 
@@ -264,7 +263,7 @@ RULES: Final = (
         severity="critical",
         says=lambda facts, _: _said(
             not facts.halted and facts.waiting > 0 and facts.undelivered_s >= facts.undelivered_after_s,
-            good=facts.halted or facts.undelivered_s < facts.undelivered_after_s * CALM,
+            good=facts.halted or not facts.waiting or facts.undelivered_s < facts.undelivered_after_s * CALM,
         ),
         text=lambda facts, _: (
             f"Nothing has been delivered for {_duration(facts.undelivered_s)}: {_waiting(facts)}. "
@@ -285,6 +284,7 @@ RULES: Final = (
             "are kept and tried again; the log says what they are told"
         ),
         end="Nothing is tried in vain any more",
+        raise_after_s=120.0,  # after an outage what waited is among it, for a moment
     ),
     _Rule(
         name="no_progress",

@@ -93,7 +93,6 @@ class Delivery:
         self.halted_at: float | None = None  # wall clock
         self.verdicts: Counter[str] = Counter()
         self.delivered_at: float | None = None  # wall clock, of the last success
-        self.judged_at: float | None = None  # loop time, of the last verdict of any kind
         self.last_problem = ""
         self.archived_in_vain = ""  # why the last archive file couldn't be written; empty when it could
         self.age_sum_s = 0.0  # of parcels when they were delivered: since their oldest event was accepted
@@ -114,6 +113,7 @@ class Delivery:
         self._answered = asyncio.Event()
         self._probe_at = 0.0  # loop time
         self._sent_at = -math.inf  # loop time of the last request
+        self._asked_at = -math.inf  # of that, or of the last verdict of any kind
         self._retried: dict[int, Parcel] = {}  # those that were tried in vain and will be again, by their first segment
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
         self._blame = Blame()
@@ -132,6 +132,11 @@ class Delivery:
     def success_age_s(self) -> float | None:
         """Seconds since Mixpanel last took a request, in whole or in part; None: not since the start."""
         return None if self._understood_at is None else asyncio.get_running_loop().time() - self._understood_at
+
+    @property
+    def asked_age_s(self) -> float | None:
+        """Seconds since the last request left, or its answer came; None: there was none."""
+        return None if math.isinf(self._asked_at) else asyncio.get_running_loop().time() - self._asked_at
 
     @property
     def set_aside(self) -> int:
@@ -192,7 +197,7 @@ class Delivery:
                     put_back = self._backlog.in_vain if parcel.scout else self._backlog.again
                     put_back(parcel.half(parcel.segments[1:]))
                     parcel = parcel.half(parcel.segments[:1])
-                self._sent_at = loop.time()
+                self._asked_at = self._sent_at = loop.time()
                 attempt = self._pace.sent(self._sent_at, parcel.events, parcel.raw_bytes)
                 task = senders.create_task(self._deliver(parcel, attempt), name="sender")
                 self._in_flight.add(task)
@@ -249,7 +254,7 @@ class Delivery:
             its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
             self._pace.judged(loop.time(), attempt, None if its_own else verdict)
         self._aside.answered(parcel.segments[0].id)
-        self.judged_at = loop.time()
+        self._asked_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
         # What an old credential is told says nothing about the new one.
@@ -263,6 +268,10 @@ class Delivery:
                     self._resume(sent_at)
             case Delivered(short):
                 if short:
+                    if loop.time() > self._short_until:
+                        log.warning(
+                            "events_uncounted", events=short, of=parcel.events, hint="see the status's warnings"
+                        )
                     self._short_until = loop.time() + _LEARNED_S
                 self.uncounted += short
                 self.age_sum_s += max(0.0, self._clock() - first.created_at)
@@ -339,6 +348,8 @@ class Delivery:
             self._halt(verdict)
         elif self._blame.all_refused:
             self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
+        elif fate == "aside":
+            self._note(verdict.reason)
         if fate in ("split", "give up"):
             self._retried.pop(parcel.segments[0].id, None)
         elif fate == "aside" or (isinstance(verdict, Retry) and not parcel.scout):
@@ -466,7 +477,7 @@ class Delivery:
         """Other options and ceilings from now on; `max_batch_events` and `max_batch_bytes` are those of the start."""
         now = asyncio.get_running_loop().time()
         self._options = options
-        self._archive = archive
+        self._archive, self.archived_in_vain = archive, ""  # if it is wrong still, that is found soon
         self._pace.limit_to(limits)
         self._probe_at = min(self._probe_at, now + options.probe_interval_s)
         self._archive_at = min(self._archive_at, now)  # the folder may be another

@@ -205,7 +205,7 @@ class Pace:
         """Describe the pace at this moment."""
         hold = self._hold
         return PaceSnapshot(
-            limited_by=self._limited_by,
+            limited_by="probe" if hold.probe is not None else self._limited_by,
             reason=hold.reason,
             events_per_second_limit=self._rate.rate(now),
             bytes_per_second_limit=self._rate.bytes_ceiling,
