@@ -577,6 +577,19 @@ async def test_a_credential_dies_in_the_middle_of_traffic(daemon, client, emulat
     balanced(app)
 
 
+async def test_what_an_old_address_says_later_holds_nobody_up(daemon, client, emulator):
+    """Its answer, with a Retry-After of ten minutes, was under way when the address was changed: the new one never said so."""
+    async with MixpanelEmulator(EmulatorConfig(port=0)) as other:
+        app = await daemon(mixpanel__url=other.url, mixpanel__api_secret="right")
+        other.script([{"status": 503, "headers": {"Retry-After": "600"}, "delay_s": 0.5}])
+        await post(client, app, batch(5))
+        await until(lambda: app.delivery.in_flight, "the request")
+        app.reload(lambda: replaced(app._configured, ("mixpanel", "url"), emulator.url))
+        await until(lambda: app.backlog.events == 0, "the delivery")
+
+    assert len(emulator.events()) == 5
+
+
 async def test_no_reload_comes_too_late_or_too_early(config):
     """A reload while the daemon closes doesn't raise."""
     app = App(config())

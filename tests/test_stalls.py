@@ -584,6 +584,29 @@ def test_what_is_too_large_for_something_on_the_way_shrinks(play, tmp_path, tric
     play(scene())
 
 
+@pytest.mark.parametrize(("limit", "refused_count"), [(1000, False), (3000, True)])
+def test_a_limit_that_is_smaller_than_a_request_stops_nothing(play, tmp_path, limit, refused_count):
+    """There is never room for a full request in a minute, or only until it has been asked for: smaller ones are tried."""
+    minute = []
+
+    def answer(numbers):
+        now = asyncio.get_running_loop().time()
+        minute[:] = [(at, events) for at, events in minute if at > now - 60]
+        fits = sum(events for _, events in minute) + len(numbers) <= limit
+        if fits or refused_count:
+            minute.append((now, len(numbers)))
+        return Delivered() if fits else Retry("rate", "429")
+
+    async def scene():
+        async with Road(tmp_path, answer) as road:
+            for at in range(0, 6000, 2000):
+                await road.put(*range(at, at + 2000))
+            await road.at(2 * HOUR_S)
+            assert road.books() == {"accepted": 6000, "delivered": 6000}
+
+    play(scene())
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 def test_a_sick_proxy_makes_no_dead_letters(play, tmp_path, share):
     """For half a minute it refuses, at random, whatever passes: that is no proof against any event."""

@@ -11,7 +11,7 @@ last time was taken, has a strike:
 
 While nothing is taken at all what fails is split too, between its segments, which costs nothing: it may be too large for
 something on the way, as everything else then is. After a while a few segments are cut as well, to see: each may hold an
-event that fails.
+event that fails. So after minutes of 429: one request may hold more than a minute's limit.
 """
 
 import math
@@ -31,6 +31,8 @@ _FAILURES_TO_CUT: Final = 20
 _REFUSALS_OF_ALL: Final = 500
 SMALLEST_CAP_BYTES: Final = 16 * 1024  # what is smaller isn't too large
 _REMEMBERED_S: Final = 600.0
+# Of 429 alone, more than two of Mixpanel's minutes: no room was ever in one of them for a request of this size.
+_LIMITED_S: Final = 180.0
 _CUTS: Final = 12  # enough to come to single events; then one more for as many failures
 # A single event waits so long before it may ask again, and with each strike twice as long.
 _ASIDE_S: Final = 5.0
@@ -46,12 +48,14 @@ class Blame:
         self._failures = 0  # in a row
         self._cuts = 0  # of segments, meanwhile
         self._refusals = 0  # in a row
+        self._limited_since: float | None = None  # loop time of the first 429 since something was taken
         self._about_content: dict[int, float] = {}  # by status: loop time until which it is taken for that
 
     def taken(self, sent_at: float) -> None:
         """A request that left then was taken, in whole or in part. Loop time."""
         self._taken_at = max(self._taken_at, sent_at)
         self._failures = self._cuts = self._refusals = 0
+        self._limited_since = None
 
     @property
     def all_refused(self) -> bool:
@@ -66,8 +70,13 @@ class Blame:
     def fate(self, parcel: Parcel, verdict: Split | Retry | Halt, now: float, *, halted: bool) -> Fate:
         """Notes in its history that a parcel was tried in vain, and says what becomes of it."""
         parcel.attempts += 1
-        if (parcel.scout and not isinstance(verdict, Halt)) or (isinstance(verdict, Retry) and verdict.kind == "rate"):
+        if parcel.scout and not isinstance(verdict, Halt):
             return "again"
+        if isinstance(verdict, Retry) and verdict.kind == "rate":
+            self._limited_since = now if self._limited_since is None else self._limited_since
+            if now - self._limited_since < _LIMITED_S:
+                return "again"
+            self._failures = max(self._failures, _FAILURES_TO_CUT)
         if self.is_its_own(parcel, verdict):
             parcel.strikes += 1
             parcel.refusals += not isinstance(verdict, Retry)

@@ -250,15 +250,16 @@ class Delivery:
         try:
             verdict = await self._transport.send(parcel.body(), parcel.events, lambda: _insert_ids(parcel))
         finally:
+            # What an old address or credential is told says nothing about the new one.
+            outdated = target != self._transport.target
             # What fails although others are taken is no reason for those to wait.
             its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
-            self._pace.judged(loop.time(), attempt, None if its_own else verdict)
+            unheard = its_own or (outdated and isinstance(verdict, Retry))
+            self._pace.judged(loop.time(), attempt, None if unheard else verdict)
         self._aside.answered(parcel.segments[0].id)
         self._asked_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         first = parcel.segments[0]
-        # What an old credential is told says nothing about the new one.
-        outdated = target is not self._transport.target
         match verdict:
             case Delivered(short) if short and not parcel.counted_short and loop.time() > self._short_until:
                 # Mixpanel may have a reason; or it was the answer to something else. A repetition is harmless, and tells.
@@ -406,7 +407,7 @@ class Delivery:
             verdict = await self._transport.ask()
             if isinstance(verdict, Delivered | Reject):
                 self._resume(sent_at)
-            elif isinstance(verdict, Halt) and target is self._transport.target:
+            elif isinstance(verdict, Halt) and target == self._transport.target:
                 self._halt(verdict)
 
     def _learn_from(self, parcel: Parcel, verdict: Split | Retry | Halt) -> None:
