@@ -158,6 +158,24 @@ async def test_a_proxy_that_keeps_the_name_to_itself(daemon, client):
     assert (got.status, "Host" in told["hint"], "https://bridged.example" in told["hint"]) == (403, True, True)
 
 
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        ("https://bridged.example", "bridged.example:443", 200),
+        ("http://bridged.example", "Bridged.example:80", 200),
+        ("https://bridged.example", "bridged.example:80", 403),
+        ("https://bridged.example:8443", "bridged.example:443", 403),
+        ("null", "bridged.example:443", 403),
+    ],
+)
+async def test_a_proxy_that_says_the_port_that_browsers_leave_out(daemon, client, origin, host, status):
+    """`proxy_set_header Host $host:$server_port` is in many a recipe, and means the same origin."""
+    app = await daemon(admin__hosts='["bridged.example"]')
+    async with client.get(f"http://{app.config.admin.listen}/api/session") as told:
+        csrf = (await told.json())["csrf"]
+    assert (await purge(client, app, {"Origin": origin, "Host": host, "X-CSRF-Token": csrf}))[0] == status
+
+
 async def test_our_own_page_and_tools_may(daemon, client):
     """Tools send neither header; our own page the right ones, and the CSRF token; a proxy in front may have ended the TLS."""
     app = await daemon()

@@ -165,6 +165,19 @@ async def test_the_bearer_token_needs_no_csrf(daemon, client):
     assert (await say(client, app, "GET", "/api/status", **cookie, Authorization="Bearer wrong"))[0] == 401
 
 
+async def test_a_proxy_that_wants_a_password_of_its_own(daemon, client):
+    """A browser shows Basic authentication, which a proxy in front asks for, to us as well: whoever is logged in still is."""
+    app = await daemon(admin__token=TOKEN)
+    basic = {"Authorization": "Basic b3BzOnNlY3JldA=="}
+    _, headers, standing = await say(client, app, "POST", "/api/login", {"token": TOKEN}, **basic)
+    cookie = {"Cookie": headers["Set-Cookie"].partition(";")[0], **basic}
+    assert (await say(client, app, "GET", "/api/status", **cookie))[0] == 200
+    assert (await say(client, app, "GET", "/api/session", **cookie))[2]["logged_in"]
+    assert (await say(client, app, "POST", PURGE, {"all": True}, **cookie))[0] == 403
+    assert (await say(client, app, "POST", PURGE, {"all": True}, **cookie, **{"X-CSRF-Token": standing["csrf"]}))[0] == 200
+    assert (await say(client, app, "GET", "/api/status", **basic))[0] == 401
+
+
 async def test_guesses_are_slow(daemon, client):
     """After ten wrong tokens the right one has to wait as well; programs with the bearer token don't."""
     app = await daemon(admin__token=TOKEN)

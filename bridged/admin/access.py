@@ -48,6 +48,7 @@ _SAFE_METHODS: Final = ("GET", "HEAD")
 _OPEN_PATHS: Final = ("/", "/api/session", "/api/login")
 _OPEN_PREFIX: Final = "/page/"
 _LIVE_PATH: Final = "/api/live"
+_PORTS: Final = {"http": 80, "https": 443}
 _SESSION: Final = web.RequestKey("session", Session)
 _BEARER: Final = web.RequestKey("bearer", bool)
 
@@ -115,10 +116,12 @@ class Access:
     async def authentication(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """The second. A wrong bearer token is refused even beside a good cookie."""
         if self._credential is not None and request.path != "/healthz":
-            given = request.headers.get("Authorization")
-            if given is not None and self._is_bearer(given):
+            given = request.headers.get("Authorization", "")
+            # Another scheme is that of a proxy in front, to which the browser shows a password with each request.
+            to_us = given.lower().startswith("bearer")
+            if self._is_bearer(given):
                 request[_BEARER] = True
-            elif given is None and (session := self._sessions.find(self._cookie(request), time.monotonic())):
+            elif not to_us and (session := self._sessions.find(self._cookie(request), time.monotonic())):
                 request[_SESSION] = session
             elif not (request.path in _OPEN_PATHS or request.path.startswith(_OPEN_PREFIX)):
                 raise web.HTTPUnauthorized(
@@ -133,10 +136,8 @@ class Access:
         changes = request.method not in _SAFE_METHODS
         if changes or request.path == _LIVE_PATH:
             site = request.headers.get("Sec-Fetch-Site", "same-origin")
-            # Of a page's scheme nothing is asked: a proxy in between may have ended the TLS.
             origin = request.headers.get("Origin", f"://{request.host}")[:200]
-            theirs = origin.partition("://")[2].lower()
-            if site not in ("same-origin", "none") or theirs != request.host.lower():
+            if site not in ("same-origin", "none") or not _is_of(origin, request.host):
                 told = {"error": "a page of another origin may not change anything here", "hint": ""}
                 if site in ("same-origin", "none"):
                     told["hint"] = (
@@ -233,6 +234,13 @@ def _host_of(url: str) -> str:
         return (urlsplit(url).hostname or "").rstrip(".")
     except ValueError:
         return url
+
+
+def _is_of(origin: str, host: str) -> bool:
+    """Whether an Origin is that of a Host. Of its scheme nothing is asked: a proxy in between may have ended the TLS."""
+    scheme, _, theirs = origin.lower().partition("://")
+    # A browser doesn't say the port that a scheme has anyway, and a proxy may.
+    return host.lower() in (theirs, f"{theirs}:{_PORTS.get(scheme)}")
 
 
 def _is_address(host: str) -> bool:
