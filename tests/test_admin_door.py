@@ -211,6 +211,24 @@ async def test_a_form_is_no_order(daemon, client):
         assert not [name for name in asked.headers if name.startswith("Access-Control-")]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"Origin: http://\xff", b"Origin: http://\xed\xa0\x80", b"Host: \xff", b"X-CSRF-Token: \xff", b"Cookie: \xff=\xff"],
+)
+async def test_what_is_no_text_is_no_mistake_of_ours(daemon, caplog, line):
+    """Bytes that are no UTF-8 are refused like anything else that is wrong; nobody without a token fills the log with them."""
+    app = await daemon(admin__token="0123456789abcdef")
+    head = b"" if line.startswith(b"Host") else b"Host: localhost\r\n"
+    head += line + b"\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+    writer.write(b"POST /api/login HTTP/1.1\r\n" + head + b'{"token":"x"}')
+    got = await asyncio.wait_for(reader.readuntil(b"\r\n"), 10 * SLOW)
+    writer.close()
+
+    assert 400 <= int(got.split(b" ")[1]) < 500
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_answers_are_nobodys_to_embed(daemon, client):
     """No page may frame an answer, guess its type or keep it."""
     app = await daemon()
@@ -220,6 +238,7 @@ async def test_answers_are_nobodys_to_embed(daemon, client):
             assert got.headers["X-Content-Type-Options"] == "nosniff"
             assert got.headers["Cache-Control"] == "no-store"
             assert got.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+            assert got.headers["Server"] == "bridged"
 
 
 # -- size and time -----------------------------------------------------------------------------------------------------

@@ -49,7 +49,6 @@ _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
-    "Server": "bridged",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
@@ -187,6 +186,9 @@ class AdminServer:
             if isinstance(error, BadSettings):
                 told["keys"] = error.keys
             answer = json(told, error.http_status)
+        except UnicodeEncodeError:
+            # Bytes that are no UTF-8 can come with a path or a header, and be said or looked for nowhere.
+            answer = json({"error": "the request's head holds what is no text", "hint": "it must be UTF-8"}, 400)
         except web.HTTPException as error:
             answer = json({"error": error.text, "hint": ""}, error.status)
             for name in ("Allow", "WWW-Authenticate"):
@@ -198,6 +200,7 @@ class AdminServer:
 
     async def _head(self, request: web.Request, answer: web.StreamResponse) -> None:
         """What every answer carries, whoever made it; when its head is about to be sent."""
+        answer.headers["Server"] = "bridged"  # and not which Python and aiohttp, who have said it already
         for name, value in _HEADERS.items():
             answer.headers.setdefault(name, value)
 
