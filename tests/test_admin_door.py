@@ -213,7 +213,13 @@ async def test_a_form_is_no_order(daemon, client):
 
 @pytest.mark.parametrize(
     "line",
-    [b"Origin: http://\xff", b"Origin: http://\xed\xa0\x80", b"Host: \xff", b"X-CSRF-Token: \xff", b"Cookie: \xff=\xff"],
+    [
+        b"Origin: http://\xff",
+        b"Origin: http://\xed\xa0\x80",
+        b"Host: \xff",
+        b"X-CSRF-Token: \xff",
+        b"Cookie: \xff=\xff",
+    ],
 )
 async def test_what_is_no_text_is_no_mistake_of_ours(daemon, caplog, line):
     """Bytes that are no UTF-8 are refused like anything else that is wrong; nobody without a token fills the log with them."""
@@ -311,12 +317,29 @@ async def test_a_damaged_body(daemon):
     assert b" 400 " in await raw(app, LOGIN + "Content-Encoding: gzip\nContent-Length: 8\n", b"not gzip")
 
 
+KNOWN = "GET /api/status HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer 0123456789abcdef\r\n\r\n"
+
+
+async def ask(reader, writer):
+    """Whether somebody who may ask is answered."""
+    writer.write(KNOWN.encode())
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10 * SLOW)
+    await reader.readexactly(int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0]))
+    return b" 200 " in head
+
+
+async def known(app):
+    """A connection on which somebody who may has asked."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+    assert await ask(reader, writer)
+    return reader, writer
+
+
 async def test_so_many_connections_and_no_more(daemon, monkeypatch):
     """Who opens one connection after the other takes none of the doors' files; when they have gone, others may come."""
     monkeypatch.setattr(server, "_MAX_CONNECTIONS", 4)
     app = await daemon(admin__token="0123456789abcdef")
-    opened = [await asyncio.open_connection("127.0.0.1", app.admin.port) for _ in range(4)]
-    await until(lambda: app.admin.connections == 4)
+    opened = [await known(app) for _ in range(4)]
     head = "GET /healthz HTTP/1.1\nHost: localhost\n"
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await raw(app, head)
@@ -325,6 +348,63 @@ async def test_so_many_connections_and_no_more(daemon, monkeypatch):
     await until(lambda: app.admin.connections == 0)
 
     assert b" 200 " in await raw(app, head)
+
+
+async def test_who_shows_no_token_keeps_nobody_out(daemon, monkeypatch):
+    """However many connections strangers hold, and whatever they ask: who comes next has a place, and who is known keeps his."""
+    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 4)
+    app = await daemon(admin__token="0123456789abcdef")
+    reader, writer = await known(app)
+    sent = (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", LOGIN.replace("\n", "\r\n").encode())
+    strangers = [await asyncio.open_connection("127.0.0.1", app.admin.port) for _ in sent]
+    for (_, stranger), words in zip(strangers, sent, strict=True):
+        stranger.write(words)
+    await until(lambda: app.admin.connections == 4)
+    friends = [await known(app) for _ in sent]
+    for stranger, opened in strangers:
+        with contextlib.suppress(ConnectionError):
+            await asyncio.wait_for(stranger.read(), 10 * SLOW)
+        opened.close()
+
+    assert app.admin.connections == 4
+    assert await ask(reader, writer)
+    for _, opened in [*friends, (reader, writer)]:
+        opened.close()
+
+
+async def test_many_at_once_are_no_more(daemon, monkeypatch):
+    """Those that are accepted in one turn of the loop are counted one by one."""
+    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 4)
+    app = await daemon(admin__token="0123456789abcdef")
+    opened = await asyncio.gather(*[asyncio.open_connection("127.0.0.1", app.admin.port) for _ in range(40)])
+    ended = [asyncio.ensure_future(reader.read()) for reader, _ in opened]
+    await until(lambda: sum(one.done() for one in ended) >= 36, "the end of those that are too many")
+
+    for _, writer in opened:
+        writer.close()
+    await asyncio.gather(*ended, return_exceptions=True)
+
+
+async def test_a_handshake_takes_a_place_and_is_not_waited_for(daemon, certificate, tmp_path, monkeypatch):
+    """Over TLS, too, silent ones keep nobody out; who made room during his handshake is gone, and who never ends it soon is."""
+    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(server, "_HANDSHAKE_S", 2.0 * SLOW)
+    trust = certificate("127.0.0.1")
+    app = await daemon(
+        admin__token="0123456789abcdef",
+        admin__tls_cert=str(tmp_path / "cert.pem"),
+        admin__tls_key=str(tmp_path / "key.pem"),
+    )
+    early = [await asyncio.open_connection("127.0.0.1", app.admin.port) for _ in range(2)]
+    await until(lambda: app.admin.connections == 2, "those who have said nothing yet")
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port, ssl=trust)
+    assert await ask(reader, writer)
+    assert app.admin.connections == 2
+    for silent, opened in early:
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(silent.read(), 30 * SLOW) == b""
+        opened.close()
+    writer.close()
 
 
 @pytest.mark.parametrize(

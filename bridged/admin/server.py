@@ -11,7 +11,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 from aiohttp import web
@@ -45,6 +45,8 @@ _BODY_S: Final = 30.0
 # The rest of a body that was refused is read for so long, so that the answer arrives.
 _LINGER_S: Final = 2.0
 _HEAD_S: Final = 30.0  # from the connecting, or the last answer
+_HANDSHAKE_S: Final = 10.0  # as at the doors, and so is a client's goodbye after ours
+_GOODBYE_S: Final = 1.0
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -57,7 +59,28 @@ _HEADERS: Final = {
 class _Connection(web.RequestHandler):
     """aiohttp's, but for its answer to what is no HTTP: that would repeat the bytes, and a credential with them."""
 
-    __slots__ = ()
+    __slots__ = ("_server", "is_known")
+
+    def __init__(self, server: "_Server", **options: Any) -> None:
+        super().__init__(server, **options)
+        self._server = server
+        self.is_known = False  # something was asked on it by somebody who may
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """One that has made room for others during its handshake of TLS ends."""
+        super().connection_made(transport)
+        if self not in self._server.alive:
+            self.end()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Its place is free."""
+        self._server.alive.pop(self, None)
+        super().connection_lost(exc)
+
+    def end(self) -> None:
+        """At once: what a stranger doesn't read is waited for by nobody."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,
@@ -81,12 +104,54 @@ class _Full(asyncio.Protocol):
 
 
 class _Server(web.Server):
-    """aiohttp's, with so many connections and no more: whoever may not ask anything could take the doors' files."""
+    """aiohttp's, with so many connections and no more: whoever may not ask anything could take the doors' files.
+
+    Nor can he keep out who may: a newcomer takes the place of the oldest that has shown nothing to be known by.
+    """
+
+    def __init__(self, handler: Any, request_factory: Any) -> None:
+        super().__init__(handler, request_factory=request_factory)
+        self.alive: dict[_Connection, None] = {}  # oldest first; from the first packet on, so a handshake takes a place
 
     def __call__(self) -> _Connection | _Full:  # type: ignore[override]  # or an end to it
-        if len(self._connections) >= _MAX_CONNECTIONS:
+        if len(self.alive) >= _MAX_CONNECTIONS and not self._displace():
             return _Full()
-        return _Connection(self, loop=self._loop, keepalive_timeout=_HEAD_S, lingering_time=_LINGER_S, access_log=None)  # type: ignore[arg-type]  # none at all
+        options = {"keepalive_timeout": _HEAD_S, "lingering_time": _LINGER_S, "access_log": None}  # none at all
+        connection = _Connection(self, loop=self._loop, **options)
+        self.alive[connection] = None
+        return connection
+
+    def _displace(self) -> bool:
+        """Whether there was one. (A handshake that came to nothing, of which nobody tells, is among them.)"""
+        stranger = next((each for each in self.alive if not each.is_known), None)
+        if stranger is not None:
+            del self.alive[stranger]
+            stranger.end()
+        return stranger is not None
+
+
+class _Site(web.BaseSite):
+    """Where it listens. aiohttp's own sites give a handshake of TLS a minute, and its end half of one."""
+
+    __slots__ = ("_where",)
+
+    def __init__(self, runner: web.AppRunner, tls: ssl.SSLContext | None, **where: Any) -> None:
+        super().__init__(runner, ssl_context=tls)
+        self._where: dict[str, Any] = where
+
+    @property
+    def name(self) -> str:
+        """For aiohttp, which asks."""
+        return "admin"
+
+    async def start(self) -> None:
+        """Listens. Raises OSError."""
+        await super().start()
+        how: dict[str, Any] = {"ssl": self._ssl_context, "backlog": self._backlog}
+        if self._ssl_context is not None:
+            how |= {"ssl_handshake_timeout": _HANDSHAKE_S, "ssl_shutdown_timeout": _GOODBYE_S}
+        server: Any = self._runner.server
+        self._server = await asyncio.get_running_loop().create_server(server, **how, **self._where)
 
 
 class _Runner(web.AppRunner):
@@ -95,7 +160,7 @@ class _Runner(web.AppRunner):
     async def _make_server(self) -> _Server:
         await super()._make_server()  # starts the application; what it gives is what we replace
         app = self._app
-        return _Server(app._handle, request_factory=app._make_request)  # type: ignore[arg-type]  # noqa: SLF001  # as aiohttp does
+        return _Server(app._handle, request_factory=app._make_request)  # noqa: SLF001  # as aiohttp does
 
 
 class AdminServer:
@@ -148,10 +213,10 @@ class AdminServer:
 
     def _sites(self) -> Iterator[web.BaseSite]:
         for sock in self._sockets:
-            yield web.SockSite(self._runner, sock, ssl_context=self._tls)
+            yield _Site(self._runner, self._tls, sock=sock)
         if not self._sockets:
             host, port = split_address(self._app.config.admin.listen)
-            yield web.TCPSite(self._runner, host, port, reuse_address=True, ssl_context=self._tls)
+            yield _Site(self._runner, self._tls, host=host, port=port, reuse_address=True)
 
     async def __aexit__(self, *_exc: object) -> None:
         self._recording.cancel()
@@ -164,7 +229,7 @@ class AdminServer:
     def connections(self) -> int:
         """How many there are now."""
         server = self._runner.server
-        return len(server.connections) if server else 0
+        return len(server.alive) if isinstance(server, _Server) else 0
 
     def reload(self) -> None:
         """Reads the certificate again, for connections to come. Raises ConfigError; the old one stays in force then."""
@@ -206,9 +271,12 @@ class AdminServer:
 
     @web.middleware
     async def _body(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        is_stranger = self._access.is_stranger(request)
+        if not is_stranger:
+            request.protocol.is_known = True  # type: ignore[attr-defined]  # our server makes no other
         # What is answered 404 or 405 needs none.
         if request.can_read_body and request.match_info.http_exception is None:
-            if self._access.is_stranger(request):
+            if is_stranger:
                 request = request.clone(client_max_size=_MAX_LOGIN_BYTES)
                 if (request.content_length or 0) > _MAX_LOGIN_BYTES:
                     raise web.HTTPRequestEntityTooLarge(_MAX_LOGIN_BYTES)
