@@ -23,6 +23,7 @@ from collections import Counter
 from typing import Any, Final, Protocol
 
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from msgspec import Struct, json
@@ -37,7 +38,7 @@ _SPARE_S: Final = 10.0
 _LOOKED_AT_ONCE: Final = 50
 # Who holds more than this at a look has much that is slow: what it leaves of the heap is given back.
 _MUCH_BYTES: Final = 8 * 2**20
-# Of a head: a connection may keep it for as long as it lasts. aiohttp bounds each line and their number, which makes 1 MiB.
+# Of a head: a connection may keep it for as long as it lasts. aiohttp bounds each line and their number (128), no sum.
 MAX_HEAD_BYTES: Final = 16 * 2**10
 _MAX_BEHIND_BYTES: Final = 128 * 2**10  # a repeat, while it is being committed: then reading pauses
 _MAX_UNWANTED_BYTES: Final = 64 * 2**20
@@ -184,7 +185,8 @@ class HttpConnection(RequestHandler):
             auto_decompress=False,
             lingering_time=room.limits.body_s,
             read_bufsize=2**15,
-            max_headers=64,
+            max_line_size=MAX_HEAD_BYTES,
+            max_field_size=MAX_HEAD_BYTES,
         )
         self.held = 0  # bytes that came, or were expanded, and aren't handed on
         self.since = room.now  # connected, or the first byte of a head, or its last, as of the last look
@@ -513,13 +515,17 @@ class HttpConnection(RequestHandler):
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """The answer to what is no HTTP, or to a bug of ours. aiohttp would log and repeat the bytes of the former."""
+        what = "this is not HTTP as it should be"
+        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
+            # Of a good request that a proxy has added to: for a 400 Braze would drop its events.
+            status, what = 431, "the request's head is too large"
         self._room.answers[status] += 1
         if status >= 500:
             response = super().handle_error(request, status, exc, message)
         else:
             # Its traceback holds the connection, which holds it, until the next collection of garbage.
             exc = exc and exc.with_traceback(None)
-            said = json.encode({"error": "this is not HTTP as it should be", "hint": type(exc).__name__}) + b"\n"
+            said = json.encode({"error": what, "hint": type(exc).__name__}) + b"\n"
             response = web.Response(status=status, body=said, content_type="application/json")
             response.force_close()
         response.headers["Server"] = "bridged"
