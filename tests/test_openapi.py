@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from pathlib import Path
 
 import jsonschema_rs
 import msgspec
@@ -21,6 +22,7 @@ from bridged.admin.openapi import document
 EXAMPLES = int(os.environ.get("BRIDGED_SCHEMATHESIS_EXAMPLES", "10"))
 TRIED = Counter()  # requests, by method and path; `pytest -s` tells
 SCHEMA = schemathesis.openapi.from_dict(document())
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 DOOR = "/v1/currents"
 COHORTS = "/v1/cohorts/mixpanel"
 IMPORTING = """
@@ -52,6 +54,20 @@ async def test_every_route_is_described(daemon):
         if route.method != "HEAD"
     }
     assert described() == served | {("POST", DOOR), ("POST", COHORTS)}
+
+
+async def test_every_answer_of_the_doors_is_described_and_counted(daemon, client):
+    """What README says that the HTTP door answers stands in the document, and in /metrics before it is first given."""
+    app = await daemon()
+    table = README.partition("## Answers of the HTTP door")[2].partition("\n## ")[0]
+    told = {
+        status for row in re.findall(r"^\| (\d[^|]*)\|", table, re.MULTILINE) for status in re.findall(r"\d{3}", row)
+    }
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/metrics") as response:
+        counted = set(re.findall(r'bridged_requests_total\{status="(\d+)"\}', await response.text()))
+    # 408 is for who is too slow, which Braze isn't.
+    for path in (DOOR, COHORTS):
+        assert set(document()["paths"][path]["post"]["responses"]) == counted == told | {"408"}, path
 
 
 async def test_it_is_served(daemon, client):

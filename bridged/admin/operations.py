@@ -11,6 +11,7 @@ STATUSES: Final = {
     405: "Not this method.",
     408: "The request didn't come in time.",
     409: "Not now: another change is under way, or mixpanel.export is off.",
+    411: "At the HTTP door: a body whose length the head doesn't say.",
     413: "Too large. At the HTTP door: split it.",
     415: "At the HTTP door: compressed with anything but gzip or deflate. Else: the body must be application/json.",
     421: "Under a name that is none of ours: see [admin] hosts.",
