@@ -2,14 +2,17 @@
 
 import asyncio
 import re
+import threading
 
 import msgspec
 import pytest
 from conftest import NAMES, balanced, currents, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from bridged.admin import health
 from bridged.admin.health import Facts, judge
-from bridged.admin.status import Status, alarm_facts, health
+from bridged.admin.status import Status, alarm_facts
+from bridged.admin.status import health as judge_now
 from bridged.backlog.spool import DeadLetter, Intaken
 from bridged.commands.status import lines
 from bridged.currents.schema import UNKNOWN_CODE, UNKNOWN_TYPE
@@ -80,6 +83,7 @@ def test_idle_is_ready():
         ({"doors_open": False}, "doors are not open"),
         ({"writer_failed": True}, "writer has failed"),
         ({"near_cap": True}, "near its cap"),
+        ({"uncommitted_s": 31.0}, "have waited for 31 s to be written"),
         ({"waiting": 5, "oldest_age_s": 500, "asked_age_s": 400}, "not been heard of for 400 s"),
         ({"waiting": 5, "oldest_age_s": 500, "asked_age_s": None}, "not been heard of for 500 s"),
     ],
@@ -97,6 +101,7 @@ def test_not_ready(changes, reason):
     [
         {"halted": True, "waiting": 5, "oldest_age_s": 9000, "asked_age_s": 9000},
         {"backing_off": True, "waiting": 5, "oldest_age_s": 9000, "asked_age_s": 9000},
+        {"uncommitted_s": 29.0},
         {"waiting": 5, "oldest_age_s": 9000, "asked_age_s": 179},
         {"waiting": 5, "oldest_age_s": 179, "asked_age_s": 9000},
         {"waiting": 5, "oldest_age_s": 9000, "asked_age_s": None, "uptime_s": 20},
@@ -133,6 +138,7 @@ async def test_health_and_readiness(daemon, client):
         "halted": False,
         "backing_off": False,
         "stalled_s": 0.0,
+        "uncommitted_s": 0.0,
     }
 
 
@@ -166,6 +172,32 @@ async def test_who_stops_is_not_ready(daemon, client):
     status, body = await ask(client, app, "/readyz")
     assert (status, body["reason"]) == (503, "the doors are not open")
     await ended
+
+
+async def test_a_disk_that_hangs_is_not_ready(daemon, client, monkeypatch):
+    """Who gets no answer, because nothing is committed any more, shall be told apart; when the disk comes back, all is well."""
+    monkeypatch.setattr(health, "HANGS_S", 0.5)
+    app = await daemon()
+    hung, go = threading.Event(), threading.Event()
+
+    def hang(_db):
+        hung.set()
+        go.wait(60)
+
+    hanging = asyncio.ensure_future(app.spool.run(hang))
+    try:
+        await asyncio.to_thread(hung.wait, 10)
+        assert (await ask(client, app, "/readyz"))[0] == 200
+        posting = asyncio.ensure_future(post(client, app, [currents()]))
+        await until(lambda: "nobody is answered" in judge_now(app).reason, "that it is told", 20)
+        status, body = await ask(client, app, "/readyz")
+        assert (status, "does the spool's disk hang?" in body["reason"]) == (503, True)
+        await until(lambda: "no_progress" in {one.alarm for one in app.watch.alarms.open}, "the alarm", 20)
+    finally:
+        go.set()
+        await hanging
+    await posting
+    assert (await ask(client, app, "/readyz"))[0] == 200
 
 
 async def test_near_the_cap_is_not_ready(daemon, client, emulator):
@@ -397,7 +429,7 @@ async def test_an_orderly_pause_is_no_stall(daemon, client, emulator, monkeypatc
     await post(client, app, [currents(seed=seed) for seed in range(3)])
     until_then = asyncio.get_running_loop().time() + 2
     while asyncio.get_running_loop().time() < until_then:
-        told.append(health(app).reason)
+        told.append(judge_now(app).reason)
         await asyncio.sleep(0.02)
 
     assert app.backlog.events

@@ -22,6 +22,7 @@ from bridged.admin.access import Access
 from bridged.admin.answers import Verbatim, json
 from bridged.admin.api import Api
 from bridged.admin.events import EventsApi
+from bridged.admin.health import Commits
 from bridged.admin.history import History
 from bridged.admin.live import Broadcast
 from bridged.admin.page import Page
@@ -169,6 +170,7 @@ class AdminServer:
     def __init__(self, app: "App", sockets: Sequence[socket.socket] = ()) -> None:
         """Listens at `sockets`, which were opened elsewhere, else at [admin] listen."""
         self.port = 0  # known once it listens
+        self.commits = Commits()  # also while it doesn't listen: the alarms ask as well
         self._app = app
         self._sockets = sockets
         self._metrics = metrics.Metrics(app)

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from bridged import __version__
 from bridged.admin.cohorts import CohortsStatus, cohorts_status, trouble
-from bridged.admin.health import Facts, Health, is_stall, judge
+from bridged.admin.health import Facts, Health, judge, no_progress
 from bridged.admin.history import Totals
 from bridged.admin.sentence import HaltStatus, State, in_words
 from bridged.alarms.rules import Facts as AlarmFacts
@@ -169,6 +169,7 @@ def health(app: "App") -> Health:
         Facts(
             doors_open=_doors_open(app),
             writer_failed=app.spool.failed,
+            uncommitted_s=app.admin.commits.uncommitted_s(app.writing(), asyncio.get_running_loop().time()),
             near_cap=app.spool.near_cap,
             refusal=str(app.spool.refusal().args[0]),
             exporting=app.config.mixpanel.export,
@@ -208,9 +209,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
         last_problem=delivery.last_problem,
         in_vain=delivery.in_vain,
         in_vain_s=delivery.in_vain_s,
-        stalled=f"{well.waiting:,} events wait, and Mixpanel has not been heard of for {well.stalled_s:.0f} s"
-        if is_stall(well.stalled_s, float(config.delivery.timeout))
-        else "",
+        stalled=no_progress(well, float(config.delivery.timeout)),
         accepted=total("accepted"),
         delivered=total("delivered"),
         dead_lettered=total("dead_lettered"),
