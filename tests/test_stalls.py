@@ -12,6 +12,7 @@ import re
 import hypothesis.strategies as st
 import msgspec
 import pytest
+import structlog
 from conftest import NAMES
 from hypothesis import HealthCheck, example, given, settings
 from test_backlog_model import START_S, Loop
@@ -580,6 +581,33 @@ def test_what_is_too_large_for_something_on_the_way_shrinks(play, tmp_path, tric
                     await road.put(number)
             await asyncio.sleep(1)
             assert road.books() == {"accepted": 20_000 + 400 * trickle, "delivered": 20_000 + 400 * trickle}
+
+    play(scene())
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_problems_that_take_turns_fill_no_log(play, tmp_path, numbered):
+    """Two, or each with a number of its own, as a CDN writes it: a line in ten seconds. The last one is told however soon it
+    came after another.
+    """
+    rng = random.Random(3)
+
+    def answer(_numbers):
+        now = asyncio.get_running_loop().time()
+        if now > 600:
+            return Retry("server", "the last")
+        number = f" (Ray ID: {rng.random()})" if numbered else ""
+        return rng.choice([Delivered(), Retry("server", f"503{number}"), Retry("network", f"reset{number}")])
+
+    async def scene():
+        async with Road(tmp_path, answer) as road:
+            with structlog.testing.capture_logs() as logs:
+                for number in range(700):
+                    await road.put(number)
+                    await asyncio.sleep(1)
+        told = [line["reason"] for line in logs if line["event"] == "delivery_impeded"]
+        assert 20 <= len(told) <= 62
+        assert told[-1] == "server: the last"
 
     play(scene())
 

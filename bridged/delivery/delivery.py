@@ -44,8 +44,8 @@ _ARCHIVE_RETRY_S = 60.0
 _SMALLEST_GUESS_BYTES = 256 * 1024
 # What was learned from a 413, or a short count, is forgotten after so long: what was mended must not cost anything for ever.
 _LEARNED_S = 600.0
-# The same problem is logged no more often, though successes lie in between.
-_SAME_PROBLEM_S = 60.0
+# The same problem is logged no more often, though successes lie in between, and another one: two may take turns.
+_SAME_PROBLEM_S, _OTHER_PROBLEM_S = 60.0, 10.0
 
 
 class DeliveryOptions(Struct, frozen=True, kw_only=True):
@@ -462,7 +462,9 @@ class Delivery:
 
     def _note(self, problem: str) -> None:
         now = asyncio.get_running_loop().time()
-        if problem != self.last_problem and (problem != self._noted or now - self._noted_at >= _SAME_PROBLEM_S):
+        again = problem == self._noted
+        due = not (again and problem == self.last_problem)
+        if due and now - self._noted_at >= (_SAME_PROBLEM_S if again else _OTHER_PROBLEM_S):
             log.warning("delivery_impeded", reason=problem)
             self._noted, self._noted_at = problem, now
         self.last_problem = problem
