@@ -252,7 +252,7 @@ function brazeBox(settings, reload) {
   });
 
   async function make() {
-    if (known.bearer_token_set && !(await confirmed("Make a new token?", "Braze’s events are refused (401) from now on until it is given the new one. Braze tries again for a while.", "Make a new token", { danger: true }))) return;
+    if (known.bearer_token_set && !(await confirmed("Make a new token?", "Braze’s events are refused (401) from now on until it is given the new one, and what is refused so it may not send again. Have Braze’s page open first.", "Make a new token", { danger: true }))) return;
     const random = crypto.getRandomValues(new Uint8Array(24));
     const value = [...random].map((byte) => byte.toString(16).padStart(2, "0")).join("");
     await settings.save({ "sources.http.bearer_token": value });
