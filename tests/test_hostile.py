@@ -444,6 +444,19 @@ async def test_a_body_whose_length_nobody_says_is_told_so(doors, version):
     assert statuses(await doors.raw(head + b"\r\n", eof=True)) == [200]
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_body_whose_length_nobody_says_may_come_a_little_later(doors, version):
+    """Most clients send the head and the body in packets of their own: the 200 of a probe must not come in between."""
+    for payload in (body(), gzip.compress(body()), msgspec.json.encode([currents()])):
+        reader, writer = await doors.connect()
+        writer.write(f"POST /v1/currents HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+        await until(lambda: doors.http._busy, "the head at the handler")
+        writer.write(payload)
+        assert statuses(await asyncio.wait_for(read_all(reader), 10))[0] == 411
+        writer.transport.abort()
+    assert doors.http.answers[200] == 0
+
+
 # -- bodies that break off ---------------------------------------------------------------------------------------------
 
 CHUNKED = b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -53,6 +53,8 @@ _PIECES_AT_ONCE = 4
 _LAST = (411, 431)
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
 _ROOM_S = 5.0
+# So long a probe, which says no length, waits for its answer: who sends a body to it does so at once.
+_BEHIND_S = 0.25
 # At the end: so long an idle connection is kept for a request that is on its way, and for one of which something came.
 _LINGER_S = 0.25
 _FINISH_S = 5.0
@@ -340,8 +342,8 @@ class HttpSource:
 
     async def _read(self, request: web.BaseRequest, connection: HttpConnection) -> bytes:
         if not request.can_read_body:
-            if connection.garbage_follows and "Content-Length" not in request.headers:
-                raise web.HTTPLengthRequired(text="a body without a Content-Length: the head must say how long it is")
+            if "Content-Length" not in request.headers:
+                await self._demand_nothing_behind(connection)
             return b""
         try:
             if request.content.is_eof():
@@ -352,6 +354,15 @@ class HttpSource:
             # Its frames hold the request, whose body holds it, until the next collection of garbage.
             error.__traceback__ = None
             raise BadRequest(f"the body can't be read: {type(error).__name__}") from error
+
+    async def _demand_nothing_behind(self, connection: HttpConnection) -> None:
+        """Raises HTTPLengthRequired if a body comes all the same, perhaps a packet later: a 200 would say that it is on disk."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _BEHIND_S
+        while not (connection.garbage_follows or connection.last_answer or self.stopping) and loop.time() < until:
+            await asyncio.sleep(0.01)
+        if connection.garbage_follows:
+            raise web.HTTPLengthRequired(text="a body without a Content-Length: the head must say how long it is")
 
     async def _decoded(self, request: web.BaseRequest, connection: HttpConnection, body: bytes) -> bytes:
         """The body without its Content-Encoding; never more of it in memory than max_body."""
