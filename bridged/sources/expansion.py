@@ -28,6 +28,8 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
     too many members.
     """
     most = min(limit, max(_FREE_BYTES, _MAX_RATIO * len(body)))
+    if window_bits == WINDOW_BITS["deflate"] and not _is_wrapped(body):
+        window_bits = -window_bits
     size, members = 0, 0
     member = None
     try:
@@ -66,3 +68,8 @@ def expanded(body: bytes, window_bits: int, limit: int) -> Iterator[bytes]:
             yield piece
     except isal_zlib.IsalError as error:  # type: ignore[misc]  # a class, which its stub calls an instance
         raise BadRequest(f"the compressed body is damaged: {error}") from error
+
+
+def _is_wrapped(body: bytes) -> bool:
+    """Whether it begins as zlib does. By the letter of HTTP `deflate` is that; some clients send the bare stream."""
+    return body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
