@@ -185,6 +185,19 @@ def test_what_is_no_file_of_events(tmp_path):
         currents_files.found([tmp_path / "link.ndjson"])
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("bad", [b'{"a":\n NaN}', b'{"a":"cut \\ud83d"}', b'{"a":"a\ttab"}', b"[" * 2000 + b"]" * 2000])
+def test_an_element_that_no_parser_takes_costs_only_itself(tmp_path, bad, indent):
+    """Of an array, too: nothing of the whole file was sent. It comes on one line, and is a dead letter as at the HTTP door."""
+    good = json.dumps([{"n": 1}], indent=indent).encode()[1:-1]
+    path = tmp_path / "events.json"
+    path.write_bytes(b"\xef\xbb\xbf [%s,\r\n%s , %s,]\n" % (good, bad, good))
+    assert list(currents_files.lines(path, MAX_LINE)) == [b'{"n":1}\n', bad.replace(b"\n", b" ") + b"\n", b'{"n":1}\n']
+    path.write_bytes(b"[%s,%s" % (good, bad))
+    with pytest.raises(SpoolError, match="begins as a JSON array and isn't one"):
+        list(currents_files.lines(path, MAX_LINE))
+
+
 # -- into a daemon -----------------------------------------------------------------------------------------------------
 
 

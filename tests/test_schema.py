@@ -9,7 +9,7 @@ from conftest import currents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridged.currents.schema import UNDECODABLE_CODE, UNKNOWN_CODE, Decoded, Schema, _scanned, iter_types
+from bridged.currents.schema import UNDECODABLE_CODE, UNKNOWN_CODE, Decoded, Schema, iter_types, scanned
 from bridged.currents.table import EVENT_TYPES
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 
@@ -273,10 +273,10 @@ def test_the_last_of_two_members_called_events_counts() -> None:
 def test_a_member_called_events_inside_an_element_is_part_of_it() -> None:
     """The scanner cuts at the array of the body, not at one of the customer's."""
     inner = b'{"events":[1,2],"x":NaN}'
-    assert _scanned(b'{"events":[%s,%s]}' % (inner, inner)) == [inner, inner]
-    assert _scanned(b"[%s,%s]" % (inner, inner)) == [inner, inner]
+    assert scanned(b'{"events":[%s,%s]}' % (inner, inner)) == [inner, inner]
+    assert scanned(b"[%s,%s]" % (inner, inner)) == [inner, inner]
     # Not JSON, but nothing of it may get lost.
-    assert _scanned(b'[1,"events":[2],3]') == [b"1", b'"events":[2]', b"3"]
+    assert scanned(b'[1,"events":[2],3]') == [b"1", b'"events":[2]', b"3"]
 
 
 tricky_text = st.text(st.sampled_from('[]{},:"\\/ ab\néevents'), max_size=12) | st.sampled_from(
@@ -300,7 +300,7 @@ def written(value: Any, spacing: Any, ascii_only: bool) -> bytes:
 @given(st.lists(json_values, max_size=5), spacings, st.booleans())
 def test_the_scanner_cuts_an_array_as_a_parser_does(array: list[Any], spacing: Any, ascii_only: bool) -> None:
     """Brackets, commas, quotes and escapes inside strings don't mislead it."""
-    found = _scanned(written(array, spacing, ascii_only))
+    found = scanned(written(array, spacing, ascii_only))
     assert found is not None
     assert [json.loads(each) for each in found if each.strip()] == array
 
@@ -314,7 +314,7 @@ def test_the_scanner_finds_the_events_of_a_body(
 ) -> None:
     """Whatever other members a body has before and after, and however deep they are."""
     body = written(others | {"events": events} | {"z": others}, spacing, ascii_only)
-    found = _scanned(body)
+    found = scanned(body)
     assert found is not None
     assert [json.loads(each) for each in found if each.strip()] == events
     elements = SCHEMA.elements(body)
@@ -328,7 +328,7 @@ def test_the_scanner_takes_other_json_as_one(value: Any, spacing: Any) -> None:
     body = written(value, spacing, ascii_only=True)
     if isinstance(value, list) or (isinstance(value, dict) and isinstance(value.get("events"), list)):
         return
-    assert _scanned(body) == [body]
+    assert scanned(body) == [body]
 
 
 @pytest.mark.parametrize("body", [b'"' + b'\\"' * 500_000, b'{"events":[{"a":"' + b'\\"x' * 300_000, b'["' * 400_000])

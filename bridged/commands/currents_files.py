@@ -8,13 +8,13 @@ import gzip
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import msgspec
 
-from bridged.currents.schema import is_json
+from bridged.currents.schema import bare, is_json, scanned
 from bridged.errors import BridgedError, ConfigError, SpoolError
 
 SUFFIXES: Final = (".ndjson", ".jsonl", ".json", ".ndjson.gz", ".jsonl.gz", ".json.gz", ".avro", ".avro.gz")
@@ -29,6 +29,7 @@ WITHOUT_FORM: Final = frozenset(
 _GZIP, _ZSTD, _AVRO = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Obj\x01"
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
+_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 _NOT_FILES = (Path("/dev"), Path("/proc"))
 _USER = ("user_id", "external_user_id", "device_id", "timezone")
 _CUSTOM = {
@@ -118,13 +119,27 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
 
 
 def _array(path: Path, data: bytes) -> Iterator[bytes]:
-    """The elements of a JSON array, which is read as a whole."""
+    """The elements of a JSON array, which is read as a whole. One that no parser takes costs itself, as at the HTTP door."""
     try:
-        elements = msgspec.json.decode(data, type=list[msgspec.Raw])
+        elements: Sequence[bytes] = msgspec.json.decode(data, type=list[msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileError(f"{path} begins as a JSON array and isn't one: {error}", "nothing of it was sent") from error
+        found = scanned(bare(data))
+        if found is None:
+            raise FileError(
+                f"{path} begins as a JSON array and isn't one: {error}", "nothing of it was sent"
+            ) from error
+        elements = found
     for element in elements:
-        yield msgspec.json.format(bytes(element), indent=-1) + b"\n"
+        if line := _on_a_line(bytes(element)):
+            yield line + b"\n"
+
+
+def _on_a_line(element: bytes) -> bytes:
+    """Without the line breaks between its members."""
+    try:
+        return msgspec.json.format(element, indent=-1)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return element.translate(_LINE_BREAKS).strip()
 
 
 # -- Avro --------------------------------------------------------------------------------------------------------------

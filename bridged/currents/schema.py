@@ -206,7 +206,7 @@ class Schema:
                 return [bytes(raw) for raw in self._raw_array.decode(data)]
             events = self._raw_body.decode(data).events
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return _scanned(data)
+            return scanned(data)
         if events is None:
             # `{}`, `{"events": null}`: a probe. Any other object is a lone event, or a dead letter.
             return [] if _PROBE.fullmatch(data) else [data]
@@ -318,7 +318,7 @@ def _no_event(original: bytes) -> str:
     return "no event_type: this is not a Currents event"
 
 
-def _scanned(data: bytes) -> list[bytes] | None:
+def scanned(data: bytes) -> list[bytes] | None:
     """The elements of the events array of a body that no parser takes as a whole, by its brackets alone.
 
     So one element with NaN, a lone surrogate or a thousand brackets costs only itself. None: the brackets don't close,
