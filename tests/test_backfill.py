@@ -1,9 +1,11 @@
 """`bridged backfill`: every event of the files reaches Mixpanel, once, however often the command is interrupted."""
 
 import asyncio
+import bz2
 import contextlib
 import gzip
 import json
+import lzma
 import os
 import signal
 import socket
@@ -196,6 +198,25 @@ def test_an_element_that_no_parser_takes_costs_only_itself(tmp_path, bad, indent
     path.write_bytes(b"[%s,%s" % (good, bad))
     with pytest.raises(SpoolError, match="begins as a JSON array and isn't one"):
         list(currents_files.lines(path, MAX_LINE))
+
+
+def test_what_is_no_text_makes_no_dead_letters(tmp_path):
+    """Packed otherwise, or in another encoding: its pieces between accidental newlines were hundreds of dead letters."""
+    text = b"".join(json.dumps(currents(id=os.urandom(8).hex())).encode() + b"\n" for _ in range(500))
+    for name, body in {
+        "utf16.json": text.decode().encode("utf-16"),
+        "x.zip": b"PK\x03\x04\x14\0\0\0\x08\0" + os.urandom(9000),
+        "x.bz2": bz2.compress(text),
+        "x.xz": lzma.compress(text),
+        "x.tar.gz": gzip.compress(b"x.ndjson".ljust(512, b"\0") + text),
+    }.items():
+        (tmp_path / name).write_bytes(body)
+        with pytest.raises(SpoolError, match="is no text") as caught:
+            list(currents_files.lines(tmp_path / name, MAX_LINE))
+        assert "unpack it first" in caught.value.hint
+    rotated = tmp_path / "rotated.ndjson"
+    rotated.write_bytes(b"\0" * 5000 + b"\n" + text)
+    assert len(list(currents_files.lines(rotated, MAX_LINE))) == 501
 
 
 # -- into a daemon -----------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ _GZIP, _ZSTD, _AVRO = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Obj\x01"
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+_LOOK_BYTES = 1024
 _NOT_FILES = (Path("/dev"), Path("/proc"))
 _USER = ("user_id", "external_user_id", "device_id", "timezone")
 _CUSTOM = {
@@ -95,6 +96,13 @@ def lines(path: Path, max_line: int) -> Iterator[bytes]:
 
 
 def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterator[bytes]:
+    # A log that was cut short under its writer (logrotate's copytruncate) begins with zeros, and is text all the same.
+    if b"\0" in file.read(_LOOK_BYTES).lstrip(b"\0"):
+        raise FileError(
+            f"{path} is no text, and no Avro either: nothing of it was sent",
+            "unpack it first (zip, tar, bzip2, xz), or write it as UTF-8: iconv -f UTF-16 -t UTF-8",
+        )
+    file.seek(0)
     is_first = True
     while line := file.readline(max_line + 2):
         if is_first:
