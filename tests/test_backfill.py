@@ -269,6 +269,18 @@ async def test_old_events_are_warned_of(backfill, daemon, emulator, tmp_path):
     assert len(await arrived(app, emulator, 4)) == 3
 
 
+async def test_a_time_written_as_a_float_is_an_event(backfill, daemon, emulator, tmp_path):
+    """The daemon takes it as a whole number: the summary said that all of them are no Currents events."""
+    app = await daemon()
+    path = tmp_path / "doubles.ndjson"
+    path.write_bytes(ndjson([currents(id=f"e{i}", time=float(int(time.time()) - 60)) for i in range(3)]))
+
+    code, out, _ = await backfill(app, path)
+
+    assert (code, "no Currents events" in out) == (0, False)
+    assert len(await arrived(app, emulator, 3)) == 3
+
+
 async def test_no_faster_than_asked(backfill, daemon, emulator, tmp_path):
     """So many events take so long, and all arrive."""
     app = await daemon()

@@ -175,7 +175,7 @@ class Progress:
 
 class _Line(Struct):
     event_type: str
-    time: int
+    time: float  # the daemon takes whole ones, however they are written
 
 
 class _Ages:
