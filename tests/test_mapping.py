@@ -693,7 +693,7 @@ def test_the_reason_and_the_bytes_of_a_refused_event_are_its_own() -> None:
         (CUSTOM, {}, None),
     ],
 )
-@pytest.mark.parametrize("changes", [{"time": "yesterday"}, {"properties": []}, {"user": {"external_user_id": 5}}])
+@pytest.mark.parametrize("changes", [{"time": "yesterday"}, {"properties": [1]}, {"user": {"external_user_id": 5}}])
 def test_what_is_switched_off_makes_no_dead_letters(
     event_type: str, settings_: dict[str, Any], skip: Skip | None, changes: dict[str, Any]
 ) -> None:

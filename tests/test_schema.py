@@ -158,7 +158,7 @@ def test_two_events_on_a_line_are_no_event() -> None:
             "$.properties.send_time",
         ),
         (b'{"event_type":"x.y","time":1.5}', UNKNOWN_CODE, "unknown event type, and ill-typed"),
-        (b'{"event_type":"x.y","time":1,"properties":[]}', UNKNOWN_CODE, "$.properties"),
+        (b'{"event_type":"x.y","time":1,"properties":[1]}', UNKNOWN_CODE, "$.properties"),
     ],
 )
 def test_a_refusal_says_what_is_wrong(line: bytes, code: int, reason: str) -> None:
@@ -415,6 +415,33 @@ def test_what_of_a_property_is_the_same() -> None:
         line = b'{"event_type":"%s","time":1,"properties":{"purchase_properties":%s,"price":3}}'
         decoded = SCHEMA.lines([line % (PURCHASE.encode(), nothing)])
         assert (decoded.events[0].properties.custom, decoded.events[0].properties.price) == (None, 3.0)
+
+
+@pytest.mark.parametrize("event_type", ["users.messages.email.Open", "users.messages.survey.Response", "x.y"])
+def test_no_members_may_be_an_empty_list(event_type: str) -> None:
+    """PHP writes `{}` so, of the user and of all properties as of the customer's own: such an event was a dead letter."""
+    for nothing in (b"[]", b"[ ]", b'""'):
+        line = b'{"event_type":"%s","time":1,"user":%s,"properties":%s}' % (event_type.encode(), nothing, nothing)
+        without = b'{"event_type":"%s","time":1}' % event_type.encode()
+        assert SCHEMA.lines([line, line])[:1] == SCHEMA.lines([without, without])[:1]
+        assert SCHEMA.lines([line]).refusals == []
+    for something in (b"[1]", b'"x"', b"0", b"false"):
+        for member in (b"user", b"properties"):
+            [refusal] = SCHEMA.lines(
+                [b'{"event_type":"%s","time":1,"%s":%s}' % (event_type.encode(), member, something)]
+            ).refusals
+            assert f"$.{member.decode()}" in refusal.reason
+
+
+def test_the_reason_says_where() -> None:
+    """Also of what the lenient reading fails at: it said `$[...]`, and left out which property it was."""
+    for name, properties in (
+        ("custom_properties", b'{"name":"n","custom_properties":{"a":{"b":1e999}}}'),
+        ("name", b'{"name":1e999,"custom_properties":{}}'),
+    ):
+        line = b'{"event_type":"users.behaviors.CustomEvent","time":1,"properties":%s}' % properties
+        [refusal] = SCHEMA.lines([line]).refusals
+        assert f"$.properties.{name}" in refusal.reason
 
 
 @pytest.mark.parametrize(

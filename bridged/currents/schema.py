@@ -164,13 +164,13 @@ class Schema:
             try:
                 # What was decoded before a bad line stays in the list, and the iterator stands behind that line.
                 events.extend(map(self._event.decode, rest))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 at = len(events) + len(bad)
                 bad.append(at)
                 original = bare(lines[at])
                 if not original:
                     continue
-                outcome = self._refused(original, error)
+                outcome = self._refused(original)
                 if isinstance(outcome, UnknownEvent):
                     unknown.append((outcome.event_type, outcome, original))
                 elif isinstance(outcome, Refusal):
@@ -225,7 +225,7 @@ class Schema:
             raise ValueError(str(error)) from error
         return data if events is None else bytes(events[0])
 
-    def _refused(self, original: bytes, error: Exception) -> Refusal | UnknownEvent | Event:
+    def _refused(self, original: bytes) -> Refusal | UnknownEvent | Event:
         """What became of a line that couldn't be decoded as it was."""
         try:
             event_type = self._event_type.decode(original).event_type
@@ -239,11 +239,19 @@ class Schema:
             return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, _no_event(original), original)
         code = self._codes.get(event_type, UNKNOWN_CODE)
         decode = self._unknown.decode if code == UNKNOWN_CODE else self._event.decode
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        error: Exception
+        try:
             # A type that the table doesn't have, or a byte order mark that stood before it.
             return cast("Event", decode(original))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as strict:
+            error = strict
+        lenient = b""
+        # What can't even be read so is told as it was above, with its place.
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            lenient = msgspec.json.encode(self._lenient_form(original, code))
         try:
-            return cast("Event", decode(msgspec.json.encode(self._lenient_form(original, code))))
+            if lenient:
+                return cast("Event", decode(lenient))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as ill_typed:
             error = ill_typed
         if code == UNKNOWN_CODE:
@@ -255,6 +263,9 @@ class Schema:
         # Null is as good as absent.
         members = self._members.decode(original).items()
         form: dict[str, Any] = {name: value for name, value in members if bytes(value) != b"null"}
+        for name in ("user", "properties"):
+            if bytes(form.get(name, b"{"))[:1] != b"{" and _nothing_if_empty(form[name]) is None:
+                del form[name]
         if "time" in form:
             form["time"] = _whole_number(form["time"])
         readers = self._lenient.get(code)
@@ -296,7 +307,7 @@ def _without_nulls(raw: Raw) -> Any:
 
 
 def _nothing_if_empty(raw: Raw) -> Any:
-    """No properties of the customer's own, as languages write it that take an empty object for an empty list or text."""
+    """No members, as languages write it that take an empty object for an empty list or text."""
     return None if msgspec.json.decode(raw) in ("", []) else raw
 
 
