@@ -129,7 +129,7 @@ class Intake:
                 return _too_large(row.event)
             batch = Batch(self._with_token(row.event) + b"\n", bytes([row.code]))
             return self._spool.append(Intaken([batch], replayed=[row]))
-        mapped = self._as_accepted(row.code, self._intaken(self._schema.lines([row.event])))
+        mapped = self._as_accepted(row.code, self._slice([row.event]))
         if mapped.dead_letters or not (mapped.batches or mapped.skipped):
             return mapped.dead_letters[0].reason if mapped.dead_letters else "it holds no event"
         mapped.replayed = [row]
@@ -142,7 +142,10 @@ class Intake:
         """
         if row.stage == "mixpanel":
             return {"original": None, "mapped": _raw(row.event), "mapped_problem": ""}
-        mapped = self._mapping.map(self._schema.lines([row.event]), self._clock())
+        try:
+            mapped = self._mapping.map(self._schema.lines([row.event]), self._clock())
+        except Exception as error:  # a mistake of ours, as in `_slice`
+            return {"original": _raw(row.event), "mapped": None, "mapped_problem": _mistake(error)}
         if not mapped.forms:
             reasons = [refusal.reason for refusal in mapped.refusals] + [skip.reason for skip in mapped.skips]
             problem = reasons[0] if reasons else "it holds no event"
@@ -206,10 +209,8 @@ class Intake:
         except Exception as error:
             if len(lines) > 1:
                 return _joined([self._slice([line]) for line in lines])
-            reason = f"bridged failed on it: {type(error).__name__}: {error}"
-            return Intaken(
-                dead_letters=[DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, bare(lines[0]))]
-            )
+            letter = DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", _mistake(error), bare(lines[0]))
+            return Intaken(dead_letters=[letter])
 
     def _intaken(self, decoded: Decoded) -> Intaken:
         now_s = self._clock()
@@ -286,6 +287,10 @@ def _joined(parts: Sequence[Intaken]) -> Intaken:
         b"".join([part.skipped for part in parts]),
         [reason for part in parts for reason in part.reasons],
     )
+
+
+def _mistake(error: Exception) -> str:
+    return f"bridged failed on it: {type(error).__name__}: {error}"
 
 
 def _too_large(event: bytes) -> str:

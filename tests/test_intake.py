@@ -222,7 +222,10 @@ async def test_a_transformed_value_nested_too_deep_costs_only_itself(spool: Spoo
 async def test_a_mistake_of_ours_costs_only_the_event_that_meets_it(
     intake: Intake, spool: Spool, monkeypatch: pytest.MonkeyPatch, as_body: bool
 ) -> None:
-    """Whatever is raised: a sender would be answered 500 for ever, or be cut off, and its good events with it."""
+    """Whatever is raised: a sender would be answered 500 for ever, or be cut off, and its good events with it.
+
+    Nor can it be what ends a replay of all, or keeps it from being looked at.
+    """
     really = EventMapping.map
 
     def buggy(self: EventMapping, decoded: Any, now_s: float) -> Any:
@@ -238,7 +241,14 @@ async def test_a_mistake_of_ours_costs_only_the_event_that_meets_it(
         await intake.accept_lines(lines)
     assert totals(spool) == {"accepted": 3, "waiting": 2, "dead_lettered": 1}
     (letter,) = await letters(spool)
-    assert (letter.event, letter.reason) == (lines[1], "bridged failed on it: ZeroDivisionError: a bug")
+    reason = "bridged failed on it: ZeroDivisionError: a bug"
+    assert (letter.event, letter.reason) == (lines[1], reason)
+    assert await replayed(intake, spool) == [reason]
+    shown = intake.both_forms(letter)
+    assert (shown["original"], shown["mapped"], shown["mapped_problem"]) == (msgspec.Raw(lines[1]), None, reason)
+    monkeypatch.undo()
+    assert await replayed(intake, spool) == [None]
+    assert totals(spool) == {"accepted": 3, "waiting": 3}
 
 
 @pytest.mark.parametrize(("size", "pad"), [(200_000, b""), (200_000, b"      "), (2**22, b"      "), (2**23, b"")])
