@@ -13,7 +13,7 @@ from bridged.currents.table import EVENT_TYPES, PROPERTY_TYPES, EventType
 from bridged.mixpanel.transforms import OWN_PREFIX, USER_FIELDS
 from bridged.settings import Events
 
-TRANSFORMABLE: Final = ("string", "array<string>")
+HASHABLE: Final = ("string", "array<string>")
 _ROWS: Final = {row.event_type: row for row in EVENT_TYPES}
 _MAX_NAME: Final = 255
 # Of two parts between dots: so much alike, one is the other misspelt (Sned, Sent: Send; but not fax: sms, rcs: sms).
@@ -85,4 +85,5 @@ def _rule_problem(row: EventType | None, name: str, rule: str) -> str:
     if name not in row.properties:
         near = difflib.get_close_matches(name, row.properties, 1)
         return "is no field of it" + (f"; did you mean {near[0]!r}?" if near else "")
-    return "" if PROPERTY_TYPES[name] in TRANSFORMABLE else f"is a {PROPERTY_TYPES[name]}: only text can be transformed"
+    kind = PROPERTY_TYPES[name]
+    return "" if rule == "remove" or kind in HASHABLE else f"is a {kind}: only text can be hashed; remove it"

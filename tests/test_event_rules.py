@@ -52,7 +52,7 @@ WRONG = [
         for name in ("name", "custom", "custom_properties", "ip")
     ],
     ({"transform": {CUSTOM: {"properties.": "remove"}}}, "names no property"),
-    ({"transform": {PURCHASE: {"price": "hash"}}}, "'price' is a float: only text can be transformed"),
+    ({"transform": {PURCHASE: {"price": "hash"}}}, "'price' is a float: only text can be hashed; remove it"),
     *[
         (
             {"transform": {name: {"external_user_id": "remove"}}, "include": (FAX,)},
@@ -75,6 +75,7 @@ RIGHT = [
     {"unknown": "forward", "exclude": (FAX,), "names": {FAX: "Fax"}, "transform": {FAX: {"number": "hash"}}},
     {"transform": {LANDING: {"ip": "hash", "mail": "remove", "external_user_id": "hash", "device_id": "remove"}}},
     {"transform": {CUSTOM: {"properties.mail": "remove", "external_user_id": "hash", "platform": "hash"}}},
+    {"transform": {PURCHASE: {"price": "remove", "ad_tracking_enabled": "remove"}}},
     {"names": {CUSTOM: "Custom ", SEND: "Mail", PURCHASE: "$purchase"}},
     {"names": {CUSTOM: "[Mine]"}},
 ]

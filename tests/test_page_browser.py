@@ -364,6 +364,9 @@ def test_events_are_chosen_renamed_and_transformed(eyes: Eyes, bridge: Callable[
     dialog.get_by_text(re.compile("Transformations of its")).click()
     dialog.get_by_label("email_address").select_option("remove")
     dialog.get_by_label("user_agent").select_option("hash")
+    # What is no text can be removed, but has no hash.
+    expect(dialog.get_by_label("is_amp").locator("option")).to_have_text(["As it is", "Remove: [REDACTED]"])
+    dialog.get_by_label("is_amp").select_option("remove")
     press(dialog, "Save")
     expect(dialog.get_by_label("As Mixpanel gets it", exact=True)).to_contain_text('"Mail Read"')
     expect(dialog.get_by_label("As Mixpanel gets it", exact=True)).to_contain_text("[REDACTED]")
@@ -378,7 +381,7 @@ def test_events_are_chosen_renamed_and_transformed(eyes: Eyes, bridge: Callable[
 
     (event,) = until(mine.arrived, "the test event")
     assert event["event"] == "Mail Read"
-    assert event["properties"]["email_address"] == "[REDACTED]"
+    assert event["properties"]["email_address"] == event["properties"]["is_amp"] == "[REDACTED]"
     assert re.fullmatch("[0-9a-f]{64}", event["properties"]["user_agent"])
     assert mine.post([currents(CLICK, seed=n) for n in range(5)]) == 200
     page.get_by_role("searchbox", name="Find").fill("email click")

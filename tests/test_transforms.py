@@ -57,6 +57,13 @@ GOLDEN = [
         {"properties": {"device_model": "abc", "platform": "ios"}},
         {"device_model": hashed("abc"), "platform": "ios"},
     ),
+    # What is no text can be removed, as at Braze: where somebody was.
+    (
+        "users.behaviors.Location",
+        {"latitude": "remove", "longitude": "remove", "ad_tracking_enabled": "remove"},
+        {"properties": {"latitude": 45.76, "longitude": 0.0, "ad_tracking_enabled": False, "altitude": 170.0}},
+        {"latitude": REMOVED, "longitude": REMOVED, "ad_tracking_enabled": REMOVED, "altitude": 170.0},
+    ),
     # Null and absent stay so.
     (
         "users.messages.email.Send",

@@ -5,7 +5,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from bridged.currents.table import EVENT_TYPES, PROPERTY_TYPES, EventType
-from bridged.event_rules import TRANSFORMABLE
+from bridged.event_rules import HASHABLE
 from bridged.mixpanel.mapping import MappingSettings, mixpanel_name, selected
 from bridged.mixpanel.transforms import USER_FIELDS
 
@@ -18,7 +18,7 @@ class Field(Struct):
 
     field: str
     type: str
-    transformable: bool
+    hashable: bool  # what is no text can be removed only
 
 
 class UnknownSeen(Struct):
@@ -67,10 +67,9 @@ def view(row: EventType, settings: MappingSettings, counts: dict[str, int], unkn
 
 def fields_of(row: EventType) -> list[Field]:
     """Its fields, the user's first."""
-    own = [Field(name, "string", transformable=True) for name in USER_FIELDS]
+    own = [Field(name, "string", hashable=True) for name in USER_FIELDS]
     return own + [
-        Field(name, PROPERTY_TYPES[name], transformable=PROPERTY_TYPES[name] in TRANSFORMABLE)
-        for name in row.properties
+        Field(name, PROPERTY_TYPES[name], hashable=PROPERTY_TYPES[name] in HASHABLE) for name in row.properties
     ]
 
 

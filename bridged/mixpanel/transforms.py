@@ -3,9 +3,9 @@
     remove   the value becomes the string "[REDACTED]"
     hash     the value becomes its SHA-256 in hex, of its UTF-8, without a salt: the same value stays recognisable
 
-Of strings, and of each string of a list. What is absent or null stays so. A field is named as Braze names it;
-"external_user_id" is the user's (and so `distinct_id`), "device_id" the device's, "properties.NAME" a property of a custom
-event or a purchase.
+Hashed are strings, and each string of a list; removed can be anything. What is absent or null stays so. A field is named as
+Braze names it; "external_user_id" is the user's (and so `distinct_id`), "device_id" the device's, "properties.NAME" a property
+of a custom event or a purchase.
 
 Only the forms of types with a rule are wrapped: the others cost nothing. What is refused before it is mapped is kept as a
 dead letter as it came, with the plain values, or it could not be tried again; purge it if that must not be. What Mixpanel
@@ -42,7 +42,7 @@ def transformed(value: Any, rule: Rule) -> Any:
         return {name: transformed(one, rule) for name, one in value.items()}
     if rule == "remove" and value is not None:
         return REMOVED
-    # A number of the customer's own can be as telling as a string; that of a typed field is never asked for.
+    # A number of the customer's own can be as telling as a string; the hash of a typed one is never asked for.
     return value if value is None else hashed(str(value).lower() if isinstance(value, bool) else str(value))
 
 

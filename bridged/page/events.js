@@ -268,7 +268,7 @@ function typeDialog(eventType, type, revision, changed, sendTest) {
   let sent = ""; // what it has saved itself
   const selects = new Map();
 
-  function ruleRow(fieldName, about) {
+  function ruleRow(fieldName, about, hashable = true) {
     const id = newId("rule");
     const select = el(
       "select",
@@ -279,8 +279,8 @@ function typeDialog(eventType, type, revision, changed, sendTest) {
           else delete chosen[fieldName];
         },
       },
-      // Without its users, every event would be one person's.
-      Object.entries(RULES).filter(([value]) => fieldName !== "external_user_id" || value !== "remove").map(([value, text]) => el("option", { value }, text)),
+      // Without its users, every event would be one person's; and what is no text has no hash.
+      Object.entries(RULES).filter(([value]) => (fieldName !== "external_user_id" || value !== "remove") && (hashable || value !== "hash")).map(([value, text]) => el("option", { value }, text)),
     );
     select.value = chosen[fieldName] ?? "";
     selects.set(fieldName, select);
@@ -289,7 +289,7 @@ function typeDialog(eventType, type, revision, changed, sendTest) {
 
   function drawRules() {
     const now = type();
-    const known = now.fields.filter((one) => one.transformable).map((one) => [one.field, one.type]);
+    const known = now.fields.map((one) => [one.field, one.type, one.hashable]);
     const own = Object.keys(chosen).filter((key) => !known.some(([one]) => one === key)).map((key) => [key, key.startsWith("properties.") ? "its own property" : ""]);
     const add = el("input", { type: "text", placeholder: "name of a property", autocomplete: "off", spellcheck: "false", "aria-label": "Name of a property of its own" });
     const adding = button("Add", () => {
@@ -307,7 +307,7 @@ function typeDialog(eventType, type, revision, changed, sendTest) {
       el("details", { open: Object.keys(chosen).length > 0 },
         el("summary", {}, `Transformations of its ${count(known.length, "field")}`),
         el("p", { class: "hint" }, "Applied when an event arrives, before anything is written to disk."),
-        table("Fields", ["Field", "What becomes of it"], [...known, ...own].map(([key, about]) => ruleRow(key, about)), "short"),
+        table("Fields", ["Field", "What becomes of it"], [...known, ...own].map(([key, about, hashable]) => ruleRow(key, about, hashable)), "short"),
         now.custom && el("div", { class: "inline" }, add, adding)),
     );
   }
