@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from bridged.currents.table import EVENT_TYPES, PROPERTY_TYPES, EventType
+from bridged.mixpanel.limits import REFUSED_NAMES
 from bridged.mixpanel.transforms import OWN_PREFIX, USER_FIELDS
 from bridged.settings import Events
 
@@ -62,6 +63,8 @@ def _name_problem(row: EventType | None, name: str) -> str:
         return "has a blank name"
     if len(name) > _MAX_NAME:
         return f"has a name of more than {_MAX_NAME} characters"
+    if name in REFUSED_NAMES:
+        return f"is called {name!r}, for which Mixpanel refuses the whole request"
     if row is None or row.custom != "event":
         return ""
     # Of custom events: what their own names are put behind.

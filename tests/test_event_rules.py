@@ -63,6 +63,7 @@ WRONG = [
     ({"transform": {LANDING: {"properties.mail": "hash"}}}, "'properties.mail' is written 'mail' here"),
     # Names that Mixpanel would not take, or nobody meant.
     ({"names": {SEND: " "}}, f"events.names: {SEND} has a blank name"),
+    ({"names": {SEND: "$merge"}}, f"events.names: {SEND} is called '$merge', for which Mixpanel refuses"),
     ({"names": {SEND: "x" * 256}}, f"events.names: {SEND} has a name of more than 255 characters"),
     *[
         ({"names": {CUSTOM: name}}, f"events.names: {CUSTOM} gets '{name}' before each custom event's name")

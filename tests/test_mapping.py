@@ -468,6 +468,15 @@ def test_a_derived_name_is_never_blank(event_type: str) -> None:
     assert derived_name(event_type).strip()
 
 
+@pytest.mark.parametrize("name", ["$identify", "$merge", "users.$identify"])
+def test_an_unknown_type_is_no_identity_event(name: str) -> None:
+    """Forwarded, it made Mixpanel refuse all that was in the same request, and each time that was split to single events."""
+    outcome = mapped(currents() | {"event_type": name}, currents(), by=made(unknown="forward"))
+    assert [event["event"] for event in outcome.events] == ["Email Open"]
+    assert [(each.code, each.event_type) for each in outcome.refusals] == [(UNKNOWN_CODE, name)]
+    assert "Mixpanel refuses it" in outcome.refusals[0].reason
+
+
 @pytest.mark.parametrize("blank", ["", " ", "\n\t"])
 def test_a_blank_event_type_is_no_event(blank: str) -> None:
     """Even when unknown types are forwarded: it would be an event without a name, which Mixpanel refuses."""

@@ -37,6 +37,8 @@ REFUSED_IDS: Final = frozenset(
         "{}",
     }
 )
+# Projects with the simplified ID merge refuse the whole request for one of these.
+REFUSED_NAMES: Final = frozenset({"$identify", "$create_alias", "$merge"})
 INSERT_ID: Final = re.compile(r"[A-Za-z0-9-]{1,36}")
 
 # Names with a meaning of their own, which an event of an unknown type must not set by accident.

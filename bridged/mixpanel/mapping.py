@@ -44,6 +44,7 @@ from bridged.mixpanel.limits import (
     MAX_DEPTH,
     MAX_PROPERTIES,
     REFUSED_IDS,
+    REFUSED_NAMES,
     RESERVED_PROPERTIES,
     nested_problem,
 )
@@ -262,6 +263,8 @@ class EventMapping:
             name = settings.names.get(event_type) or derived_name(event_type)
         else:
             return Refusal(code, event_type[:200], "unknown event type", original)
+        if name in REFUSED_NAMES:
+            return Refusal(code, event_type[:200], f"an event called {name}: Mixpanel refuses it", original)
         rules = settings.transform.get(event_type, {})
         event_type = event_type[:200]
         outcome = self._conform(event, code, event_type, original, now_s)
