@@ -634,6 +634,25 @@ def test_an_avro_file_that_is_damaged_or_nameless(tmp_path):
         list(currents_files.lines(tmp_path / "x.avro", MAX_LINE))
 
 
+@pytest.mark.parametrize("codec", ["snappy", "zstandard", "lz4"])
+def test_a_codec_that_needs_a_library_names_it(tmp_path, codec):
+    """It said that what stood before the damage was sent, of a file that is whole, and not what to install."""
+    path = tmp_path / "x.avro"
+    name = "dataexport.S3.inner.users.messages.email.Open"
+    try:
+        avro(path, "users.messages.email.Open", [flat(currents(id="a"))], name, codec)
+    except ValueError:
+        avro(path, "users.messages.email.Open", [flat(currents(id="a"))], name)
+        told = b"avro.codec" + bytes([2 * len(codec)]) + codec.encode()
+        path.write_bytes(path.read_bytes().replace(b"avro.codec\x08null", told))
+        with pytest.raises(SpoolError, match=codec) as caught:
+            list(currents_files.lines(path, MAX_LINE))
+        assert "nothing of it was sent" in caught.value.hint
+        assert " -m pip install " in caught.value.hint
+    else:
+        assert len(list(currents_files.lines(path, MAX_LINE))) == 1
+
+
 @unhurried
 @given(cents=st.integers(0, 9_999_999))
 def test_a_price_of_single_precision_is_the_price(cents):

@@ -5,6 +5,7 @@ Avro is what Currents' export to cloud storage writes: a flat record of an event
 """
 
 import gzip
+import re
 import struct
 import sys
 import zlib
@@ -32,6 +33,8 @@ _BLANK = b" \t\r\n"
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 _LOOK_BYTES = 1024
 _NOT_FILES = (Path("/dev"), Path("/proc"))
+# What fastavro says of a codec that needs a library of its own, such as snappy.
+_LACKING = re.compile(r"install one of the following libraries: \('([\w.-]+)'")
 _USER = ("user_id", "external_user_id", "device_id", "timezone")
 _CUSTOM = {
     "users.behaviors.CustomEvent": "custom_properties",
@@ -176,7 +179,10 @@ def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
     except FileError:
         raise
     except Exception as error:
-        raise FileError(f"can't read {path} as Avro: {error!r}", "what stood before the damage was sent") from error
+        hint = "what stood before the damage was sent"
+        if lacking := _LACKING.search(str(error)):
+            hint = f"nothing of it was sent; {sys.executable} -m pip install {lacking[1]}"
+        raise FileError(f"can't read {path} as Avro: {error!r}", hint) from error
 
 
 def event(event_type: str, record: dict[str, Any], singles: Iterable[str] = ()) -> dict[str, Any]:
