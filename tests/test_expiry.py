@@ -408,6 +408,24 @@ async def test_a_file_that_is_no_archive(daemon, bridged, tmp_path, content, wor
     assert app.spool.accounts.total("accepted") == 0
 
 
+async def test_damaged_files_do_not_stop_the_others(expired, bridged, emulator, tmp_path):  # noqa: F811  # the fixture
+    """One that was copied in half stood in the way of all behind it, at each call; it is named at the end, and stays."""
+    folder = tmp_path / "archive"
+    files = sorted(folder.glob("*.ndjson.gz"))
+    for name in ("0", "1"):
+        (folder / f"{name}.ndjson.gz").write_bytes(files[0].read_bytes()[:-9])
+    code, out, err = await bridged(expired, "replay", folder)
+
+    assert (code, out.count("back in the spool")) == (74, len(files))
+    assert "2 files weren't replayed" in err
+    assert all(f"can't read {folder / name}.ndjson.gz" in err for name in ("0", "1"))
+    assert len(list(folder.glob("*.ndjson.gz"))) == 2
+    await until(lambda: len(emulator.events()) == 30, "the delivery")
+    (folder / "0.ndjson.gz").unlink()
+    code, _, err = await bridged(expired, "replay", folder)
+    assert (code, f"can't read {folder / '1'}.ndjson.gz" in err) == (74, True)
+
+
 def test_slices_fit_a_request():
     """Events near a megabyte don't make a request that the daemon refuses; none is left out."""
     lines = [b"%d" % n + b" " * 900_000 for n in range(20)]

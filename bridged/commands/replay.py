@@ -39,11 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Replays them in the order given; stops at the first that can't be. 1: some were refused; 74: a file kept its name."""
+    """Replays them in the order given; goes on behind one that can't be read. 1: some were refused; 74: a file kept its name."""
     daemon = Daemon.configured(arguments.config)
     code = 0
+    bad: list[SpoolError] = []
     for path in (file for given in arguments.files for file in _files(given)):
-        lines = _lines(path)
+        try:
+            lines = _lines(path)
+        except SpoolError as error:
+            bad.append(error)
+            continue
         refused = 0
         try:
             for events in _slices(lines):
@@ -61,6 +66,11 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"bridged: {path} was replayed, but can't be renamed: {error}", file=sys.stderr)
             print("  hint: don't replay it again; move it away", file=sys.stderr)
             code = SpoolError.exit_code
+    if len(bad) == 1:
+        raise bad[0]
+    if bad:
+        each = "\n  ".join(f"{error.args[0]} ({error.hint})" for error in bad)
+        raise SpoolError(f"{len(bad)} files weren't replayed:\n  {each}", "the others were")
     return code
 
 
