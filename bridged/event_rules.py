@@ -89,4 +89,6 @@ def _rule_problem(row: EventType | None, name: str, rule: str) -> str:
         near = difflib.get_close_matches(name, row.properties, 1)
         return "is no field of it" + (f"; did you mean {near[0]!r}?" if near else "")
     kind = PROPERTY_TYPES[name]
-    return "" if rule == "remove" or kind in HASHABLE else f"is a {kind}: only text can be hashed; remove it"
+    if rule == "hash" and kind not in HASHABLE:
+        return f'is of type {kind}: only text can be hashed; "remove" takes anything'
+    return ""

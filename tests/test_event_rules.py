@@ -52,7 +52,7 @@ WRONG = [
         for name in ("name", "custom", "custom_properties", "ip")
     ],
     ({"transform": {CUSTOM: {"properties.": "remove"}}}, "names no property"),
-    ({"transform": {PURCHASE: {"price": "hash"}}}, "'price' is a float: only text can be hashed; remove it"),
+    ({"transform": {PURCHASE: {"price": "hash"}}}, "'price' is of type float: only text can be hashed"),
     *[
         (
             {"transform": {name: {"external_user_id": "remove"}}, "include": (FAX,)},
