@@ -634,6 +634,19 @@ def test_an_avro_file_that_is_damaged_or_nameless(tmp_path):
         list(currents_files.lines(tmp_path / "x.avro", MAX_LINE))
 
 
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n \r\n"])
+def test_events_spread_over_lines_are_told(tmp_path, before):
+    """As jq writes them, and so does whoever saves a request body to look at it: each line was a dead letter of its own."""
+    path = tmp_path / "events.json"
+    for text in (json.dumps(currents(), indent=2), json.dumps({"events": [currents()]}, indent=4)):
+        path.write_bytes(before + text.replace("\n", "\r\n").encode())
+        with pytest.raises(SpoolError, match="spread over several lines") as caught:
+            list(currents_files.lines(path, MAX_LINE))
+        assert "jq -c" in caught.value.hint
+    path.write_bytes(before + json.dumps(currents()).encode() + b"\n{\n")
+    assert len(list(currents_files.lines(path, MAX_LINE))) == 2
+
+
 @pytest.mark.parametrize("codec", ["snappy", "zstandard", "lz4"])
 def test_a_codec_that_needs_a_library_names_it(tmp_path, codec):
     """It said that what stood before the damage was sent, of a file that is whole, and not what to install."""

@@ -113,6 +113,11 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
             if line.startswith(b"["):
                 yield from _array(path, line + file.read())
                 return
+            if line.strip() == b"{":
+                raise FileError(
+                    f"{path} has its events spread over several lines each: nothing of it was sent",
+                    f"one a line: jq -c . {path} > events.ndjson (of whole request bodies: jq -c '.events[]' ...)",
+                )
             is_first = not line
         if not line.endswith(b"\n"):
             # The last one, or too long: then the rest of it is passed over.
