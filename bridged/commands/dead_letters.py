@@ -24,7 +24,7 @@ examples:
   bridged dead-letters list --type users.behaviors.CustomEvent --limit 20
   bridged dead-letters show 42
   bridged dead-letters replay --reason "unknown event type"     after the configuration was changed
-  bridged dead-letters export - | jq .event
+  bridged dead-letters export - | jq -c .event
   bridged dead-letters purge --until 2026-01-31 --yes
 """
 _GROUPS_SHOWN = 20
