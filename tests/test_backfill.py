@@ -634,6 +634,21 @@ def test_an_avro_file_that_is_damaged_or_nameless(tmp_path):
         list(currents_files.lines(tmp_path / "x.avro", MAX_LINE))
 
 
+async def test_an_archive_is_for_the_other_command(backfill, daemon, tmp_path):
+    """A folder of archived events, which are mapped already, was thousands of dead letters: it is told, and left alone."""
+    app = await daemon()
+    (tmp_path / "archive").mkdir()
+    line = b'{"event":"Email Open","properties":{"distinct_id":"a","$insert_id":"b","time":1,"ip":0}}\n'
+    (tmp_path / "archive" / "20260301T000000Z-0000000001-2.ndjson.gz").write_bytes(gzip.compress(line * 2))
+
+    code, _, err = await backfill(app, tmp_path / "archive")
+
+    assert code == 74
+    assert "holds events as Mixpanel gets them" in err
+    assert "bridged replay" in err
+    assert app.spool.accounts.total("accepted") == 0
+
+
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n \r\n"])
 def test_events_spread_over_lines_are_told(tmp_path, before):
     """As jq writes them, and so does whoever saves a request body to look at it: each line was a dead letter of its own."""

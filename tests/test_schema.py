@@ -148,6 +148,7 @@ def test_two_events_on_a_line_are_no_event() -> None:
         (b"{}", UNDECODABLE_CODE, "no event_type"),
         (b"5", UNDECODABLE_CODE, "no event_type: this is not a Currents event"),
         (b'{"events":[{"event_type":"users.messages.email.Open"}]}', UNDECODABLE_CODE, "a whole request body"),
+        (b'{"event":"Email Open","properties":{}}', UNDECODABLE_CODE, "as Mixpanel gets it; bridged replay"),
         (b'{"event_type":null}', UNDECODABLE_CODE, "no event_type"),
         (b'{"event_type":" "}', UNDECODABLE_CODE, "no event_type"),
         (b'{"event_type":"users.messages.email.Open"}', CODES["users.messages.email.Open"], "time"),

@@ -4,6 +4,7 @@ Avro is what Currents' export to cloud storage writes: a flat record of an event
 `user` and `properties` stands beside each other in it, and the customer's own properties are a JSON string.
 """
 
+import contextlib
 import gzip
 import re
 import struct
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, Final
 
 import msgspec
 
+from bridged.backlog.archive import ArchivedEvent
 from bridged.currents.schema import bare, is_json, scanned
 from bridged.errors import BridgedError, ConfigError, SpoolError
 
@@ -113,11 +115,7 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
             if line.startswith(b"["):
                 yield from _array(path, line + file.read())
                 return
-            if line.strip() == b"{":
-                raise FileError(
-                    f"{path} has its events spread over several lines each: nothing of it was sent",
-                    f"one a line: jq -c . {path} > events.ndjson (of whole request bodies: jq -c '.events[]' ...)",
-                )
+            _demand_currents(path, line)
             is_first = not line
         if not line.endswith(b"\n"):
             # The last one, or too long: then the rest of it is passed over.
@@ -132,6 +130,20 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
             line += b"\n"
         if not line.isspace() and line:
             yield line
+
+
+def _demand_currents(path: Path, first: bytes) -> None:
+    """Raises FileError for a file whose first line shows that each of its lines would be a dead letter."""
+    if first.strip() == b"{":
+        raise FileError(
+            f"{path} has its events spread over several lines each: nothing of it was sent",
+            f"one a line: jq -c . {path} > events.ndjson (of whole request bodies: jq -c '.events[]' ...)",
+        )
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        msgspec.json.decode(first, type=ArchivedEvent)
+        raise FileError(
+            f"{path} holds events as Mixpanel gets them: nothing of it was sent", f"bridged replay sends those: {path}"
+        )
 
 
 def _array(path: Path, data: bytes) -> Iterator[bytes]:

@@ -324,7 +324,10 @@ def _no_event(original: bytes) -> str:
         if msgspec.json.decode(original, type=_RawBody).events:
             return "no event_type: this is a whole request body. Send the elements of its events array, one a line, or POST it"
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        if "acks" in msgspec.json.decode(original, type=dict[str, Raw]):
+        members = msgspec.json.decode(original, type=dict[str, Raw])
+        if {"event", "properties"} <= members.keys():
+            return "no event_type: this is an event as Mixpanel gets it; bridged replay sends those of an archive"
+        if "acks" in members:
             return 'no event_type: what asks the stream door for acks is {"acks":true} as the first line, nothing else'
     return "no event_type: this is not a Currents event"
 
