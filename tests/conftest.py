@@ -74,6 +74,14 @@ def an_ordinary_user(tmp_path: Path) -> Iterator[None]:
         tmp_path.chmod(0o700)
 
 
+@pytest.fixture(params=["as it is", "3.14"])
+def every_pathlib(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.14 says no where we may not look, and those before raise PermissionError."""
+    if request.param == "3.14":
+        for name, function in (("exists", os.path.exists), ("is_dir", os.path.isdir), ("is_file", os.path.isfile)):
+            monkeypatch.setattr(Path, name, lambda path, function=function: function(path))
+
+
 def free_port() -> int:
     """A port that nobody listens at."""
     while True:

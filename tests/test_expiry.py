@@ -13,6 +13,7 @@ import pytest
 from conftest import NAMES, balanced, currents, ndjson, until
 from test_cli import bridged  # noqa: F401  # a fixture
 
+from bridged import cli
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.segment import Batch
@@ -340,6 +341,15 @@ async def test_a_folder_is_replayed(expired, bridged, emulator, tmp_path):  # no
     code, out, _ = await bridged(expired, "replay", folder)
     assert (code, out) == (0, f"{folder}: no .ndjson.gz files in it\n")
     assert (folder / "notes.txt").exists()
+
+
+def test_an_archive_that_may_not_be_entered_is_told(tmp_path, capsys, every_pathlib, an_ordinary_user):
+    """The service's folder is its own and root's: somebody else is told so, in words, for a folder as for a file in it."""
+    for given in (tmp_path / "archive", tmp_path / "archive" / "a.ndjson.gz", tmp_path):
+        assert cli.main(["replay", "--config", os.devnull, str(given)]) == 74
+        said = capsys.readouterr().err
+        assert said.startswith(f"bridged: can't read {given}: [Errno 13]")
+        assert said.endswith("hint: run this as root, or as who may read it\n")
 
 
 ARCHIVED = b'{"event":"Email Open","properties":{"$insert_id":"a","time":1}}\n'

@@ -76,9 +76,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _files(given: Path) -> list[Path]:
     """Of a folder, the archive's files that are in it, the oldest first: there may be more than a command line takes."""
-    if not given.is_dir():
-        return [given]
-    files = sorted(file for file in given.iterdir() if file.name.endswith(_ARCHIVED))
+    try:
+        if not stat.S_ISDIR(given.stat().st_mode):
+            return [given]
+        files = sorted(file for file in given.iterdir() if file.name.endswith(_ARCHIVED))
+    except OSError as error:
+        raise _unreadable(given, error) from error
     if not files:
         print(f"{given}: no {_ARCHIVED} files in it")
     return files
@@ -99,7 +102,7 @@ def _lines(path: Path) -> list[bytes]:
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise SpoolError(f"can't read {path}: {error}", "archive files are gzip NDJSON, or NDJSON") from error
+        raise _unreadable(path, error) from error
     lines = []
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -111,6 +114,13 @@ def _lines(path: Path) -> list[bytes]:
             raise SpoolError(said, f"nothing of the file was sent; {_what_to_do(line)}") from error
         lines.append(line)
     return lines
+
+
+def _unreadable(path: Path, error: Exception) -> SpoolError:
+    # The service's folder is its own to enter, and root's.
+    denied = isinstance(error, PermissionError)
+    hint = "run this as root, or as who may read it" if denied else "archive files are gzip NDJSON, or NDJSON"
+    return SpoolError(f"can't read {path}: {error}", hint)
 
 
 def _what_to_do(line: bytes) -> str:
