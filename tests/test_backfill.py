@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_a_last_line_that_is_no_whole_event_waits_for_its_end(tmp_path, end):
     assert lines == [b'{"a":1}\n', b'{"b":\n'][: 1 + len(end)]
 
 
-def test_what_is_no_file_of_events(tmp_path):
+def test_what_is_no_file_of_events(tmp_path, every_pathlib):
     """Told before anything is sent: a pipe, a folder without events, a missing file; and zstd, with the way out."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
@@ -217,6 +218,21 @@ def test_what_is_no_text_makes_no_dead_letters(tmp_path):
     rotated = tmp_path / "rotated.ndjson"
     rotated.write_bytes(b"\0" * 5000 + b"\n" + text)
     assert len(list(currents_files.lines(rotated, MAX_LINE))) == 501
+
+
+@pytest.mark.parametrize("mode", [0, 0o400, 0o600])
+def test_a_closed_folder_within_is_not_passed_over(tmp_path, every_pathlib, an_ordinary_user, mode):
+    """Nobody would miss its events: nothing is sent before somebody has opened it, or left it out."""
+    with tempfile.TemporaryDirectory() as export:
+        for hour in ("01", "02"):
+            folder = Path(export, hour)
+            folder.mkdir()
+            written(folder / "events.ndjson", 1)
+        folder.chmod(mode)
+        with pytest.raises(SpoolError, match=f"can't read {export}: .*Permission denied.*{folder}"):
+            currents_files.found([Path(export)])
+        folder.chmod(0o700)
+        assert len(currents_files.found([Path(export)])) == 2
 
 
 # -- into a daemon -----------------------------------------------------------------------------------------------------

@@ -174,7 +174,9 @@ async def test_a_proxy_that_wants_a_password_of_its_own(daemon, client):
     assert (await say(client, app, "GET", "/api/status", **cookie))[0] == 200
     assert (await say(client, app, "GET", "/api/session", **cookie))[2]["logged_in"]
     assert (await say(client, app, "POST", PURGE, {"all": True}, **cookie))[0] == 403
-    assert (await say(client, app, "POST", PURGE, {"all": True}, **cookie, **{"X-CSRF-Token": standing["csrf"]}))[0] == 200
+    assert (await say(client, app, "POST", PURGE, {"all": True}, **cookie, **{"X-CSRF-Token": standing["csrf"]}))[
+        0
+    ] == 200
     assert (await say(client, app, "GET", "/api/status", **basic))[0] == 401
 
 

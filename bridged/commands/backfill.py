@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import shlex
 import socket
 import ssl
 import sys
@@ -164,7 +165,7 @@ class Progress:
         return _State(head_bytes=len(head), head_crc32=zlib.crc32(head))
 
     def _hint(self) -> str:
-        return f"to send {self.path} from its beginning: rm {self._at}"
+        return f"to send {self.path} from its beginning: rm {shlex.quote(str(self._at))}"
 
     def _write(self) -> None:
         try:
