@@ -5,8 +5,10 @@ import contextlib
 import gzip
 import io
 import os
+import random
 import ssl
 import tomllib
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,9 @@ import aiohttp
 import pytest
 import trustme
 from conftest import SLOW, balanced, currents, free_port, until
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench import restart
 from bridged import cli
@@ -481,6 +486,41 @@ async def test_tls(daemon, certificate, tmp_path):
     async with aiohttp.ClientSession() as plain:
         with pytest.raises(aiohttp.ClientError):
             await plain.get(f"http://{app.config.admin.listen}/healthz")
+
+
+def certified(subject, issuer, key, signer):
+    """A certificate as two lines of openssl make it: not a word on what it is for."""
+    now = datetime.now(UTC)
+    name = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, each)]) for each in (subject, issuer)]
+    builder = x509.CertificateBuilder(*reversed(name), key.public_key(), 1 + random.getrandbits(64))
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    if subject == issuer:
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    return builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_certificate_of_a_private_authority(daemon, tmp_path, monkeypatch, strict):
+    """With its chain in the file, as the key wants it; Python 3.13 and later are strict by default, and would refuse it."""
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    chain = certified("bridged", "ours", keys[0], keys[1]) + certified("ours", "ours", keys[1], keys[1])
+    (tmp_path / "cert.pem").write_bytes(chain)
+    (tmp_path / "key.pem").write_bytes(
+        keys[0].private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    default = ssl.create_default_context
+
+    def context(*arguments, **named):
+        made = default(*arguments, **named)
+        made.verify_flags |= ssl.VERIFY_X509_STRICT if strict else 0
+        return made
+
+    monkeypatch.setattr(ssl, "create_default_context", context)
+    app = await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=str(tmp_path / "key.pem"))
+
+    assert (await asyncio.to_thread(Daemon.admin(app.config).ask, "/api/status", dict))["state"] == "idle"
 
 
 async def test_commands_take_no_other_certificate(daemon, certificate, tmp_path):
