@@ -73,11 +73,11 @@ def find_config(flag: str | None) -> Path | None:
 
 
 def _may_be_there(path: Path) -> bool:
-    """Also if its folder is not for us to enter: who reads it is told."""
+    """Also if its folder is not for us to enter, or if it is a link to nothing: who reads it is told."""
     try:
-        return path.exists()
-    except PermissionError:
-        return True
+        return bool(path.lstat())
+    except OSError as error:
+        return isinstance(error, PermissionError)
 
 
 def load(

@@ -9,6 +9,7 @@ from test_cli import _Configured, bridged  # noqa: F401  # a fixture
 from test_wire import Proxy, port
 
 from bridged import options
+from bridged.commands import check
 from bridged.delivery import probe
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.mixpanel import requests
@@ -85,6 +86,11 @@ async def test_files_that_only_the_service_has_are_taken_on_trust(bridged, confi
     code, _, err = await bridged(_Configured(config(**files)), "check")
 
     assert (code, err) == (0, "")
+
+
+def test_a_folder_that_may_not_be_looked_at_may_be_one(tmp_path, every_pathlib, an_ordinary_user):
+    """The service's is private: whoever checks its configuration as somebody else isn't told that it is none."""
+    assert check._may_be_folder(tmp_path / "bridged")
 
 
 @pytest.mark.parametrize(

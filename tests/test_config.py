@@ -490,7 +490,7 @@ def test_where_the_configuration_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_may_not_be_looked_at_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, an_ordinary_user: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_pathlib: None, an_ordinary_user: None
 ) -> None:
     """A folder of root's: whether the file is there can't be known, so it is told as one that can't be read."""
     monkeypatch.setattr("bridged.config._PLACES", (tmp_path / "config.toml",))

@@ -7,6 +7,7 @@ the credential is good, and nothing is stored.
 import argparse
 import asyncio
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,9 +106,9 @@ def _missing_places(settings: Config) -> Iterator[str]:
 def _may_be_folder(path: Path) -> bool:
     """Whether it is one, or we may not look: the daemon may be another user's."""
     try:
-        return path.is_dir()
-    except PermissionError:
-        return True
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        return isinstance(error, PermissionError)
 
 
 def _summary(settings: Config) -> Iterator[list[str]]:
