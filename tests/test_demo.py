@@ -2,22 +2,27 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import tomllib
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 
+from bridged import cli
 from bridged.admin.cohorts import CohortsStatus, WriterStatus
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import Group
 from bridged.cohorts.records import Figures
-from bridged.commands import demo, demo_cohorts, demo_day
+from bridged.commands import demo, demo_children, demo_cohorts, demo_day
 from bridged.commands.demo_play import Progress
 from bridged.currents.table import EVENT_TYPES
 
@@ -31,11 +36,11 @@ def day():
     return demo_day.make(1500, NOW_S)
 
 
-def start(tmp_path, *argv):
+def start(tmp_path, *argv, python=()):
     """The demo as a process of its own; what an operator's environment holds must not matter to it."""
     env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     env |= {"BRIDGED__MIXPANEL__TOKEN": "a-real-one", "HTTP_PROXY": "http://127.0.0.1:1"}
-    command = [sys.executable, "-m", "bridged", "demo", *argv]
+    command = [sys.executable, *python, "-m", "bridged", "demo", *argv]
     # Whoever runs the tests may ignore it, as `nohup` does, and children would, too.
     ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
@@ -220,6 +225,54 @@ def test_demo_is_exact(tmp_path):
     assert "retry (planned)" in output
     assert ours(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_in_the_working_directory_is_not_the_demos(tmp_path):
+    """A folder of somebody's scripts, one of which is called like a module: the children are those of who started them."""
+    (tmp_path / "random.py").write_text("raise SystemExit('somebody else')")
+    (tmp_path / "bridged").mkdir()
+    (tmp_path / "bridged" / "__init__.py").write_text("raise SystemExit('another version')")
+    process = start(tmp_path, "--events", "1000", python=("-P",))
+    output, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("name", [".demo", ".demo/config.toml"])
+def test_files_that_cannot_be_written_are_told(tmp_path, name):
+    """A folder of somebody else's, or one that is none: in words, and nothing is left running."""
+    if name == ".demo":
+        (tmp_path / name).write_text("a file")
+    else:
+        (tmp_path / name).mkdir(parents=True)
+    process = start(tmp_path, "--events", "1000", "--keep")
+    output, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert "bridged: can't write the demo's files: " in output
+    assert f"{tmp_path}/{name}" in output
+    assert "Traceback" not in output
+    assert ours(tmp_path) == []
+
+
+def test_no_place_for_its_files_is_told(tmp_path, monkeypatch, capsys):
+    """Every temporary folder is full or read-only."""
+    monkeypatch.setattr(tempfile, "mkdtemp", Mock(side_effect=FileNotFoundError(2, "No usable temporary directory")))
+
+    assert cli.main(["demo"]) == 1
+    assert "set TMPDIR to a folder of yours" in capsys.readouterr().err
+
+
+def test_what_it_says_can_be_pasted(tmp_path):
+    """Also where the folder has a space; and its configuration is one in a folder of any name."""
+    folder = tmp_path / 'my "project\\'
+    folder.mkdir()
+    addresses = demo_children.Addresses(
+        folder, "e", "b", "http://1:1", "http://1:2", [], "bearer", folder / "config.toml"
+    )
+    words = shlex.split(next(line for line in demo._where_next(addresses).splitlines() if " status " in line))
+    assert words[-1] == str(folder / "config.toml")
+    assert tomllib.loads(demo_children._config(addresses, "token"))["spool"]["path"] == str(folder / "spool.db")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -8,6 +8,7 @@ Braze exactly the members, that they should.
 import argparse
 import asyncio
 import contextlib
+import shlex
 import shutil
 import signal
 import sys
@@ -58,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Plays the day. 0: everything is exact; 1: it isn't."""
-    folder = _KEPT_FOLDER.absolute() if arguments.keep else Path(tempfile.mkdtemp(prefix="bridged-demo-"))
+    try:
+        folder = _KEPT_FOLDER.absolute() if arguments.keep else Path(tempfile.mkdtemp(prefix="bridged-demo-"))
+    except OSError as error:
+        raise DemoError(
+            f"there is no place for the demo's files: {error}", "set TMPDIR to a folder of yours"
+        ) from error
     stop = _Stop()
     # A terminal that is closed ends it as well, unless it was started not to be (nohup).
     ends = [signal.SIGINT, signal.SIGTERM]
@@ -205,7 +211,7 @@ def _display(day: Day) -> Iterator[_Show]:
             yield show
         return
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         with _lines(day) as show:
             yield show
         return
@@ -386,10 +392,11 @@ def _verdict_on_cohorts(problems: list[str]) -> str:
 
 
 def _where_next(addresses: Addresses) -> str:
-    config = f"--config {addresses.config}"
+    # To be pasted, so quoted.
+    config = f"--config {shlex.quote(str(addresses.config))}"
     called = Path(sys.argv[0])
     # `make demo` runs it from a virtual environment that the shell doesn't know of.
-    bridged = "bridged" if shutil.which("bridged") or called.name != "bridged" else called
+    bridged = "bridged" if shutil.which("bridged") or called.name != "bridged" else shlex.quote(str(called))
     return f"""
 All are still running; Ctrl-C ends them.
   the daemon's page         {addresses.admin}/

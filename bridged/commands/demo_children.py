@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import secrets
+import shlex
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from bridged.config import toml_value
 from bridged.errors import BridgedError
 
 _START_S: Final = 20.0
@@ -83,7 +85,11 @@ async def running(
         if len(str(unix).encode()) < _LONGEST_UNIX_PATH:
             addresses.streams.append(f"unix:{unix}")
         token = secrets.token_hex(16)
-        _write(addresses, token, {"faults.json": faults, "braze-faults.json": braze_faults})
+        try:
+            _write(addresses, token, {"faults.json": faults, "braze-faults.json": braze_faults})
+        except OSError as error:
+            hint = "start it in a folder of yours; what another user's demo left there is in the way"
+            raise DemoError(f"can't write the demo's files: {error}", hint) from error
         emulator = ["emulator", "--listen", f"127.0.0.1:{emulator_port}", "--token", token]
         emulator += ["--faults", str(folder / "faults.json"), "--braze-listen", f"127.0.0.1:{braze_port}"]
         emulator += ["--braze-rest-key", token, "--braze-faults", str(folder / "braze-faults.json")]
@@ -103,7 +109,9 @@ def _write(addresses: Addresses, token: str, scripts: Mapping[str, Sequence[dict
     for name, faults in scripts.items():
         (addresses.folder / name).write_bytes(msgspec.json.encode(faults))
     # It holds tokens, although nobody could use them for anything.
-    with os.fdopen(os.open(addresses.config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with os.fdopen(
+        os.open(addresses.config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.write(_config(addresses, token))
 
 
@@ -118,29 +126,29 @@ def _demand_free(folder: Path) -> None:
         except BlockingIOError:
             raise DemoError(
                 f"another demo is running in {folder}",
-                f"end it with Ctrl-C; if its terminal is gone, end what `pgrep -af {folder}` shows",
+                f"end it with Ctrl-C; if its terminal is gone, end what `pgrep -af {shlex.quote(str(folder))}` shows",
             ) from None
 
 
 def _config(addresses: Addresses, token: str) -> str:
-    streams = ", ".join(f'"{address}"' for address in addresses.streams)
+    streams = toml_value(tuple(addresses.streams))
     return f"""\
 # The configuration of the demo's daemon.
 [sources.http]
 listen = "{addresses.http.removeprefix("http://")}"
 bearer_token = "{addresses.bearer_token}"
 [sources.stream]
-listen = [{streams}]
+listen = {streams}
 [mixpanel]
 url = "{addresses.emulator}"
 token = "{token}"
 [spool]
-path = "{addresses.folder / "spool.db"}"
+path = {toml_value(str(addresses.folder / "spool.db"))}
 [cohorts]
 enabled = true
 username = "mixpanel"
 password = "{addresses.bearer_token}"
-path = "{addresses.folder / "cohorts.db"}"
+path = {toml_value(str(addresses.folder / "cohorts.db"))}
 [braze]
 url = "{addresses.braze}"
 rest_key = "{token}"
@@ -191,13 +199,19 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would turn the demo into something else: settings of a real daemon, proxies."""
+    """Ours, without what would turn the demo into something else: settings of a real daemon, proxies, modules that lie in
+    the working directory and are called like ours or Python's.
+    """
     foreign = ("BRIDGED_", "CREDENTIALS_DIRECTORY")
-    return {
+    environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(foreign) and not name.lower().endswith("_proxy")
     }
+    paths = [environment.get("PYTHONPATH", "")]
+    if (home := str(Path(__file__).parents[2])) == sys.path[0]:
+        paths.insert(0, home)  # `python -m bridged` in a clone: we are found there, and nowhere else
+    return environment | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _free_ports(count: int) -> list[int]:
