@@ -6,7 +6,6 @@ from its `*_file` key or from `$CREDENTIALS_DIRECTORY/section_key` (systemd's Lo
 """
 
 import difflib
-import ipaddress
 import os
 import re
 import tomllib
@@ -19,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bridged import event_rules
+from bridged.addresses import is_loopback, split_address
 from bridged.errors import ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config, Seconds, Section, Size
@@ -322,22 +322,6 @@ def with_credentials(config: Config, changes: Mapping[str, str]) -> Config:
     if problems := [*_problems(config), *_missing_secrets(config)]:
         raise ConfigError("; ".join(problems))
     return config
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`host:port` or `[v6]:port` as a pair. Raises ValueError."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"expected host:port, got {address!r}")
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _problems(config: Config) -> Iterator[str]:

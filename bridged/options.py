@@ -3,9 +3,9 @@
 import os
 
 from bridged import open_files
+from bridged.addresses import split_address
 from bridged.alarms.webhook import Hook
 from bridged.backlog.spool import SpoolOptions
-from bridged.config import split_address
 from bridged.delivery.delivery import DeliveryOptions
 from bridged.delivery.pacing import PaceLimits
 from bridged.mixpanel.mapping import MappingSettings

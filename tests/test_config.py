@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridged.addresses import is_loopback, split_address
 from bridged.config import (
     default_toml,
     find_config,
     has_credential,
-    is_loopback,
     keys,
     load,
     masked,
     secret_problem,
-    split_address,
 )
 from bridged.errors import ConfigError
 from bridged.settings import SECRETS, Config, Seconds, Size

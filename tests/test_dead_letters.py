@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from conftest import balanced, currents, until
 
+from bridged.addresses import split_address
 from bridged.backlog import dead_letters
 from bridged.backlog.dead_letters import DeadLetters, Filter, exported
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken
-from bridged.config import split_address
 from bridged.errors import SpoolError, SpoolFull
 
 OPEN = "users.messages.email.Open"

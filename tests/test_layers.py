@@ -15,6 +15,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relati
 # this list. From the ground up: what is said, what is sent, what waits, what leaves, what comes in, who looks, who opens.
 LADDER: dict[str, set[str]] = {
     "errors": set(),
+    "addresses": set(),
     "redaction": set(),
     "logs": {"redaction"},
     "clock": set(),
@@ -24,7 +25,7 @@ LADDER: dict[str, set[str]] = {
     "mixpanel": {"currents"},
     # What the configuration may say of events, in the words of the table and of the mapping.
     "event_rules": {"currents", "mixpanel", "settings"},
-    "config": {"errors", "event_rules", "redaction", "settings"},
+    "config": {"addresses", "errors", "event_rules", "redaction", "settings"},
     "reloading": {"config", "settings"},
     "memory": set(),
     "connections": set(),
@@ -41,15 +42,16 @@ LADDER: dict[str, set[str]] = {
     # The way back: from Mixpanel's webhook to Braze.
     "cohorts": {"errors", "braze", "mixpanel", "presence"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
-    "sources": {"errors", "memory", "redaction", "backlog", "intake", "cohorts"},
+    "sources": {"addresses", "errors", "memory", "redaction", "backlog", "intake", "cohorts"},
     "open_files": {"settings"},
     # The configuration in each part's own terms.
-    "options": {"alarms", "backlog", "config", "delivery", "mixpanel", "open_files", "settings", "sources"},
+    "options": {"addresses", "alarms", "backlog", "delivery", "mixpanel", "open_files", "settings", "sources"},
     # The cohorts' parts, made from a configuration.
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {
         "activity",
+        "addresses",
         "event_rules",
         "options",
         "saved",
@@ -94,6 +96,7 @@ LADDER: dict[str, set[str]] = {
     "emulator": {"errors"},
     # Commands talk to a daemon, or open the parts that they check.
     "commands": {
+        "addresses",
         "durable",
         "errors",
         "event_rules",

@@ -32,9 +32,9 @@ from aiohttp import web
 from msgspec import Struct
 
 from bridged import __version__
+from bridged.addresses import split_address
 from bridged.admin.answers import body, json
 from bridged.admin.sessions import LIFE_S, Guesses, Session, Sessions
-from bridged.config import split_address
 
 if TYPE_CHECKING:
     from bridged.app import App

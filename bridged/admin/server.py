@@ -9,7 +9,7 @@ import contextlib
 import functools
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from bridged import __version__
+from bridged.addresses import of_this_machine, split_address
 from bridged.admin import metrics, openapi
 from bridged.admin.access import Access
 from bridged.admin.answers import Verbatim, json
@@ -28,7 +29,7 @@ from bridged.admin.live import Broadcast
 from bridged.admin.page import Page
 from bridged.admin.settings import SettingsApi
 from bridged.admin.status import health, totals
-from bridged.config import keys, split_address
+from bridged.config import keys
 from bridged.errors import BridgedError, ConfigError, ListenError, about_pem
 from bridged.redaction import redacted_bytes, spare
 from bridged.saved import BadSettings
@@ -204,7 +205,7 @@ class AdminServer:
         self._runner = _Runner(web_app, shutdown_timeout=2.0)
         await self._runner.setup()
         try:
-            for site in self._sites():
+            async for site in self._sites():
                 await site.start()
         except OSError as error:
             await self._runner.cleanup()
@@ -213,12 +214,13 @@ class AdminServer:
         self._recording = asyncio.create_task(self._history.run(), name="history")
         return self
 
-    def _sites(self) -> Iterator[web.BaseSite]:
+    async def _sites(self) -> AsyncIterator[web.BaseSite]:
         for sock in self._sockets:
             yield _Site(self._runner, self._tls, sock=sock)
         if not self._sockets:
             host, port = split_address(self._app.config.admin.listen)
-            yield _Site(self._runner, self._tls, host=host, port=port, reuse_address=True)
+            where = {"host": await of_this_machine(host), "port": port, "reuse_address": True}
+            yield _Site(self._runner, self._tls, **where)
 
     async def __aexit__(self, *_exc: object) -> None:
         self._recording.cancel()

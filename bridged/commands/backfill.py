@@ -23,11 +23,11 @@ import msgspec
 from msgspec import Struct
 
 from bridged import config
+from bridged.addresses import split_address
 from bridged.commands import currents_files
 from bridged.commands.client import EVERYWHERE, this_certificate
 from bridged.commands.currents_files import FileError
 from bridged.commands.stream_client import StreamClient
-from bridged.config import split_address
 from bridged.errors import BridgedError, ConfigError, SpoolError
 from bridged.settings import Config
 

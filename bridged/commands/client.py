@@ -8,7 +8,8 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from bridged.config import WITH_SYSTEMD, find_config, load, split_address
+from bridged.addresses import split_address
+from bridged.config import WITH_SYSTEMD, find_config, load
 from bridged.errors import BridgedError, ConfigError, UpstreamError
 from bridged.settings import Config
 

@@ -31,6 +31,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import Struct
 
+from bridged.addresses import of_this_machine
 from bridged.backlog.spool import Spool
 from bridged.errors import BadRequest, BridgedError, ListenError, SpoolError, SpoolFull, TooLarge, Unauthorized
 from bridged.intake import Intake
@@ -185,7 +186,8 @@ class HttpSource:
         self.connections = HttpConnections(self._handle, self, limits, self.answers, _REFUSALS)
         wheres: list[dict[str, Any]] = [{"sock": sock} for sock in self._sockets]
         try:
-            for where in wheres or [{"host": options.host, "port": options.port, "reuse_address": True}]:
+            hosts = [] if wheres else await of_this_machine(options.host)
+            for where in wheres or [{"host": hosts, "port": options.port, "reuse_address": True}]:
                 server = await asyncio.get_running_loop().create_server(
                     self.connections, backlog=1024, **tls.options(self._tls), **where
                 )

@@ -27,6 +27,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from bridged.addresses import of_this_machine
 from bridged.backlog.spool import Spool
 from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
@@ -130,7 +131,7 @@ class StreamSource:
         else:
             host, _, port = rest.rpartition(":")
             server = await loop.create_server(
-                self.accept, host.strip("[]"), int(port), backlog=1024, **tls.options(self._tls)
+                self.accept, await of_this_machine(host.strip("[]")), int(port), backlog=1024, **tls.options(self._tls)
             )
             self.ports.append(server.sockets[0].getsockname()[1])
         return server
