@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -131,7 +132,7 @@ async def test_usage_errors_are_2(bridged, argv):
 
 def test_a_closed_pipe_is_no_error():
     """`bridged config --default | head -1` ends quietly."""
-    command = f"{sys.executable} -m bridged config --default | head -1"
+    command = f"{shlex.quote(sys.executable)} -m bridged config --default | head -1"
     env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
     result = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=False)
 
@@ -664,7 +665,7 @@ def shell(tmp_path, line):
     """A shell's line with `bridged` in it, as a process of its own: exit code, standard error."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("BRIDGED", "PYTHON"))}
     env = clean | {"PYTHONPATH": str(ROOT), "BRIDGED__ADMIN__LISTEN": "127.0.0.1:1", "BRIDGED__MIXPANEL__TOKEN": "t"}
-    line = line.replace("bridged ", f"{sys.executable} -m bridged ", 1)
+    line = line.replace("bridged ", f"{shlex.quote(sys.executable)} -m bridged ", 1)
     command = ["/bin/sh", "-c", line]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stderr
@@ -701,6 +702,6 @@ def test_files_never_get_the_number_of_a_closed_stream(tmp_path):
         "import os, sys; from bridged.cli import main; main(['check']); "
         "n = os.open('spool', os.O_RDWR | os.O_CREAT); sys.exit(0 if n > 2 else n + 10)"
     )
-    returned, said = shell(tmp_path, f'{sys.executable} -c "{program}" <&- >&- 2>&-')
+    returned, said = shell(tmp_path, f'{shlex.quote(sys.executable)} -c "{program}" <&- >&- 2>&-')
 
     assert returned == 0, said
