@@ -66,7 +66,9 @@ def keys() -> Iterator[Key]:
 
 
 def find_config(flag: str | None) -> Path | None:
-    """`--config`, else $BRIDGED_CONFIG, else ./config.toml, else /etc/bridged/config.toml, else none at all."""
+    """`--config`, else $BRIDGED_CONFIG, else ./config.toml, else /etc/bridged/config.toml, else none. Raises ConfigError."""
+    if flag == "":  # as a variable of a script's that isn't set
+        raise ConfigError("--config names no file", "give one, or leave --config out")
     if flag or os.environ.get("BRIDGED_CONFIG"):
         return Path(flag or os.environ["BRIDGED_CONFIG"])
     return next(filter(_may_be_there, _PLACES), None)
@@ -98,8 +100,9 @@ def load(
             raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin it with a mark
         except (OSError, UnicodeDecodeError) as error:
             hint = "run this as root, or as who may read it" if isinstance(error, PermissionError) else ""
+            hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else hint
             raise ConfigError(f"can't read the configuration {path}: {error}", hint) from error
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is no TOMLDecodeError
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _apply_environment(raw, environ)
     try:
@@ -150,6 +153,16 @@ def _convert(kind: type, value: object) -> object:
     raise NotImplementedError(kind)
 
 
+# By msgspec's names of types.
+_WRITTEN: Final = {
+    "str": 'text stands in quotes: "..."',
+    "bool": "true or false, without quotes",
+    "int": "a whole number, without quotes",
+    "float": "a number, without quotes",
+    "array": 'a list stands in brackets: ["..."]',
+}
+
+
 def _explained(where: str, error: msgspec.ValidationError, environ: Mapping[str, str]) -> ConfigError:
     """Turns msgspec's path (`$.mixpanel`) into the file's own terms (`[mixpanel]`); a variable goes by its name."""
     message, _, at = str(error).partition(" - at `$")
@@ -171,6 +184,8 @@ def _explained(where: str, error: msgspec.ValidationError, environ: Mapping[str,
         hint = "one of: " + ", ".join(choices(key.type))
     elif place == "events.names[...]" and message.endswith("got `object`"):
         hint = 'event types have dots, so they stand in quotes: "users.messages.email.Send" = "Mail sent"'
+    elif expected := re.match(r"Expected `(\w+)`, got", message):
+        hint = _WRITTEN.get(expected[1], "")
     return ConfigError(f"{where}: {within or 'the top level'}: {message}", hint)
 
 

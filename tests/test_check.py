@@ -14,6 +14,7 @@ from bridged.delivery import probe
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.mixpanel import requests
 from bridged.mixpanel.verdicts import Retry
+from bridged.settings import Config, SpoolSettings
 
 ACCOUNT = {
     "mixpanel__service_account": "ada",
@@ -63,6 +64,8 @@ async def test_another_region(bridged, config, emulator, monkeypatch):  # noqa: 
         ({"retention__archive_path": "/dev/null/archive"}, "retention.archive_path: /dev/null is no folder"),
         ({"braze__url": "", "braze__cluster": "EU01"}, "braze.cluster: 'EU01' is no cluster of Braze's"),
         ({"spool__path": "/dev/null/spool.db"}, "spool.path: /dev/null is no folder"),
+        ({"spool__path": "/tmp"}, "spool.path: /tmp is a folder: name a file in it"),
+        ({"cohorts__path": "/tmp"}, "cohorts.path: /tmp is a folder: name a file in it"),
         ({"cohorts__path": "/dev/null/c/cohorts.db"}, "cohorts.path: /dev/null is no folder"),
         ({"sources__stream__listen": '["unix:nowhere/s.sock"]'}, "sources.stream.listen: the folder of nowhere/s.sock"),
         (
@@ -91,6 +94,7 @@ async def test_files_that_only_the_service_has_are_taken_on_trust(bridged, confi
 def test_a_folder_that_may_not_be_looked_at_may_be_one(tmp_path, every_pathlib, an_ordinary_user):
     """The service's is private: whoever checks its configuration as somebody else isn't told that it is none."""
     assert check._may_be_folder(tmp_path / "bridged")
+    assert list(check._missing_places(Config(spool=SpoolSettings(path=str(tmp_path / "bridged" / "spool.db"))))) == []
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,7 @@ async def test_saved_settings_that_are_out_of_sight_are_told(bridged, daemon, mo
     """With a relative spool.path they are found from the daemon's own folder, and from elsewhere nobody is told wrong."""
     app = await daemon(spool__path="spool.db")
     await app.save({"mixpanel.naming": "current"}, [])
+    assert "saved on the page, over the configuration: mixpanel.naming\n" in (await bridged(app, "status"))[1]
     assert json.loads((await bridged(app, "config"))[1])["mixpanel"]["naming"] == "current"
     monkeypatch.setenv("BRIDGED__MIXPANEL__NAMING", "seed")
     assert "can't be seen" not in (await bridged(None, "check"))[1]

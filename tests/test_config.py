@@ -62,8 +62,13 @@ def complaint(path: Path | None, **environ: str) -> str:
         ("[delivery]\nmax_concurrency = 'many'", ["delivery.max_concurrency", "int"]),
         ("[delivery]\nmax_concurrency = 0", ["delivery.max_concurrency", "1"]),
         ("[delivery]\nmax_batch_events = 2001", ["delivery.max_batch_events", "2000"]),
-        ("[mixpanel]\nproject_id = 5", ["mixpanel.project_id", "str"]),
-        ("[events]\nexclude = 'x'", ["events.exclude", "array"]),
+        ("[mixpanel]\nproject_id = 5", ["mixpanel.project_id", "str", 'in quotes: "..."']),
+        ("[events]\nexclude = 'x'", ["events.exclude", "array", 'in brackets: ["..."]']),
+        ("[cohorts]\nenabled = 'true'", ["cohorts.enabled", "true or false, without quotes"]),
+        ("[delivery]\nmax_concurrency = '7'", ["delivery.max_concurrency", "a whole number, without quotes"]),
+        ("[delivery]\nmax_events_per_second = '7'", ["delivery.max_events_per_second", "a number, without quotes"]),
+        (f"[delivery]\nmax_concurrency = {'9' * 5000}", ["not valid TOML"]),
+        (f"[delivery]\nmax_concurrency = {'[' * 5000}", ["not valid TOML"]),
         ("[events.names]\n'users.X' = 5", ["events.names", "str"]),
         ("[spool]\nmax_bytes = '10 gigs'", ["spool.max_bytes", "10 gigs", "512MiB"]),
         ("[spool]\nmax_bytes = -1", ["spool.max_bytes", "-1"]),
@@ -89,6 +94,16 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     """Some editors put one before the first line."""
     path = tmp_path / "some.toml"
     path.write_bytes(b"\xef\xbb\xbf[mixpanel]\ntoken = 't'\n")
+    assert load(path, {}).mixpanel.token == "t"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_another_encoding_is_told_as_one(tmp_path: Path, encoding: str) -> None:
+    """As editors on Windows offer it; their line ends are none of anybody's business."""
+    path = tmp_path / "some.toml"
+    path.write_bytes("# Grüße\r\n[mixpanel]\r\ntoken = 't'\r\n".encode(encoding))
+    assert "hint: save it as UTF-8" in complaint(path)
+    path.write_bytes(path.read_bytes().decode(encoding).encode())
     assert load(path, {}).mixpanel.token == "t"
 
 
@@ -486,6 +501,8 @@ def test_where_the_configuration_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(os.environ, "BRIDGED_CONFIG", "/elsewhere.toml")
     assert find_config(None) == Path("/elsewhere.toml")
     assert find_config("flag.toml") == Path("flag.toml")
+    with pytest.raises(ConfigError, match="--config names no file"):  # and none of the others is taken instead
+        find_config("")
 
 
 def test_what_may_not_be_looked_at_is_named(

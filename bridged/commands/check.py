@@ -83,6 +83,12 @@ def _missing_places(settings: Config) -> Iterator[str]:
         folders["retention.archive_path"] = Path(settings.retention.archive_path)
     if settings.cohorts.enabled:
         folders["cohorts.path"] = Path(settings.cohorts.path).parent
+    files = {"spool.path": settings.spool.path} | (
+        {"cohorts.path": settings.cohorts.path} if settings.cohorts.enabled else {}
+    )
+    for key, file in files.items():
+        if os.path.isdir(file):  # noqa: PTH112  # where we may not look it says no
+            yield f"{key}: {file} is a folder: name a file in it"
     for key, folder in folders.items():
         # It is made when it is needed, with those above it.
         path = folder.absolute()

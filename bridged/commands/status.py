@@ -43,6 +43,8 @@ def lines(status: Status) -> Iterator[str]:
         yield f"last problem: {printable(status.last_problem)}"
     yield from (_alarm(alarm) for alarm in status.alarms)
     yield from (f"warning: {printable(warning)}" for warning in status.warnings)
+    if status.overridden:
+        yield f"saved on the page, over the configuration: {', '.join(status.overridden)}"
     yield from ("", "events", table([*status.events.items()], right=[1]))
     if status.oldest_age_s is not None:
         yield f"  the oldest has waited {duration(status.oldest_age_s)}"
