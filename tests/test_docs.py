@@ -162,6 +162,15 @@ def test_every_make_target_that_the_readme_names_exists(readme: str) -> None:
     assert {"demo", "test"} <= targets <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
 
 
+def test_what_is_installed_is_where_the_service_finds_it(readme: str) -> None:
+    """Each pip is that of the folder that the units' program lies in: the system's own refuses, or installs elsewhere."""
+    (program,) = re.findall(r"^ExecStart=(\S+)", (ROOT / "systemd/bridged.service").read_text(), re.MULTILINE)
+    pips = [word for piece in code(readme) for word in re.findall(r"(\S*)pip install", piece)]
+    assert set(pips) == {"/opt/bridged/bin/"}
+    assert f"ln -sf /opt/bridged/bin/bridged {program}" in readme
+    assert readme.index("umask 022") < readme.index("/opt/bridged/bin/pip")
+
+
 def test_the_readmes_figures(readme: str) -> None:
     """How many types there are, and how many of them have two spellings."""
     assert f"The {len(EVENT_TYPES)} event types" in readme
