@@ -35,7 +35,7 @@ def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
     ]
     renderer: list[Any] = (
         # Never with local variables, which hold secrets in pieces that nothing recognises.
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(colors=_colours(), exception_formatter=structlog.dev.plain_traceback)]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
@@ -48,6 +48,11 @@ def setup(level: str, format_: Literal["auto", "console", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [_Structlog()]
     root.setLevel(logging.WARNING)
+
+
+def _colours() -> bool:
+    """Whether whoever reads it sees colours, and wants them (no-color.org): in a file they are noise."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Output(io.TextIOBase):

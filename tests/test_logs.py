@@ -1,6 +1,7 @@
 """Logs: one form for ours and the libraries', and no credential in them."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -92,6 +93,31 @@ def test_console_is_for_people(capsys):
     text = capsys.readouterr().err
     assert "batch_delivered" in text
     assert not text.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environ", "coloured"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colours_are_for_a_terminal_that_has_them(monkeypatch, terminal, environ, coloured):
+    """A file, or whoever doesn't want them, gets plain text."""
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    output = io.StringIO()
+    output.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", output)
+    logs.setup("info", "console")
+    structlog.get_logger().info("batch_delivered", events=3)
+
+    assert "batch_delivered" in output.getvalue()
+    assert ("\x1b[" in output.getvalue()) is coloured
 
 
 @pytest.mark.parametrize("format_", ["json", "console"])
