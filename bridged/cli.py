@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridged import __version__
@@ -92,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _drop_output()
                 print(f"bridged: can't write to standard output: {error.strerror}", file=sys.stderr)
                 return 74
+        if isinstance(error, FileNotFoundError) and error.filename is None and _has_no_folder():
+            print("bridged: the working directory was removed\n  hint: cd into one that is there", file=sys.stderr)
+            return 74
         # A bug. As Python would tell it, but for what nobody shall read.
         sys.stderr.write(redacted(traceback.format_exc()))
         return 1
@@ -109,6 +113,15 @@ def _open_closed_streams() -> None:
             if getattr(sys, name) is None:
                 mode = "r" if number == 0 else "w"
                 setattr(sys, name, open(opened, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for good
+
+
+def _has_no_folder() -> bool:
+    """Whether somebody has removed the working directory, as who clones anew what the shell is in."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _drop_output() -> None:

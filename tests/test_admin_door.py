@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from bench import restart
 from bridged import cli
 from bridged.admin import server
-from bridged.commands.client import Daemon
+from bridged.commands.client import Daemon, this_certificate
 from bridged.config import default_toml, load
 from bridged.errors import ConfigError, UpstreamError
 from bridged.sources.tls import server_context
@@ -521,6 +521,13 @@ async def test_a_certificate_of_a_private_authority(daemon, tmp_path, monkeypatc
     app = await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=str(tmp_path / "key.pem"))
 
     assert (await asyncio.to_thread(Daemon.admin(app.config).ask, "/api/status", dict))["state"] == "idle"
+
+
+def test_a_certificate_that_systemd_hands_over_while_the_service_runs():
+    """With the service stopped there is no copy of it: that is told, and not a mistake in the configuration."""
+    with pytest.raises(ConfigError) as caught:
+        this_certificate("/run/credentials/bridged.service/tls_cert", "[admin] tls_cert")
+    assert "does it run?" in caught.value.hint
 
 
 async def test_commands_take_no_other_certificate(daemon, certificate, tmp_path):

@@ -689,6 +689,17 @@ def test_a_closed_standard_stream_is_no_crash(tmp_path, line, code):
     assert (returned, "Traceback" in said) == (code, False), said
 
 
+@pytest.mark.parametrize("command", ["check", "config", "run", "send-test-events", "dead-letters export x"])
+def test_a_working_directory_that_was_removed_is_told(tmp_path, command):
+    """By whoever cloned the project anew, in another window."""
+    (tmp_path / "here").mkdir()
+    returned, said = shell(tmp_path / "here", f"rmdir ../here; bridged {command}")
+
+    assert returned == 74
+    assert said.endswith("bridged: the working directory was removed\n  hint: cd into one that is there\n")
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("line", ["bridged check", "bridged --help", "PYTHONUNBUFFERED=1 bridged check"])
 def test_output_that_cannot_be_written_is_told(tmp_path, line):
     """A full disk under standard output is an error in words, and 74."""

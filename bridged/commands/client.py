@@ -25,8 +25,12 @@ def this_certificate(path: str, key: str) -> ssl.SSLContext:
     """To reach a listener of the daemon over TLS. Raises ConfigError that names the key when the file can't be read."""
     try:
         context = ssl.create_default_context(cafile=path)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"can't read {key} = {path!r}: {error}") from error
+    except OSError as error:  # ssl.SSLError is one
+        is_systemds = path.startswith("/run/credentials/")
+        hint = (
+            "systemd's copies are there while the service runs, and root's to read: does it run?" if is_systemds else ""
+        )
+        raise ConfigError(f"can't read {key} = {path!r}: {error}", hint) from error
     # Exactly this certificate, whoever signed it; so its name, which is not the address that we ask, says no more.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     # On by default since Python 3.13: it refuses many that people sign themselves, for what they don't say of their use.
