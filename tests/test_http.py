@@ -5,12 +5,15 @@ import contextlib
 import gzip
 import os
 import sqlite3
+import tomllib
 import zlib
+from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
 from conftest import NAMES, currents
+from packaging.requirements import Requirement
 
 from bridged.backlog.segment import Batch, lines
 from bridged.backlog.spool import Intaken, Settlement, Spool, SpoolOptions
@@ -584,3 +587,14 @@ async def test_an_address_that_is_taken(door):
     second = HttpSource(HttpOptions(port=door.source.port), door.source._intake, door.spool)
     with pytest.raises(ListenError, match=rf"sources\.http\.listen = 127\.0\.0\.1:{door.source.port}"):
         await second.__aenter__()
+
+
+def test_what_is_required_has_what_the_door_is_built_on():
+    """An installation keeps the aiohttp that it has, if it satisfies us: with 3.14.3 every request broke off, unanswered. What
+    a later one makes of its insides has to be looked at first.
+    """
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (required,) = [each for each in map(Requirement, project["dependencies"]) if each.name == "aiohttp"]
+
+    assert list(required.specifier.filter(["3.14.0", "3.14.3", "3.14.4", "3.15.0"])) == ["3.14.4"]
+    assert aiohttp.__version__ in required.specifier
