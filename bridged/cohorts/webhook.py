@@ -10,6 +10,7 @@ Mixpanel pauses a sync that is answered 400, so only what leaves no doubt that i
 
 import json
 import re
+from decimal import Decimal, DecimalException
 from typing import Any, Final, Literal
 
 import msgspec
@@ -26,7 +27,6 @@ MAX_NAME: Final = 255  # characters of a string in an attribute
 _ANONYMOUS: Final = "$device:"
 UNKNOWN_TOTAL: Final = 2**40
 _NOTHING: Final = (None, "")  # the id may stand under the next key
-_WHOLE: Final = 2.0**53  # beyond it a float isn't the number that was meant
 _QUOTED: Final = 60  # characters of something wrong that are repeated to its sender
 
 
@@ -89,8 +89,9 @@ class Reader:
         member = msgspec.defstruct(
             "Member", [(name, Any, None) for name in names], rename=dict(zip(names, self._keys, strict=True))
         )
-        self._body = msgspec.json.Decoder(_Body)
-        self._members = msgspec.json.Decoder(list[member])  # type: ignore[valid-type]  # made at run time
+        self._body = msgspec.json.Decoder(_Body, float_hook=_number)
+        self._members = msgspec.json.Decoder(list[member], float_hook=_number)  # type: ignore[valid-type]  # made at run time
+        self._loose = msgspec.json.Decoder(list[Any], float_hook=_number)
 
     def read(self, body: bytes) -> Page:
         """The page in a body. Raises BadRequest, which says what is wrong, in Mixpanel's own names."""
@@ -151,7 +152,7 @@ class Reader:
         except msgspec.ValidationError:
             # Something among them is no object. It costs itself.
             try:
-                loose = msgspec.json.decode(members, type=list[Any])
+                loose = self._loose.decode(members)
             except msgspec.ValidationError:
                 raise BadRequest("parameters.members: expected an array of objects") from None
             found = [
@@ -179,7 +180,9 @@ def _mended(body: bytes) -> bytes | None:
     that an id with it is no id. None: it isn't JSON to anybody.
     """
     try:
-        said = json.loads(body.decode("utf-8-sig", "surrogateescape"), parse_constant=lambda _: None)
+        said = json.loads(
+            body.decode("utf-8-sig", "surrogateescape"), parse_constant=lambda _: None, parse_float=_number
+        )
         text = json.dumps(said, ensure_ascii=False)
     except (ValueError, RecursionError):
         return None
@@ -209,11 +212,21 @@ def _text(value: object) -> str:
     """A scalar as Mixpanel means it: ids come as strings and as numbers."""
     if isinstance(value, str):
         return value.strip() if "\0" not in value else ""
-    if isinstance(value, float) and value.is_integer() and abs(value) < _WHOLE:
-        value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return ""
+
+
+def _number(text: str) -> int | str:
+    """A number with a point or an exponent, as it is written: a float is another one beyond 2^53. Whole ones lose the point."""
+    try:
+        number = Decimal(text)
+        # What is longer than an id needs no digits.
+        if number.adjusted() < MAX_ID_BYTES and number == number.to_integral_value():
+            return int(number)
+    except DecimalException:
+        pass
+    return text
 
 
 def _page(info: object) -> tuple[int, int]:
@@ -234,8 +247,6 @@ def _page(info: object) -> tuple[int, int]:
 def _count(value: object) -> int | None:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         value = int(value.strip()[:15])
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
     return min(value, UNKNOWN_TOTAL) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
