@@ -408,8 +408,8 @@ def _cohort_problems(config: Config) -> Iterator[str]:
         yield "cohorts.enabled needs sources.http.listen: Mixpanel posts them there"
     if cohorts.password and (":" in cohorts.username or not cohorts.username):
         yield "cohorts.username: expected a name without a colon"
-    if not cohorts.user_id.strip():
-        yield "cohorts.user_id: expected distinct_id or the name of a property"
+    if not cohorts.user_id.strip() or re.search(r'["\\\x00-\x1f\ud800-\udfff]', cohorts.user_id):
+        yield "cohorts.user_id: expected distinct_id or the name of a property, without quotes and backslashes"
     if not re.fullmatch(r"[^\s$.][^$.]{0,254}", cohorts.attribute):
         yield "cohorts.attribute: expected the name of an attribute, without $ and dots"
     elif cohorts.attribute in _NO_ATTRIBUTES:

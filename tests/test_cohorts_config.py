@@ -39,6 +39,9 @@ def test_a_profile_demands_only_its_own_credentials(environ: dict[str, str], pag
         (COHORTS | NO_EXPORT | {"BRIDGED__SOURCES__HTTP__LISTEN": ""}, "needs sources.http.listen"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USERNAME": "a:b"}, "without a colon"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USER_ID": " "}, "cohorts.user_id"),
+        (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USER_ID": 'My "id"'}, "cohorts.user_id: expected"),
+        (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USER_ID": "a\\b"}, "cohorts.user_id: expected"),
+        (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USER_ID": "a\udcff"}, "cohorts.user_id: expected"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": "$x"}, "cohorts.attribute"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": "external_id"}, "cohorts.attribute: external_id is"),
         (
