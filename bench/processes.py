@@ -365,10 +365,11 @@ def folder() -> Iterator[Path]:
 
 
 class _Signals:
-    """SIGTERM and SIGINT while a process is being started wait until it is known, so that it can be ended."""
+    """While a process is being started signals wait until it is known, so that it can be ended; one is enough to leave."""
 
     held = False
     waiting = 0
+    leaving = False
 
 
 _running: list[Child] = []
@@ -383,20 +384,31 @@ def _signals_held() -> Iterator[None]:
         _Signals.held = False
         if number := _Signals.waiting:
             _Signals.waiting = 0
+            _Signals.leaving = True
             raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Makes SIGTERM and SIGINT an exception, so that every `with` ends its process and removes its folder."""
+    """Makes SIGTERM, SIGINT and SIGHUP an exception, so that every `with` ends its process and removes its folder.
+
+    A second one doesn't interrupt that. What is under nohup goes on when its terminal is closed.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
+        if _Signals.leaving:
+            return
         if _Signals.held:
             _Signals.waiting = number
         else:
+            _Signals.leaving = True
             raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    _Signals.leaving = False
+    ending = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        ending.append(signal.SIGHUP)
+    before = {number: signal.signal(number, leave) for number in ending}
     try:
         yield
     finally:

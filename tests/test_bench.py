@@ -60,17 +60,22 @@ def test_path_delivers_every_event_and_prints_a_table(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["figures.json"]
 
 
-def test_path_ends_its_processes_at_sigterm(tmp_path):
-    """A benchmark that is told to stop leaves no daemon and no folder."""
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT] * 3], ids=str)
+def test_path_ends_its_processes_at_a_signal(tmp_path, numbers):
+    """A benchmark that is told to stop, or whose terminal is closed, leaves no daemon and no folder; also when Ctrl-C is
+    pressed again meanwhile.
+    """
     with bench("path", "--cells", "stream", "--seconds", "60", cwd=tmp_path, start_new_session=True) as process:
         children = []
         deadline = time.monotonic() + 20
         while len(children) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.1)  # two at once may be one
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + numbers[0]
     assert len(children) == 3
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert list(tmp_path.iterdir()) == []
