@@ -1,5 +1,6 @@
 """`python -m bench NAME [options]` runs a benchmark; without a name it lists them."""
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ QUESTIONS = {
 
 # Where a name isn't that of its module.
 _MODULES = {"all": "suite", "report": "page", "page": "watched"}
+# What the machine doesn't give: no mistake of ours, whose place in the code would help somebody.
+_DENIED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,12 +46,35 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name:<8} {question}")
         print("\npython -m bench NAME --help tells a benchmark's options.")
         return 0 if not argv or argv[0] in {"-h", "--help"} else 2
-    # Here, and not above: the list needs nothing that is installed.
-    from bench.processes import ended_by_signals  # noqa: PLC0415
+    if sys.version_info < (3, 11):  # noqa: UP036  # that is what it is for
+        return _failed(argv[0], f"Python 3.11 or later is needed, and {sys.executable} is {sys.version.split()[0]}")
+    try:
+        # Here, and not above: the list needs nothing that is installed.
+        from bench.processes import BenchError, ended_by_signals  # noqa: PLC0415
 
-    with ended_by_signals():
-        code: int = importlib.import_module(f"bench.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
+        with ended_by_signals():
+            try:
+                code: int = importlib.import_module(f"bench.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
+            except (BenchError, ExceptionGroup) as error:
+                first: BaseException = error
+                while isinstance(first, BaseExceptionGroup):
+                    first = first.exceptions[0]
+                if not isinstance(first, BenchError):
+                    raise
+                return _failed(argv[0], str(first))
+    except ModuleNotFoundError as error:
+        how = "install it, or use .venv/bin/python, to which `make bench` gives what nearly all benchmarks need"
+        return _failed(argv[0], f"{sys.executable} has no package {error.name}: {how}")
+    except OSError as error:
+        if error.errno not in _DENIED:
+            raise
+        return _failed(argv[0], str(error))
     return code
+
+
+def _failed(name: str, why: str) -> int:
+    print(f"{name}: {why}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

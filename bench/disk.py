@@ -71,7 +71,10 @@ def small_disk(where: Path, mib: int) -> Iterator[Path]:
     disk = where / "small"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)  # what stands here
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)  # what stands here
+    except FileNotFoundError as error:
+        raise BenchError("mount isn't installed: apt-get install mount") from error
     if done.returncode:
         raise BenchError(f"mounting a tmpfs takes root: {done.stderr.strip()}")
     try:
@@ -219,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.calls and not faulty.available():
-        raise BenchError("fiu-utils is not installed; --calls 0 goes without")
+        raise BenchError("fiu-utils isn't installed: apt-get install fiu-utils, or go without (--calls 0)")
     started = time.monotonic()
     calls = dict.fromkeys(faulty.CALLS, arguments.calls)
     with ended_by_signals(), folder() as where:

@@ -83,10 +83,12 @@ class Disk:
 
 
 def _command(*arguments: str) -> str:
+    # Who has become root by `su` may have nobody's PATH.
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=60)
     except FileNotFoundError as error:
-        raise BenchError(f"{arguments[0]} isn't installed: {error}") from error
+        raise BenchError(f"{arguments[0]} isn't installed: apt-get install e2fsprogs mount") from error
     if done.returncode:
         raise BenchError(f"{' '.join(arguments)}: {done.stderr.strip()} (root and loop devices are needed)")
     return done.stdout

@@ -128,6 +128,31 @@ def test_a_folder_that_takes_nothing_is_said(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("-m", "bench", "images", "--images", "10", "--runs", "1"), "images: strace isn't installed"),
+        (("-m", "bench", "disk", "--rounds", "1", "--calls", "0"), "disk: mount isn't installed"),
+        (("-S", "-m", "bench", "path"), "has no package msgspec: install it, or use .venv/bin/python"),
+    ],
+)
+def test_what_a_machine_lacks_is_said(tmp_path, arguments, why):
+    """A tool, or an environment: in words, without a traceback, and nothing is left."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert why in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_benchmark_of_one_process_ends_at_a_signal(tmp_path, number):
     """Quietly, with the code that a shell knows."""
