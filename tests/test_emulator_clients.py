@@ -79,6 +79,22 @@ async def test_python_client_imports(emulator):
     assert emulator.summary().dropped == 1
 
 
+async def test_a_time_with_a_fraction_is_a_time(emulator):
+    """The Python client's are floats: such an event has its own day, and is recognised when it is sent again."""
+
+    def send():
+        consumer = official.Consumer(**urls(emulator), credentials=account())
+        with official.Mixpanel(TOKEN, consumer=consumer) as client:
+            for _ in range(2):
+                client.import_data(None, "user-1", "py import", 1_700_000_000.5, {"$insert_id": "same"})
+
+    await asyncio.to_thread(send)
+
+    (event,) = emulator.events()
+    assert event["properties"]["time"] == 1_700_000_000.5
+    assert emulator.summary().duplicates == 1
+
+
 async def test_python_client_reads_our_refusals(emulator):
     """Validation, rate limits and HTML reach the client's user as its exception, with our words in it."""
 

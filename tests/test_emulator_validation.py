@@ -149,10 +149,17 @@ def test_time_has_a_floor_and_a_ceiling(time, taken):
         (NOW * 1000, None),
         (NOW * 1000 + 1, NOW * 1000),
         (None, NOW),
+        (NOW - 0.5, None),
+        (NOW + 0.5, NOW),
+        (str(NOW - 7), NOW - 7),
+        (f"{NOW - 7}.5", NOW - 7),
+        (str(NOW + 7), NOW),
     ],
 )
 def test_the_hour_ahead_is_overwritten(time, stored):
-    """A time that lies ahead becomes the time of arrival, in its own unit."""
+    """A time that lies ahead becomes the time of arrival, in its own unit; any other is kept, one with a fraction or in a
+    string as well.
+    """
     assert stored_time(time, NOW) == stored
 
 

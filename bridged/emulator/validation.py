@@ -135,8 +135,13 @@ def is_placed(ip: object) -> bool:
 
 
 def stored_time(value: object, now_s: int) -> int | None:
-    """Return the time that replaces `value`: the hour ahead that is allowed is overwritten with now; None keeps it."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return the time that replaces `value`: the hour ahead that is allowed is overwritten with now; None keeps it.
+
+    Where it isn't strict a time may be text, or have a fraction, as the Python client's has.
+    """
+    if isinstance(value, str):
+        return stored_time(int(float(value)), now_s) or int(float(value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return now_s
     if value >= EARLIEST_MS:
         return now_s * 1000 if value > now_s * 1000 else None
