@@ -395,6 +395,16 @@ def test_window_refuses_what_does_not_fit_and_forgets_after_a_minute():
     assert window.admit(62.0, 10, 1000)
 
 
+def test_a_request_larger_than_the_allowance_passes_in_an_empty_minute():
+    """A small allowance makes a sender slow; it doesn't stop one that sends 2,000 at a time for ever."""
+    window = Window(1000, 1000)
+    assert window.admit(0.0, 500, 1)
+    assert not window.admit(59.0, 2000, 1)
+    assert window.admit(60.0, 2000, 1)
+    assert not window.admit(119.0, 1, 1)
+    assert window.admit(120.0, 1, 5000)
+
+
 @unhurried
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(0, 9), st.integers(0, 900)), max_size=40))
 def test_window_never_exceeds_its_limits_in_any_minute(requests):

@@ -27,9 +27,12 @@ class Window:
         self._slots: deque[_Slot] = deque()  # oldest first; its sums are `events` and `size`
 
     def admit(self, now: float, events: int, size: int) -> bool:
-        """Book a request if it still fits in the minute that ends now; one that does not fit costs nothing."""
+        """Book a request if it still fits in the minute that ends now; one that does not fit costs nothing.
+
+        One that is larger than a minute's allowance fits in an empty minute: refused for ever, it would stop its sender.
+        """
         self._forget(now)
-        if self.events + events > self.max_events or self.size + size > self.max_bytes:
+        if self._slots and (self.events + events > self.max_events or self.size + size > self.max_bytes):
             return False
         self.events += events
         self.size += size

@@ -10,7 +10,7 @@ Decisions where the documentation is silent, all of them the stricter or the mor
 - `$identify`, `$create_alias` and `$merge` make the whole request a 400 whose failed records are strings, as projects
   with the simplified ID merge do;
 - the minute's allowance is shared by `/import` and `/track` and is spent by refused records too, but not by a request
-  that is refused whole.
+  that is refused whole; a request that is larger than it passes when nothing did for a minute.
 """
 
 from typing import Any
