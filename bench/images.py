@@ -19,11 +19,14 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -39,6 +42,7 @@ _SECTOR: Final = 512
 _MAX_BYTES: Final = 64 * 2**20
 _NAME: Final = "spool.db"
 _CODE: Final = 3
+_OURS: Final = (signal.SIGINT, signal.SIGHUP)
 _TRACED: Final = "pwrite64,write,fdatasync,fsync,ftruncate,openat,unlink"
 # Ways to change a file that the model doesn't know: a log that holds one can't be used.
 _UNKNOWN: Final = "fallocate,rename,renameat,renameat2,pwritev,pwritev2,writev,truncate,msync,link"
@@ -403,10 +407,35 @@ def fast_folder() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def _check_in_process(job: tuple[list[Op], int, int]) -> Summary:
-    ops, images, seed = job
-    with tempfile.TemporaryDirectory(prefix="bridged-images-", dir=fast_folder()) as where:
-        return asyncio.run(check(ops, images, seed, Path(where)))
+def _check_in_process(job: tuple[list[Op], int, int, Path]) -> Summary:
+    ops, images, seed, where = job
+    mine = where / str(seed)
+    mine.mkdir()
+    try:
+        return asyncio.run(check(ops, images, seed, mine))
+    finally:
+        shutil.rmtree(mine)
+
+
+@contextlib.contextmanager
+def _pool(processes: int) -> Iterator[Pool]:
+    """Processes that leave a terminal's signals to us: for one that ended by itself the pool might wait for ever."""
+    resource_tracker.ensure_running()  # its start would let them through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(processes)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
+    try:
+        with pool:
+            yield pool
+    finally:
+        pool.join()
+
+
+def shares(of: int, among: int) -> list[int]:
+    """As even as can be, and not one is lost."""
+    return [of * (at + 1) // among - of * at // among for at in range(among)]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -420,17 +449,16 @@ def main(argv: Sequence[str]) -> int:
     started, images, problems, calls = time.monotonic(), 0, list[str](), 0
     processes = os.cpu_count() or 1
     with ended_by_signals(), folder() as where, contextlib.ExitStack() as stack:
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
-        for run in range(arguments.runs):
+        fast = stack.enter_context(tempfile.TemporaryDirectory(prefix="bridged-images-", dir=fast_folder()))
+        pool = stack.enter_context(_pool(processes))
+        for run, share in enumerate(shares(arguments.images, arguments.runs)):
             # A log is held in memory as a whole, so each run is a part of the commits.
-            ops = record(where, arguments.commits // arguments.runs, arguments.seed * 1000 + run)
+            ops = record(where, max(1, arguments.commits // arguments.runs), arguments.seed * 1000 + run)
             shutil.rmtree(where / "recorded")
             calls += len(ops)
-            share = arguments.images // arguments.runs // processes
             seeds = itertools.count((arguments.seed * 1000 + run) * 100)
-            for summary in pool.imap_unordered(
-                _check_in_process, [(ops, share, next(seeds)) for _ in range(processes)]
-            ):
+            jobs = [(ops, most, next(seeds), Path(fast)) for most in shares(share, processes)]
+            for summary in pool.imap_unordered(_check_in_process, jobs):
                 images += summary.images
                 problems += summary.problems
             print(f"{images} images, {len(problems)} problems, {time.monotonic() - started:.0f} s", flush=True)

@@ -1,10 +1,14 @@
 """Crash images: whatever part of the unsynced writes a power cut keeps, the spool opens and holds what was acked."""
 
 import asyncio
+import os
 import random
+import signal
 import sqlite3
+from pathlib import Path
 
 import pytest
+from test_bench import bench, finished
 
 from bench import images
 from bench.images import Machine, Op
@@ -93,3 +97,30 @@ def test_a_lost_row_is_noticed(recorded, tmp_path):
     (tmp_path / "less").mkdir()
     problems = asyncio.run(images.opened(tmp_path / "less", {"spool.db": file.read_bytes()}, machine.promised))
     assert "acked batches are lost" in str(problems)
+
+
+def test_few_images_on_many_cores_are_made(tmp_path):
+    """Shared among runs and processes, none falls under the table: nothing was shown by "0 crash images, all open"."""
+    assert images.shares(7, 3) == [2, 2, 3]
+    code, out, err = finished("images", "--images", "3", "--runs", "2", "--commits", "20", cwd=tmp_path)
+    assert code == 0, out + err
+    assert "3 crash images of" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_all_processes(tmp_path):
+    """A terminal sends it to each of them. The workers leave it to the parent, which ends them and removes what they wrote."""
+    there = Path(images.fast_folder() or "/tmp")  # where that is
+    before = set(there.iterdir())
+    options = ("images", "--images", "20", "--runs", "10", "--commits", "200")
+    with bench(*options, cwd=tmp_path, start_new_session=True) as process:
+        assert process.stdout.readline().startswith("2 images, 0 problems")
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "KeyboardInterrupt" not in err
+    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in set(there.iterdir()) - before if path.name.startswith("bridged-images-")]
