@@ -134,6 +134,12 @@ class Unauthorized(DoorError):
     http_status = 401
 
 
+class NothingTaken(DoorError):
+    """The door is closed by the configuration; its sender shall keep what it has until it is open."""
+
+    http_status = 503
+
+
 class TooLarge(DoorError):
     """The body is larger than the door takes."""
 

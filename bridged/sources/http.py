@@ -11,7 +11,7 @@ Answers, in Braze's terms (what the connector does with each is in its documenta
     413  larger than max_body, or compressed more than a hundredfold. Braze splits the batch
     415  compressed with anything but gzip or deflate
     431  the head is too large
-    503  the spool is near its cap, or can't be written, or too much comes at once. Braze keeps the events and tries again
+    503  no room in the spool, or too much at once, or mixpanel.export is false. Braze keeps the events and tries again
 """
 
 import asyncio
@@ -33,7 +33,16 @@ from msgspec import Struct
 
 from bridged.addresses import of_this_machine
 from bridged.backlog.spool import Spool
-from bridged.errors import BadRequest, BridgedError, ListenError, SpoolError, SpoolFull, TooLarge, Unauthorized
+from bridged.errors import (
+    BadRequest,
+    BridgedError,
+    ListenError,
+    NothingTaken,
+    SpoolError,
+    SpoolFull,
+    TooLarge,
+    Unauthorized,
+)
 from bridged.intake import Intake
 from bridged.redaction import redacted
 from bridged.sources import cohorts, tls
@@ -280,14 +289,14 @@ class HttpSource:
 
     async def _accept(self, request: web.BaseRequest, connection: HttpConnection) -> None:
         """Takes one request up to its commit. Raises what its answer says, ConnectionError when the client is gone."""
-        if self._intake is None:
-            raise web.HTTPNotFound(
-                text=f"no events are taken: mixpanel.export is false; cohorts go to POST {cohorts.PATH}"
-            )
         if request.path.rstrip("/") != PATH:
             raise web.HTTPNotFound(
                 text=f"nothing here; Currents events go to POST {PATH}, cohorts to POST {cohorts.PATH}"
             )
+        if self._intake is None:
+            # After a 404 Braze would drop them; so somebody has five days to notice.
+            hint = f"set it to true, or stop the export in Braze; cohorts go to POST {cohorts.PATH}"
+            raise NothingTaken("no events are taken: mixpanel.export is false", hint)
         if self._credential is not None:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             token = given.strip().encode("utf-8", "surrogateescape")
