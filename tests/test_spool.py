@@ -563,6 +563,20 @@ async def test_files_that_are_removed_just_before_the_end(tmp_path):
         assert await stored(again) == ["a"]
 
 
+async def test_the_end_while_removed_files_are_saved(tmp_path, monkeypatch):
+    """It waits for the copy, and says where that is."""
+    sync = durable.sync
+    monkeypatch.setattr(durable, "sync", lambda path: (time.sleep(0.1), sync(path)))
+    spool = await Spool(options(tmp_path), NAMES).__aenter__()
+    await spool.append(Intaken([batch("a")]))
+    (tmp_path / "spool.db").unlink()
+    await until((tmp_path / "spool.db.partial").exists, "the copy")
+    with pytest.raises(SpoolError, match="what it held was saved in"):
+        await spool.__aexit__(None)
+    async with Spool(options(tmp_path), NAMES) as again:
+        assert await stored(again) == ["a"]
+
+
 async def test_the_end_where_removed_files_can_not_be_saved(tmp_path, monkeypatch):
     """How much is lost is said: it is no orderly end."""
     monkeypatch.setattr(durable, "_free_bytes", lambda _folder: 0)
