@@ -101,8 +101,8 @@ class Activity:
         """Notes what has happened, now. Secrets are masked."""
         now, text = round(self._clock(), 3), redacted(text)[:_MAX_TEXT]
         last = self.entries[-1] if self.entries else None
-        if last is not None and (last.kind, last.text) == (kind, text) and 0 <= now - last.last_at < TOGETHER_S:
-            entry = msgspec.structs.replace(last, last_at=now, count=last.count + 1, id=self.last_id + 1)
+        if last is not None and _alike(last, kind, text) and 0 <= now - last.last_at < TOGETHER_S:
+            entry = msgspec.structs.replace(last, last_at=now, count=last.count + 1, id=self.last_id + 1, text=text)
             self.entries.pop()
             # A file that grew by a line each time would be all about one thing.
             worth_a_line = entry.count & (entry.count - 1) == 0
@@ -126,7 +126,7 @@ class Activity:
     def _put(self, entry: Entry) -> None:
         # A later line about the same thing replaces the one before it.
         last = self.entries[-1] if self.entries else None
-        if last is not None and (last.at, last.kind, last.text) == (entry.at, entry.kind, entry.text):
+        if last is not None and last.at == entry.at and _alike(last, entry.kind, entry.text):
             self.entries.pop()
         if entry.id > self.last_id:
             self.entries.append(entry)
@@ -175,3 +175,8 @@ class Activity:
                 "activity_not_kept", error=str(error), hint="it is in memory only; is the spool's folder writable?"
             )
         self._failed = True
+
+
+def _alike(entry: Entry, kind: str, text: str) -> bool:
+    """Of splits each may have its own words, as a CDN's pages have ids: so many would push out all else."""
+    return entry.kind == kind and (entry.text == text or kind == "split")

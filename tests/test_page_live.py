@@ -298,19 +298,19 @@ def test_it_is_bounded(tmp_path):
     activity = Activity(path, lambda: clock[0])
     activity.open()
     for n in range(10 * MAX_ENTRIES):
-        activity.tell("split", f"text {n}")
+        activity.tell("settings", f"text {n}")
     assert len(activity.entries) == MAX_ENTRIES
     size = path.stat().st_size
     assert size < 2**20
     for _ in range(1000):
         clock[0] += 1
-        activity.tell("split", "the same")
+        activity.tell("settings", "the same")
     assert activity.entries[-1].count == 1000
     assert activity.entries[-1].last_at - activity.entries[-1].at == 999
     assert path.stat().st_size - size < 4096
     assert activity.entries[-2].text == f"text {10 * MAX_ENTRIES - 1}"
     clock[0] += TOGETHER_S
-    activity.tell("split", "the same")
+    activity.tell("settings", "the same")
     assert activity.entries[-1].count == 1
     ids = [entry.id for entry in activity.newest(MAX_ENTRIES)]
     assert ids == sorted(ids, reverse=True)
@@ -318,6 +318,31 @@ def test_it_is_bounded(tmp_path):
     again = Activity(path)
     again.open()
     assert [entry.id for entry in again.newest(2)] == ids[:2]
+    again.close()
+
+
+def test_splits_push_out_nothing_else(tmp_path):
+    """Each with its own words, as when a proxy's page has a number: they are one entry, with the newest words."""
+    clock = [1000.0]
+    path = tmp_path / "activity"
+    activity = Activity(path, lambda: clock[0])
+    activity.open()
+    activity.tell("halted", "halted")
+    for n in range(2 * MAX_ENTRIES):
+        clock[0] += 0.5
+        activity.tell("split", f"A request was split: {n}")
+    activity.tell("resumed", "resumed")
+    activity.close()
+    again = Activity(path)
+    again.open()
+
+    for told in (activity, again):
+        assert [entry.text for entry in told.entries] == [
+            "halted",
+            f"A request was split: {2 * MAX_ENTRIES - 1}",
+            "resumed",
+        ]
+        assert told.entries[1].count == 2 * MAX_ENTRIES
     again.close()
 
 
