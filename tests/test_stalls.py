@@ -171,6 +171,29 @@ def test_two_requests_that_are_never_taken_stop_nobody(play, tmp_path, verdict, 
     play(scene())
 
 
+def test_a_refusal_of_everybody_is_not_taken_for_one_of_an_event(play, tmp_path):
+    """A firewall's rule met one event, and minutes later the account may not import any more: both are a 403."""
+    removed = []
+
+    async def scene():
+        answer = lambda numbers: Halt(403, "no") if removed or POISON[0] in numbers else Delivered()  # noqa: E731
+        async with Road(tmp_path, answer) as road:
+            for number in range(300):
+                await road.put(number, *POISON[:1] * (number == 20))
+                await asyncio.sleep(1)
+            assert road.delivery.halted is None
+            removed.append(True)
+            for number in range(300, 315):
+                await road.put(number)
+                await asyncio.sleep(20)
+            assert road.delivery.halted is not None
+            removed.clear()
+            await asyncio.sleep(HOUR_S)
+            assert road.mixpanel.got == set(range(315))
+
+    play(scene())
+
+
 def test_a_halt_ends_although_nothing_waits(play, tmp_path):
     """All has expired meanwhile: the halt asks with a record that can't be stored, once a minute, and is over when that works."""
 

@@ -33,6 +33,7 @@ SMALLEST_CAP_BYTES: Final = 16 * 1024  # what is smaller isn't too large
 _REMEMBERED_S: Final = 600.0
 # Of 429 alone, more than two of Mixpanel's minutes: no room was ever in one of them for a request of this size.
 _LIMITED_S: Final = 180.0
+_DOUBT_S: Final = 120.0
 _CUTS: Final = 12  # enough to come to single events; then one more for as many failures
 # A single event waits so long before it may ask again, and with each strike twice as long.
 _ASIDE_S: Final = 5.0
@@ -103,8 +104,9 @@ class Blame:
             case Halt() if halted or verdict.status in _ABOUT_ALL:
                 return "halt"
             case Halt():
-                # Once a status was about what is in a request, the next one is first taken for the same.
-                if not parcel.strikes and now > self._about_content.get(verdict.status, -math.inf):
+                # Once a status was about what is in a request, the next one is first taken for the same, while others are taken.
+                known = now <= self._about_content.get(verdict.status, -math.inf) and now - self._taken_at < _DOUBT_S
+                if not (parcel.strikes or known):
                     return "halt"
                 self._about_content[verdict.status] = now + _REMEMBERED_S
         if not single:
