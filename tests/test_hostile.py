@@ -19,6 +19,7 @@ import pytest
 import structlog
 import trustme
 from conftest import NAMES, currents, ndjson, until
+from structlog.testing import capture_logs
 
 from bridged import logs
 from bridged.backlog.spool import Spool, SpoolOptions
@@ -1190,6 +1191,28 @@ async def test_one_client_does_not_take_every_place(tmp_path, monkeypatch, door)
             writer.transport.abort()
         await until(lambda: not source.clients.connections)
         assert await doors.events() == 1
+
+
+@pytest.mark.parametrize("door", ["http", "stream"])
+async def test_refused_connections_are_in_the_log(tmp_path, monkeypatch, door):
+    """Whoever runs it learns which limit it is, in a line a minute: a client is told no more than that it is too much."""
+    limits = msgspec.structs.replace(QUICK, max_connections_per_client=1, head_s=30.0, idle_s=30.0)
+    monkeypatch.setattr(clients, "client_of", lambda _peername: "192.0.2.1")
+    with capture_logs() as said:
+        async with opened(tmp_path, limits=limits, stream={"max_connections_per_client": 1}) as doors:
+            source = doors.http.connections if door == "http" else doors.stream
+            opened_ = [await doors.connect(door) for _ in range(3)]
+            await until(lambda: source.refused == 2)
+            await until(lambda: said, "the line")
+            opened_ += [await doors.connect(door)]
+            await until(lambda: source.refused == 3)
+            source._refusals.look(source.refused, source._refusals._told_at + 59)
+            for _, writer in opened_:
+                writer.transport.abort()
+    told = [line for line in said if line["event"] == "connections_refused"]
+    assert [(line["door"], "max_connections_per_client" in line["hint"]) for line in told] == [
+        (f"sources.{door}", True)
+    ]
 
 
 # -- TLS ---------------------------------------------------------------------------------------------------------------

@@ -6,11 +6,17 @@ counted: a proxy in front of the door brings everybody from there.
 
 import asyncio
 import ipaddress
+import math
 from collections import Counter
 from typing import Final
 
+import structlog
+
+log = structlog.get_logger()
+
 _NETWORK_BITS: Final = 64
 LOCAL: Final = ""
+_TELL_S: Final = 60.0
 
 
 def client_of(peername: object) -> str:
@@ -53,3 +59,24 @@ class Clients:
             self.connections[client] -= 1
             if not self.connections[client]:
                 del self.connections[client]
+
+
+class Refusals:
+    """Tells in the log, a line a minute, that a door refuses connections: its clients see a reset, or that it is too much."""
+
+    def __init__(self, door: str) -> None:
+        self._door = door
+        self._told = 0
+        self._told_at = -math.inf
+
+    def look(self, refused: int, now: float) -> None:
+        """`refused`: so many so far."""
+        if refused > self._told and now - self._told_at >= _TELL_S:
+            log.warning(
+                "connections_refused",
+                door=self._door,
+                connections=refused - self._told,
+                hint="more than max_connections of this door, or than max_connections_per_client from one address"
+                " (a proxy's, if there is one before it)",
+            )
+            self._told, self._told_at = refused, now

@@ -29,7 +29,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from msgspec import Struct, json
 
 from bridged import memory
-from bridged.sources.clients import Clients
+from bridged.sources.clients import Clients, Refusals
 
 # Who came just now isn't slow.
 _NEW_S: Final = 1.0
@@ -86,6 +86,7 @@ class HttpConnections(web.Server):
         self.holding: dict[HttpConnection, None] = {}  # those of which something came that isn't handed on
         self.held = 0
         self.refused = 0  # connections, for want of room
+        self._refusals = Refusals("sources.http")
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time()
         self._idle: list[HttpConnection] = []  # for long, and which for longest is last
@@ -143,6 +144,7 @@ class HttpConnections(web.Server):
 
     def _look_at_all(self) -> None:
         self.now = self._loop.time()
+        self._refusals.look(self.refused, self.now)
         if self.held > _MUCH_BYTES:
             memory.give_back_holes()
         self._judge(list(self.alive))

@@ -32,7 +32,7 @@ from bridged.backlog.spool import Spool
 from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
 from bridged.sources import tcp, tls
-from bridged.sources.clients import Clients
+from bridged.sources.clients import Clients, Refusals
 from bridged.sources.unix import demand_nobody_listens, remove
 
 log = structlog.get_logger()
@@ -84,6 +84,7 @@ class StreamSource:
         self.holding: dict[_Connection, None] = {}  # those with unfinished bytes, whose are oldest first
         self.accepted_connections = 0
         self.refused = 0  # connections, for want of room
+        self._refusals = Refusals("sources.stream")
         self.unfinished = 0  # bytes of lines without their end, or that wait for room
         self.now = 0.0  # monotonic, as of the last look
         self.ports: list[int] = []  # of the TCP listeners, in order
@@ -238,6 +239,7 @@ class StreamSource:
         """Once a second: ends connections whose clients are gone. Those that are paused don't read, and so don't see it."""
         loop = asyncio.get_running_loop()
         self.now = loop.time()
+        self._refusals.look(self.refused, self.now)
         for connection in [each for each in self.unused if self.now - each.since > 2 * tls.HANDSHAKE_S]:
             if not connection.connected:  # a handshake that came to nothing: asyncio has forgotten it
                 self.leave(connection)
