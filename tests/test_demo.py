@@ -17,7 +17,6 @@ from unittest.mock import Mock
 import msgspec
 import pytest
 
-from bridged import cli
 from bridged.admin.cohorts import CohortsStatus, WriterStatus
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import Group
@@ -255,12 +254,13 @@ def test_files_that_cannot_be_written_are_told(tmp_path, name):
     assert ours(tmp_path) == []
 
 
-def test_no_place_for_its_files_is_told(tmp_path, monkeypatch, capsys):
+def test_no_place_for_its_files_is_told(monkeypatch):
     """Every temporary folder is full or read-only."""
     monkeypatch.setattr(tempfile, "mkdtemp", Mock(side_effect=FileNotFoundError(2, "No usable temporary directory")))
 
-    assert cli.main(["demo"]) == 1
-    assert "set TMPDIR to a folder of yours" in capsys.readouterr().err
+    with pytest.raises(demo_children.DemoError) as caught:
+        demo._folder(keep=False)
+    assert "set TMPDIR to a folder of yours" in caught.value.hint
 
 
 def test_what_it_says_can_be_pasted(tmp_path):
@@ -291,6 +291,17 @@ def test_demo_can_be_stopped(tmp_path, number):
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert ours(tmp_path) == []
+
+
+def test_a_long_day_can_be_stopped_while_it_is_made_up(tmp_path):
+    """It would take minutes: nobody waits for them, and nothing is left."""
+    process = start(tmp_path, "--events", "100000000")
+    assert "Making up" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+
+    assert (process.returncode, rest) == (130, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_keep_leaves_it_running(tmp_path):

@@ -59,12 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Plays the day. 0: everything is exact; 1: it isn't."""
-    try:
-        folder = _KEPT_FOLDER.absolute() if arguments.keep else Path(tempfile.mkdtemp(prefix="bridged-demo-"))
-    except OSError as error:
-        raise DemoError(
-            f"there is no place for the demo's files: {error}", "set TMPDIR to a folder of yours"
-        ) from error
     stop = _Stop()
     # A terminal that is closed ends it as well, unless it was started not to be (nohup).
     ends = [signal.SIGINT, signal.SIGTERM]
@@ -72,12 +66,27 @@ def main(arguments: argparse.Namespace) -> int:
     for number in ends:
         signal.signal(number, stop)
     try:
+        # Printed lines are the progress: they must not wait for a full buffer.
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text file, always
+        print(f"Making up {arguments.events:,} Currents events of yesterday, of all {len(EVENT_TYPES)} types ...")
+        # No part of the task: it takes long without a turn of the loop, and there is nothing yet to be ended in order.
+        day, sync = make(arguments.events, int(time.time()), arguments.seed), demo_cohorts.make(arguments.seed)
+        folder = _folder(keep=arguments.keep)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_main(arguments, folder, stop))
+            return runner.run(_main(arguments, folder, day, sync, stop))
     finally:
         # Everything is ended: an impatient second Ctrl-C must not change the exit code.
         for number in ends:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _folder(*, keep: bool) -> Path:
+    """Where its files are. Raises DemoError."""
+    try:
+        return _KEPT_FOLDER.absolute() if keep else Path(tempfile.mkdtemp(prefix="bridged-demo-"))
+    except OSError as error:
+        hint = "set TMPDIR to a folder of yours"
+        raise DemoError(f"there is no place for the demo's files: {error}", hint) from error
 
 
 class _Stop:
@@ -93,13 +102,11 @@ class _Stop:
             self.task.get_loop().call_soon_threadsafe(self.task.cancel)
 
 
-async def _main(arguments: argparse.Namespace, folder: Path, stop: _Stop) -> int:
+async def _main(arguments: argparse.Namespace, folder: Path, day: Day, sync: demo_cohorts.Sync, stop: _Stop) -> int:
     stop.task = asyncio.current_task()
-    # Printed lines are the progress: they must not wait for a full buffer.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text file, always
     good = False
     try:
-        good = await _demo(arguments, folder)
+        good = await _demo(arguments, folder, day, sync)
     except asyncio.CancelledError:
         print("\ndemo: stopped; the daemon and the emulators are ended")
         return 130
@@ -112,10 +119,7 @@ async def _main(arguments: argparse.Namespace, folder: Path, stop: _Stop) -> int
     return 0 if good else 1
 
 
-async def _demo(arguments: argparse.Namespace, folder: Path) -> bool:
-    print(f"Making up {arguments.events:,} Currents events of yesterday, of all {len(EVENT_TYPES)} types ...")
-    day = make(arguments.events, int(time.time()), arguments.seed)
-    sync = demo_cohorts.make(arguments.seed)
+async def _demo(arguments: argparse.Namespace, folder: Path, day: Day, sync: demo_cohorts.Sync) -> bool:
     faults = (*FAULTS, RATE_LIMIT) if arguments.rate_limit else FAULTS
     children = running(folder, faults, demo_cohorts.BRAZE_FAULTS, demo_cohorts.BLOCKED)
     async with children as addresses, aiohttp.ClientSession() as session:
