@@ -288,6 +288,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often the attack and its control take turns (3)")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"which attacks, of: {', '.join(KINDS)}")
     arguments = parser.parse_args(argv)
+    if unknown := set(arguments.kinds.split(",")) - set(KINDS):
+        parser.error(f"no such attack: {', '.join(sorted(unknown))}")
     _allow_files(arguments.connections)
     seconds, rounds = arguments.seconds, arguments.rounds
     with ended_by_signals():

@@ -33,9 +33,15 @@ def main(argv: Sequence[str]) -> int:
     results: dict[str, Figures] = {}
     for file in sorted(arguments.results.glob("*.json")):
         try:
-            results[file.stem] = msgspec.json.decode(file.read_bytes(), type=Figures)
+            figures = msgspec.json.decode(file.read_bytes(), type=Figures)
+            if file.stem in SECTIONS:
+                SECTIONS[file.stem][1](figures)
+                report.heading(figures["machine"])
+            results[file.stem] = figures
         except (OSError, msgspec.MsgspecError) as error:
             print(f"left out: {file}: {error}", file=sys.stderr)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            print(f"left out: {file}: not what `python -m bench {file.stem}` writes: {error!r}", file=sys.stderr)
     if not set(results) & set(SECTIONS):
         print(f"no results in {arguments.results}: run `python -m bench all` first", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ hits them alike. A run in which the sink did not get exactly the events that wer
 
 import argparse
 import contextlib
+import math
 import statistics
 import sys
 import time
@@ -28,6 +29,8 @@ IDLE_MB: Final = 55.0
 _VERIFIED_EVENTS = 50_000
 _LONGEST_S = 300.0
 _SETTLE_S = 0.3
+_ROUNDS = data.MAX_ROUNDS - 6
+_FASTEST_PER_S = 1_000_000  # no machine takes more, so far
 # The sink has everything when it has got nothing new for so long, or all of it.
 _QUIET_S = 15.0
 
@@ -204,8 +207,7 @@ def run_all(arguments: argparse.Namespace) -> Results:
     results = Results(machine=report.machine(), settings=settings)
     with folder() as temporary:
         arguments.data = temporary / "events.ndjson"
-        distinct = min(data.DISTINCT, arguments.events or data.DISTINCT)
-        data.write(arguments.data, distinct)
+        data.write(arguments.data, _distinct(arguments.events, arguments.seconds))
         lines = [data.patched(line, 0) for line in data.read(arguments.data)[: floor.EVENTS]]
         for name in arguments.cells if not arguments.emulator else ():
             say(f"verifying {name}")
@@ -222,6 +224,13 @@ def run_all(arguments: argparse.Namespace) -> Results:
                 results.cells.setdefault(name, []).append(_attempt(name, arguments))
     say("")
     return results
+
+
+def _distinct(events: int | None, seconds: float) -> int:
+    """So many that no id comes twice in a run."""
+    if events:
+        return max(min(data.DISTINCT, events), -(-events // _ROUNDS))
+    return max(data.DISTINCT, math.ceil(seconds * _FASTEST_PER_S / _ROUNDS))
 
 
 def _attempt(name: str, arguments: argparse.Namespace, *, check: bool = False, events: int | None = None) -> Run:

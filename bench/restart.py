@@ -160,7 +160,13 @@ class Manager:
 
 def _unix_server(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
-    sock.bind(str(path))
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise BenchError(
+            f"no Unix socket can be made at {path}: {error}; run it in a folder with a short path"
+        ) from error
     sock.listen(1024)
     return sock
 

@@ -110,6 +110,32 @@ def test_without_a_name_the_benchmarks_are_listed(tmp_path):
         assert f"python -m bench {name} " in readme, name
 
 
+def test_a_long_run_has_as_many_different_events_as_it_needs():
+    """A loader can go round 256 times: `--seconds 60` failed where 50,000 are sent six times a second."""
+    assert path._distinct(None, 4.0) == path._distinct(10_000_000, 4.0) == data.DISTINCT
+    assert path._distinct(2_000, 4.0) == 2_000
+    assert path._distinct(None, 60.0) * data.MAX_ROUNDS >= 60_000_000
+    assert path._distinct(50_000_000, 4.0) * data.MAX_ROUNDS >= 50_000_000
+
+
+def test_an_attack_that_is_none_is_a_usage_error(tmp_path):
+    """A slip was an idle connection, and the run passed."""
+    code, _, err = finished("hostile", "--kinds", "idle,bodies", cwd=tmp_path)
+    assert code == 2
+    assert "no such attack: bodies" in err
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_said(tmp_path):
+    """A benchmark that needs a Unix socket says so, where a stranger's folder is deep."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    code, _, err = finished("restart", "--restarts", "1", cwd=deep)
+    assert code == 1
+    assert "run it in a folder with a short path" in err
+    assert "Traceback" not in err
+    assert list(deep.iterdir()) == []
+
+
 @pytest.mark.parametrize("options", [("--runs", "0"), ("--json", "nowhere/figures.json"), ("--json", ".")])
 def test_what_cannot_end_well_does_not_begin(tmp_path, options):
     """No runs, or a file that can't be written, is said before anything is measured, and without a traceback."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_bench import bench, finished
 
-from bench import data, latency, memory, openloop, outage, page, scale
+from bench import data, latency, memory, openloop, outage, page, report, scale
 from bench.openloop import percentile
 from bench.processes import Daemon, OpenLoader, Sink, get
 from bench.sink import Arrival
@@ -276,6 +276,19 @@ def test_the_page_is_made_of_what_can_be_read(tmp_path, capsys):
     text = (tmp_path / "page" / "README.md").read_text()
     assert "| stream door | " in text
     assert "| real mix | " in text
+
+
+def test_figures_of_another_shape_are_left_out(tmp_path, capsys):
+    """An older version's, or somebody's own: named, and the others are on the page."""
+    (tmp_path / "path.json").write_text("{}")
+    (tmp_path / "memory.json").write_text('{"machine": {}, "resident_mb": [1, 2], "soak": null}')
+    figures = {"machine": report.machine(), "us_per_event": {"a way": [1.5]}}
+    (tmp_path / "decode.json").write_text(json.dumps(figures))
+    assert page.main(["--results", str(tmp_path), "--page", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "path.json: not what `python -m bench path` writes" in err
+    assert "memory.json: not what" in err
+    assert "a way" in (tmp_path / "README.md").read_text()
 
 
 def test_the_page_says_that_there_are_no_results(tmp_path, capsys):
