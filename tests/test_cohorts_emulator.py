@@ -315,6 +315,16 @@ async def test_the_partner_endpoints():
                 assert "import-key" not in verdict.reason
 
 
+@pytest.mark.parametrize("keys", [{"partner_key": "p"}, {"data_import_key": "c"}])
+async def test_one_key_alone_says_nothing_of_the_other(keys):
+    """The one that is set must be right, the other only be there."""
+    body = {"partner_api_key": "p", "client_secret": "c", "cohort_id": "7", "cohort_changes": []}
+    async with emulator(**keys) as client:
+        assert (await client.post(body, path="/partners/m/cohorts/users"))[0] == 200
+        for wrong in ({"partner_api_key": "", "client_secret": ""}, {"partner_api_key": "x", "client_secret": "y"}):
+            assert (await client.post(body | wrong, path="/partners/m/cohorts/users"))[0] == 401
+
+
 @pytest.mark.parametrize(
     ("path", "change", "message"),
     [

@@ -64,6 +64,8 @@ def test_a_fault_that_is_taken_hides_the_request_from_the_next():
         ([{}], "faults[0]: needs a `status`, an `action` or a `delay_s`: it does nothing"),
         ([{"action": "hang", "status": 500}], "faults[0]: `status` has no meaning beside `action` = 'hang'"),
         ([{"action": "slow", "body": "x"}], "faults[0]: `body` needs a `status`"),
+        ([{"status": 500, "path": "/imports"}], "faults[0].path: nothing answers at '/imports'"),
+        ([{"status": 500, "path": "/users/track"}], "faults[0].path: nothing answers at '/users/track'"),
         ([{"status": 500, "path": "import"}], "faults[0]: `path` must start with a slash or be '*', not 'import'"),
         ([{"status": 500, "headers": {"X": "a\r\nb"}}], "faults[0]: `headers` must not hold line breaks"),
         ([7], "faults[0]: Expected `object`, got `int`"),
@@ -102,3 +104,15 @@ def test_scripts_may_be_wrapped_and_mixed():
 def test_each_fault_knows_whether_the_events_are_stored(fault, stores):
     """The difference between trouble before and after the store is what a sender has to survive."""
     assert fault.stores == stores
+
+
+def test_a_fault_of_braze_s_is_at_one_of_its_paths():
+    """Of any partner; and one at a path of Mixpanel's would never happen."""
+    paths = ["/users/track", "/users/track/", "/partners/m/cohorts", "/partners/m/cohorts/users", "*"]
+    script = [{"path": path, "status": 500} for path in paths]
+    assert [fault.path for fault in parse_faults([*script, {"status": 503}], default_path="/users/track")] == [
+        *paths,
+        "/users/track",
+    ]
+    with pytest.raises(ConfigError, match=r"faults\[0\].path: nothing answers at '/import'"):
+        parse_faults([{"path": "/import", "status": 500}], default_path="/users/track")

@@ -6,8 +6,9 @@ A script is a list. Each fault sees the requests to its path that no fault befor
 """
 
 import random
+import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -67,12 +68,18 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.status is None and self.action not in {"reset", "hang", "html"}
 
 
+# Where requests go, as patterns and in words: a fault anywhere else would never happen, and nobody would know.
+_MIXPANEL: Final = (r"/(import|track|engage|groups)", "/import, /track, /engage, /groups")
+_BRAZE: Final = (r"/users/track|/partners/[^/]+/cohorts(/users)?", "/users/track, /partners/NAME/cohorts, .../users")
+
+
 def parse_faults(data: object, where: str = "faults", default_path: str = "") -> list[Fault]:
     """Read a script: a list of faults, or an object whose only key `faults` is that list.
 
     Raises ConfigError with the index and the key at fault; `where` begins its text. `default_path` is the `path` of those
-    that name none.
+    that name none: with one they are Braze's.
     """
+    pattern, paths = _BRAZE if default_path else _MIXPANEL
     if isinstance(data, Mapping):
         unknown = sorted(str(key) for key in data if key != "faults")
         if unknown:
@@ -82,18 +89,18 @@ def parse_faults(data: object, where: str = "faults", default_path: str = "") ->
         raise ConfigError(f"{where}: must be a list of faults, not {type(data).__name__}")
     faults = []
     for index, item in enumerate(data):
-        if isinstance(item, Fault):
-            faults.append(item)
-            continue
         try:
             named = {"path": default_path, **item} if default_path and isinstance(item, Mapping) else item
-            faults.append(msgspec.convert(named, Fault))
+            fault = item if isinstance(item, Fault) else msgspec.convert(named, Fault)
         except msgspec.ValidationError as error:
             message, _, path = str(error).partition(" - at `$")
             raise ConfigError(
                 f"{where}[{index}]{path.rstrip('`')}: {message}",
                 f"a fault's keys are {', '.join(Fault.__struct_fields__)}",
             ) from error
+        if fault.path != "*" and not re.fullmatch(pattern, fault.path.rstrip("/")):
+            raise ConfigError(f"{where}[{index}].path: nothing answers at {fault.path!r}", f"{paths}, or * for all")
+        faults.append(fault)
     return faults
 
 

@@ -49,7 +49,7 @@ class WorkspaceLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkspaceKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is accepted. Without any, any key is that isn't empty."""
+    """What is accepted. In place of one that isn't set, any is that isn't empty."""
 
     rest_key: str = ""
     forbidden_key: str = ""  # a key that exists, and lacks the permission users.track
@@ -278,11 +278,12 @@ class Workspace:
         if isinstance(body, Answer):
             return body
         keys, partner = self.keys, call.path.split("/")[2]
-        closed = bool(keys.partner_key)
-        if not body.get("partner_api_key") or (closed and body["partner_api_key"] != keys.partner_key):
-            return said(401, "Invalid Partner API key")
-        if not body.get("client_secret") or (closed and body["client_secret"] != keys.data_import_key):
-            return said(401, "Invalid client secret")
+        for name, wanted, what in (
+            ("partner_api_key", keys.partner_key, "Partner API key"),
+            ("client_secret", keys.data_import_key, "client secret"),
+        ):
+            if not body.get(name) or (wanted and body[name] != wanted):
+                return said(401, f"Invalid {what}")
         if keys.partner_name and partner != keys.partner_name:
             return said(401, f"Partner not enabled for client with client secret: {body['client_secret']}")
         cohort_id = body.get("cohort_id")
