@@ -515,7 +515,7 @@ async def test_a_rate_limit_that_is_used_up_for_long_is_said(daemon, importing, 
     mixpanel = sender(app, client)
     await mixpanel.take(session("members", USERS[:5]))
     await until(lambda: app.membership.figures.in_braze == 5, "the first")
-    assert app.cohort_writer.state == "idle"
+    await until(lambda: app.cohort_writer.state == "idle", "its end")
     await mixpanel.take(session("add_members", USERS[5:]))
     await until(lambda: app.cohort_writer.state == "backing off", "its being said")
     assert "rate limit" in app.cohort_writer.problem
