@@ -87,6 +87,7 @@ class App:
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
         self.membership: Membership | None = None  # None: no cohorts are imported
         self.cohort_writer: CohortWriter | None = None
+        self.cohorts: CohortSource | None = None  # opened last: whoever looks before that finds none
         self.cohorts_problem = ""  # why cohorts are enabled and yet not imported
         self._importing: CohortImport | None = None
         self._drain: asyncio.Task[None] | None = None  # the end has begun
@@ -143,7 +144,6 @@ class App:
         self.stream = StreamSource(stream, self.intake, self.spool, self._listeners.take)
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
-        self.cohorts: CohortSource | None = None
         if config.sources.http.listen:
             sockets = self._listeners.take(config.sources.http.listen)
             # As it is now: the page may have changed the token meanwhile.
@@ -356,8 +356,8 @@ class App:
         if self._importing is not None:
             self._importing.use(config)
         # These are opened after the admin listener, where somebody may have saved something meanwhile.
-        if cohorts := getattr(self, "cohorts", None):
-            cohorts.use(cohort_options(config))
+        if self.cohorts is not None:
+            self.cohorts.use(cohort_options(config))
         if door := getattr(self, "http", None):
             door.use(config.sources.http.bearer_token)
         self.config = config
