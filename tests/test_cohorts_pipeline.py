@@ -19,6 +19,7 @@ from cohort_sender import ATTRIBUTE, Sender, session
 from conftest import SLOW, currents, free_port, until
 from structlog.testing import capture_logs
 
+from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts
 from bridged.app import App
 from bridged.cohorts import pace
@@ -555,6 +556,35 @@ async def test_a_second_of_refusals_rejects_nobody(daemon, importing, client):
             await in_step(app)
         assert app.membership.figures.rejected == 0
         assert sorted(taken) == USERS
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_some_that_braze_refuses_are_set_aside_though_nobody_else_is_due(daemon, importing, client):
+    """Thirty, twice: they are no sixty, and it isn't everybody. A halt would keep the next user waiting behind all of them."""
+    refused = USERS[:30]
+    async with BrazeEmulator(BrazeConfig(port=0, blocked=refused)) as braze:
+        app = await daemon(**importing | {"braze__url": braze.url})
+        mixpanel = sender(app, client)
+        await mixpanel.take(session("members", refused))
+        await until(lambda: app.membership.figures.rejected == 30, "their being set aside")
+        assert app.cohort_writer.halted is None
+        await mixpanel.take(session("add_members", USERS[30:]))
+        await in_step(app)
+        assert in_braze(braze) == USERS[30:]
+
+
+async def test_what_is_looked_at_before_the_doors_are_open_is_there(daemon, importing, monkeypatch):
+    """The alarms look from the first second on, and whoever opens the page while a long backlog is read: both met an error."""
+    facts = []
+    real = AdminServer.__aenter__
+
+    async def entered(self):
+        facts.append(alarm_facts(self._app))
+        return await real(self)
+
+    monkeypatch.setattr(AdminServer, "__aenter__", entered)
+    await daemon(**importing)
+    assert [each.cohorts_halted for each in facts] == [""]
 
 
 # -- data points -------------------------------------------------------------------------------------------------------

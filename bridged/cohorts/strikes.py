@@ -27,6 +27,10 @@ class Strikes:
         self._users[user] = (times + says_something, now_s, sure)
         return times + 1 if says_something else 0
 
+    def knows(self, user: int) -> bool:
+        """Whether a user has failed alone before: refused again after its rest, it is no further one that is."""
+        return user in self._users
+
     def resting(self, now_s: float) -> list[int]:
         """Who isn't to be tried yet."""
         return [

@@ -346,7 +346,7 @@ class CohortWriter:
         """All of them were refused. Whether each for itself is known when Braze says so again a while later."""
         if self.halted is not None and self.halted.status:
             self._resume()  # in its own words, to a key and an address that are good
-        self._in_vain += len(failures)
+        self._in_vain += sum(not self._strikes.knows(parcel.users[at].key) for at in failures)
         if self._all_in_vain or self.halted is not None:
             self._halt(Halt(0, f"Braze refuses every user, whoever it is: {failures[0]}"))
             self._strikes.clear()
