@@ -749,7 +749,8 @@ async def test_the_first_look_knows_the_disk(tmp_path, monkeypatch):
     measure = Watch._disk_free
     asked = threading.Event()
     monkeypatch.setattr(Watch, "_disk_free", lambda self: asked.wait(0.2) or measure(self))
-    watch = Watch(lambda: Facts(max_bytes=2**30, refusing=True), str(tmp_path / "spool.db"), Webhook(Hook("", "")))
+    full = Facts(max_bytes=2**30, used_bytes=2**30)
+    watch = Watch(lambda: full, str(tmp_path / "spool.db"), Webhook(Hook("", "")))
     told = []
     watch.happened = lambda _kind, text, *_more, **_detail: told.append(text)
     watching = asyncio.create_task(watch.run())

@@ -793,7 +793,7 @@ async def status_of(client: aiohttp.ClientSession, app: App, path: str, body: An
 async def test_profile_cohorts_only(daemon, importing, braze, emulator, client):
     """No credential of Mixpanel's is needed, no event is taken, Mixpanel hears nothing; cohorts go their way."""
     app = await daemon(**importing | {"mixpanel__export": "false", "mixpanel__token": ""})
-    assert await status_of(client, app, "/v1/currents", {"events": [currents()]}) == 404
+    assert await status_of(client, app, "/v1/currents", {"events": [currents()]}) == 503
     await sender(app, client).take(FIRST)
     await in_step(app)
     assert in_braze(braze) == sorted(A)

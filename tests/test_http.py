@@ -186,7 +186,7 @@ POISON = [
     b'{"event_type":"users.messages.email.Open","time":1e999,"id":"a","user":{"external_user_id":"u"}}',
     b'{"event_type":"users.messages.email.Open","time":99999999999999999999999,"user":{"external_user_id":"u"}}',
     b'{"event_type":"users.messages.email.Open","time":-1,"user":{"external_user_id":"u"}}',
-    b'{"event_type":"users.messages.email.Open","time":1700000000,"user":[]}',
+    b'{"event_type":"users.messages.email.Open","time":1700000000,"user":["u"]}',
     b'{"event_type":"users.messages.email.Open","time":1700000000,"user":{"external_user_id":"unknown"}}',
     b'{"event_type":"users.messages.email.Open","time":1700000000,"id":"\xff","user":{"external_user_id":"u"}}',
     b'{"event_type":"users.messages.email.Open","time":1700000000,"id":"\\ud800","user":{"external_user_id":"u"}}',
