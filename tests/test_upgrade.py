@@ -78,12 +78,13 @@ async def test_a_spool_of_a_released_format(packed, tmp_path, config, emulator):
         before = {kind: app.spool.accounts.total(kind) for kind in app.spool.accounts.counts}
         await until(lambda: app.spool.accounts.total("waiting") == 0, "what waits to be delivered")
         assert before["accepted"] == sum(n for kind, n in before.items() if kind != "accepted")
-        assert app.spool.accounts.total("delivered") == before["delivered"] + waiting
+        # By now some of it may have been delivered before it was looked at.
+        assert app.spool.accounts.total("delivered") == before["delivered"] + before["waiting"] >= waiting
         assert app.spool.dead_letters == 5
         assert app.spool.set_aside == []
         assert app.spool.damaged == 0
         balanced(app)
-    assert len(list(emulator.events())) == waiting == before["waiting"]
+    assert len(list(emulator.events())) == waiting
 
 
 def add_column(db):
