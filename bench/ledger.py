@@ -162,6 +162,16 @@ class Ledger:
         """Numbers that were acked, aren't on this disk, and of which the daemon was never told that Mixpanel took them."""
         return [number for number in self.lost(disk) if not self._told[number - self.first]]
 
+    def withdraw(self, since: float, disk: set[int]) -> None:
+        """Takes back acks that came after the power had gone, of events that aren't on this disk: no machine sends those.
+
+        An fsync that ext4's shutdown comes upon can return success: jbd2 no longer knows the transaction that it has aborted.
+        That a daemon doesn't ack after an fsync that failed is `bench.disk`'s to show.
+        """
+        for at, when in enumerate(self.acked_at):
+            if when > since and at + self.first not in disk:
+                self.acked_at[at] = 0.0
+
 
 def event(number: int, filler: str = "") -> bytes:
     """A Currents event, one line; now and then one that can only become a dead letter."""

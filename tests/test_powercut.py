@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import time
 
 import pytest
 
 from bench import powercut
+from bench.ledger import Ledger
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 and not os.environ.get("CI"), reason="mounting a file system needs root"
@@ -46,3 +48,14 @@ def test_a_disk_is_always_put_away(tmp_path):
         cut_and_fail()
     assert str(tmp_path) not in attached()
     assert not os.path.ismount(tmp_path / "disk")
+
+
+def test_only_acks_of_a_running_machine_count():
+    """What was acked after the power had gone is taken back where it isn't on the disk; what was acked before stays a promise."""
+    ledger = Ledger()
+    ledger.ack(ledger.take(2))
+    cut_at = time.monotonic()
+    ledger.ack(ledger.take(2))
+    ledger.withdraw(cut_at, {3})
+    assert ledger.lost_on({3}) == [0, 1]
+    assert ledger.acked == 3
