@@ -1,6 +1,7 @@
 """Fixtures: a real emulator, a real daemon in this process, real sockets and a real file. No mocks."""
 
 import asyncio
+import codecs
 import contextlib
 import fcntl
 import inspect
@@ -63,6 +64,7 @@ _PORTS = _ports()
 @pytest.fixture
 def an_ordinary_user(tmp_path: Path) -> Iterator[None]:
     """Who may not enter `tmp_path`, whoever runs the tests."""
+    codecs.lookup("utf-8-sig")  # loaded when it is first asked for: from a folder that may be root's alone
     tmp_path.chmod(0)
     was = os.geteuid()
     if was == 0:
