@@ -142,7 +142,7 @@ def test_who_wants_to_be_told_at_once_is_told_of_the_end_as_well():
         ("spool_pressure", {"used_bytes": 8 * 2**30}, {"used_bytes": 7 * 2**30}),
         ("spool_pressure", {"used_bytes": 2**30, "disk_free_bytes": 2**28}, {"used_bytes": 7 * 2**30}),
         ("spool_pressure", {"disk_free_bytes": 2**26}, {"used_bytes": 7 * 2**30}),
-        ("refusing", {"refusing": True}, None),
+        ("refusing", {"refusal": "full"}, None),
         ("undelivered", {"waiting": 1, "undelivered_s": 600.0}, {"waiting": 1, "undelivered_s": 550.0}),
         ("stuck", {"waiting": 9, "in_vain": 1, "in_vain_s": 600.0}, {"in_vain": 1, "in_vain_s": 550.0}),
         ("no_progress", {"stalled": "nothing"}, None),
@@ -309,7 +309,7 @@ def test_the_words_are_for_people():
     bad = facts(
         halted=True, halt_reason="401: check the credential", waiting=1234, oldest_age_s=47 * HOUR, expired=7,
         archive_problem="p", stalled="s", dead_lettered=500, accepted=1000, dead_letters_dropped=3, damaged=2, missing=4,
-        used_bytes=2**34, refusing=True, skew_s=-1000.0, configuration_problem="c", disk_free_bytes=None,
+        used_bytes=2**34, refusal="full", skew_s=-1000.0, configuration_problem="c", disk_free_bytes=None,
         cohorts_halted="Halted: 401", cohorts_capped="Stopped at the cap",
     )  # fmt: skip
     told = {notice.alarm: notice.text for at in range(10) for notice in alarms.look(bad, 1.0 + at)}
@@ -353,7 +353,7 @@ some_facts = st.builds(
     used_bytes=st.integers(0, 2**34),
     max_bytes=st.sampled_from([0, 2**24, 2**33]),
     disk_free_bytes=st.none() | st.integers(0, 2**40),
-    refusing=st.booleans(),
+    refusal=st.sampled_from(["", "full"]),
     skew_s=st.none() | st.floats(-1e6, 1e6),
     configuration_problem=st.sampled_from(["", "no"]),
     cohorts_halted=st.sampled_from(["", "no"]),

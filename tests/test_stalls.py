@@ -332,41 +332,33 @@ def test_more_that_fails_than_may_be_in_memory(play, tmp_path, monkeypatch):
     play(scene())
 
 
-def test_an_outage_with_much_in_vain_holds_little_in_memory(play, tmp_path, monkeypatch):
-    """Scouts that fail wait in the ring again: however long it lasts, no more is leased, and in the end nothing is missing."""
-    monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", 8_000)
-
-    async def scene():
-        async with Road(tmp_path, lambda _: Retry("server", "503"), max_batch_events=50) as road:
-            for at in range(0, 5000, 50):
-                await road.put(*range(at, at + 50))
-            await road.at(3 * HOUR_S)
-            assert 0 < road.backlog._leased_bytes < 16_000
-            road.mixpanel.answer = lambda _: Delivered()
-            await road.at(4 * HOUR_S)
-            assert road.mixpanel.got == set(range(5000))
-            assert road.books() == {"accepted": 5000, "delivered": 5000}
-            assert road.backlog.ring == (0, 0, 0)
-
-    play(scene())
-
-
-@pytest.mark.parametrize("refusal", [Halt(401, "no"), Halt(302, "a portal")], ids=["401", "302"])
-def test_a_halt_with_much_waiting_holds_little_in_memory(play, tmp_path, monkeypatch, refusal):
-    """However long it lasts, and however often it asks: what asks for the first time waits in the ring again. In the end
-    nothing is missing.
+@pytest.mark.parametrize(
+    ("verdict", "events", "each", "hours", "most_bytes"),
+    [
+        (Retry("server", "503"), 5_000, 50, 3, 16_000),
+        (Halt(401, "no"), 10_000, 25, 20, 10_000),
+        (Halt(302, "a portal"), 10_000, 25, 20, 10_000),
+    ],
+    ids=["503", "401", "302"],
+)
+def test_an_outage_or_a_halt_with_much_waiting_holds_little_in_memory(
+    play, tmp_path, monkeypatch, verdict, events, each, hours, most_bytes
+):
+    """Scouts that fail, and what asks for the first time while all is refused, wait in the ring again: however long it lasts, and
+    however often it asks, no more is leased; and in the end nothing is missing.
     """
     monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", 8_000)
 
     async def scene():
-        async with Road(tmp_path, lambda _: refusal, max_batch_events=50, on_expiry="keep") as road:
-            for at in range(0, 10_000, 25):
-                await road.put(*range(at, at + 25))
-            await road.at(20 * HOUR_S)
-            assert 0 < road.backlog._leased_bytes < 10_000
+        async with Road(tmp_path, lambda _: verdict, max_batch_events=50, on_expiry="keep") as road:
+            for at in range(0, events, each):
+                await road.put(*range(at, at + each))
+            await road.at(hours * HOUR_S)
+            assert 0 < road.backlog._leased_bytes < most_bytes
             road.mixpanel.answer = lambda _: Delivered()
-            await road.at(21 * HOUR_S)
-            assert road.mixpanel.got == set(range(10_000))
+            await road.at((hours + 1) * HOUR_S)
+            assert road.mixpanel.got == set(range(events))
+            assert road.books() == {"accepted": events, "delivered": events}
             assert road.backlog.ring == (0, 0, 0)
 
     play(scene())

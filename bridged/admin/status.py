@@ -186,6 +186,11 @@ def health(app: "App") -> Health:
     )
 
 
+def _refusal(app: "App") -> str:
+    """Why new events are refused; empty: they are taken."""
+    return str(app.spool.refusal().args[0]) if app.spool.near_cap else ""
+
+
 def alarm_facts(app: "App") -> AlarmFacts:
     """What the alarms depend on, now."""
     delivery, spool, config = app.delivery, app.spool, app.config
@@ -220,8 +225,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
         used_bytes=spool.used_bytes,
         max_bytes=spool.max_bytes,
         spool_share=config.alerts.spool_share,
-        refusing=spool.near_cap,
-        refusal=str(spool.refusal().args[0]),
+        refusal=_refusal(app),
         skew_s=app.transport.clock_skew_s,
         configuration_problem=app.reload_problem or app.saved.problem,
         cohorts_halted=cohorts_halted,
@@ -298,8 +302,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
     http, stream = getattr(app, "http", None), getattr(app, "stream", None)
     well = health(app)
     given = None if not config.mixpanel.export else app.transport.target.credentials.given
-    refusal = str(spool.refusal().args[0]) if spool.near_cap else ""
-    state, sentence = in_words(well, halted, pace, refusal, delivery.set_aside, given=given)
+    state, sentence = in_words(well, halted, pace, _refusal(app), delivery.set_aside, given=given)
     return Status(
         version=__version__,
         started_at=app.started_at,

@@ -60,8 +60,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     max_bytes: int = 0
     spool_share: float = 0.8
     disk_free_bytes: int | None = None
-    refusing: bool = False  # the doors, because the spool is near its cap or can't be written
-    refusal: str = "the spool is near its cap"  # why, when they do
+    refusal: str = ""  # why the doors refuse new events: the spool is near its cap, or can't be written
     skew_s: float | None = None  # our wall clock less Mixpanel's
     cohorts_halted: str = ""  # why cohorts aren't imported
     cohorts_capped: str = ""  # that the day's data points are spent
@@ -304,7 +303,7 @@ RULES: Final = (
     _Rule(
         name="refusing",
         severity="critical",
-        says=_is("refusing"),
+        says=_is("refusal"),
         text=lambda facts, _: f"New events are refused (503, reading paused): {facts.refusal}; {_waiting(facts)}",
         end="New events are taken again",
     ),

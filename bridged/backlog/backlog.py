@@ -309,17 +309,19 @@ class Backlog:
         """
         if self._behind and not self._ring:
             await self._refill()
-        wanted = min((parcel, *self._again, *self._in_vain), key=_accepted_at)
         self._in_order()
-        if self._ring and self._ring[0].created_at < min(before, _accepted_at(wanted)):
-            wanted = self._lease(max_events, max_bytes, scout=False)
-        elif _accepted_at(wanted) >= before:
+        oldest = min((parcel, *self._again, *self._in_vain), key=_accepted_at)
+        in_ring_at = self._ring[0].created_at if self._ring else math.inf
+        if min(in_ring_at, _accepted_at(oldest)) >= before:
             return None
-        elif wanted is not parcel:
-            (self._again if wanted in self._again else self._in_vain).remove(wanted)
-        if wanted is not parcel:
-            self._again.append(parcel)
-        return wanted
+        if in_ring_at < _accepted_at(oldest):
+            oldest = self._lease(max_events, max_bytes, scout=False)
+        elif oldest is parcel:
+            return parcel
+        else:
+            (self._again if oldest in self._again else self._in_vain).remove(oldest)
+        self._again.append(parcel)
+        return oldest
 
     def flush(self) -> None:
         """From now on nothing waits to be joined with more: the daemon is about to stop."""

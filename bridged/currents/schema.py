@@ -245,15 +245,13 @@ class Schema:
             return cast("Event", decode(original))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as strict:
             error = strict
-        lenient = b""
         # What can't even be read so is told as it was above, with its place.
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             lenient = msgspec.json.encode(self._lenient_form(original, code))
-        try:
-            if lenient:
+            try:
                 return cast("Event", decode(lenient))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as ill_typed:
-            error = ill_typed
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as ill_typed:
+                error = ill_typed
         if code == UNKNOWN_CODE:
             return Refusal(code, event_type[:200], f"unknown event type, and ill-typed: {error}", original)
         return Refusal(code, event_type, f"ill-typed: {error}", original)
