@@ -23,6 +23,7 @@ import msgspec
 import pytest
 import structlog
 import uvloop
+from hypothesis import settings
 
 from bench import processes
 from bridged.app import App
@@ -40,6 +41,13 @@ from bridged.settings import Config
 SLOW = float(os.environ.get("BRIDGED_TEST_SLOW", "1"))
 NAMES = dict(iter_types(EVENT_TYPES))
 ROWS = {row.event_type: row for row in EVENT_TYPES}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite tries the same every time, so that a failure is the change's; --hypothesis-seed=N looks for more."""
+    if config.getoption("--hypothesis-seed") is None and config.getoption("--hypothesis-profile") is None:
+        settings.register_profile("the same every time", derandomize=True)
+        settings.load_profile("the same every time")
 
 
 def _ports() -> Iterator[int]:

@@ -1,6 +1,7 @@
 """The membership against a model: pages in any order, repeats, new sessions, every verdict, and a crash at any moment."""
 
 import contextlib
+import os
 import random
 import shutil
 import sqlite3
@@ -82,6 +83,13 @@ class Model:
         self.rounds[cohort].append(Round(self.numbers, "", "forget", 0))
         for user in self.spoken[cohort]:
             self.spoken[cohort][user] = (False, self.numbers)
+        self.unsure = {each for each in self.unsure if each[0] != cohort}
+
+    def lose(self, cohort: str) -> None:
+        """Nothing is known of it any more, its sessions neither."""
+        self.rounds[cohort] = []
+        self.spoken[cohort] = {}
+        self.unsure = {each for each in self.unsure if each[0] != cohort}
 
     def wanted(self, user: str) -> set[str]:
         return {self.names[cohort] for cohort, spoken in self.spoken.items() if spoken.get(user, (False, 0))[0]}
@@ -115,9 +123,8 @@ class Cohorts(RuleBasedStateMachine):
         head, ids = msgspec.json.encode(merging.head_of(page)).decode(), msgspec.json.encode(page.ids).decode()
         there = "SELECT 1 FROM cohorts WHERE mixpanel_id = ?1 UNION ALL SELECT 1 FROM inbox WHERE json_extract(head, '$[2]') = ?1"
         if not self.db.execute(there, (page.cohort,)).fetchone():
-            # Forgotten, and out of Braze: nothing is known of it any more, its sessions neither.
-            self.model.rounds[page.cohort] = []
-            self.model.spoken[page.cohort] = {}
+            # Forgotten, and out of Braze.
+            self.model.lose(page.cohort)
         merging.receive(self.db, [(1.0, len(page.ids), head, ids)])
         self.model.hear(page)
         self.history.append(page)
@@ -338,4 +345,6 @@ class Cohorts(RuleBasedStateMachine):
 
 
 TestCohorts = Cohorts.TestCase
-TestCohorts.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestCohorts.settings = settings(
+    max_examples=int(os.environ.get("BRIDGED_MODEL_RUNS", "80")), stateful_step_count=50, deadline=None
+)
