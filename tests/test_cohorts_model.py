@@ -235,6 +235,7 @@ class Cohorts(RuleBasedStateMachine):
 
     def carry_out(self, block: Block, user: User) -> None:
         self.braze[user.external_id] = {block.cohorts[row.cohort].name for row in user.rows if row.wanted}
+        self.kept = {each for each in self.kept if each[0] != user.external_id}
         self.billed += 1
 
     def deliver(self, block: Block) -> None:
@@ -331,10 +332,11 @@ class Cohorts(RuleBasedStateMachine):
             self.model.spoken[cohort][user] = (found is not None, number)
             assert into is False or found is not None
         self.model.unsure.clear()
-        known = {name for (name,) in self.db.execute("SELECT name FROM cohorts")}
+        rows = "SELECT u.external_id, c.name FROM members m JOIN users u ON u.key = m.user JOIN cohorts c ON c.id = m.cohort"
+        # A cohort that is forgotten is gone though Braze refused to take somebody out: nobody asks again.
+        self.kept -= set(self.db.execute(rows).fetchall())
         for user in USERS:
-            # A cohort that is forgotten is gone though Braze refused to take somebody out: nobody asks again.
-            kept = {name for of, name in self.kept if of == user and name not in known}
+            kept = {name for of, name in self.kept if of == user}
             assert self.braze.get(user, set()) - kept == self.model.wanted(user) - kept, user
 
     def teardown(self) -> None:
