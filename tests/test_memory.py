@@ -33,3 +33,24 @@ def test_holes_go_back_to_the_system():
     )
     with_holes, without, _ = map(float, ran.stdout.split())
     assert with_holes - without > 40  # MB, of 90
+
+
+CONNECTIONS = """
+import gc
+from bridged import memory
+
+memory.only_grows()
+memory.settle()
+full = []
+gc.callbacks.append(lambda phase, info: full.append(phase) if info["generation"] == 2 else None)
+kept = [[number] for number in range(400_000)]  # as tracked by the collector as 4,000 connections are
+print(len(full), len(kept))
+"""
+
+
+def test_thousands_of_new_connections_stop_nobody_for_a_look_at_all_objects():
+    """With 5,000 connections such a look takes 250 ms, and each wave of new ones would bring another."""
+    ran = subprocess.run(
+        [sys.executable, "-c", CONNECTIONS], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ran.stdout.split() == ["0", "400000"]

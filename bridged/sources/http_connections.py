@@ -149,17 +149,16 @@ class HttpConnections(web.Server):
             memory.give_back_holes()
         self._judge(list(self.alive))
 
-    def _judge(self, connections: "list[HttpConnection]") -> None:
-        """Some of them in each turn of the loop: thousands that end at once would keep everybody waiting."""
+    def _judge(self, connections: "list[HttpConnection]", turn_s: float = 0) -> None:
+        """Some of them at a time, until the next look is due: thousands that end together would keep everybody waiting."""
+        turn_s = turn_s or self.limits.look_s / (1 + len(connections) // _LOOKED_AT_ONCE)
         rest = connections[_LOOKED_AT_ONCE:]
         try:
             for connection in connections[:_LOOKED_AT_ONCE]:
                 connection.judge(self.now)
         finally:
-            if rest:
-                self._look = self._loop.call_soon(self._judge, rest)
-            else:
-                self._look = self._loop.call_later(self.limits.look_s, self._look_at_all)
+            then = (self._judge, rest, turn_s) if rest else (self._look_at_all,)
+            self._look = self._loop.call_later(turn_s, *then)
 
     async def close(self, grace_s: float) -> None:
         """Ends the idle connections, and the others when their requests are answered or the grace is over."""
