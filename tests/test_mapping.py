@@ -260,7 +260,17 @@ def test_any_id_becomes_conform_and_always_the_same(given_id: str) -> None:
     assert re.fullmatch(r"[A-Za-z0-9-]{1,36}", first)
     assert first.lower() not in REFUSED_IDS
     assert properties_of(event)["$insert_id"] == first
-    assert given_id == "" or other == first
+    is_none = given_id.strip().lower() in REFUSED_IDS | {""}
+    assert (other == first) != is_none
+
+
+@pytest.mark.parametrize("placeholder", ["", " ", "0", "undefined", "Null", "00000000-0000-0000-0000-000000000000"])
+def test_events_that_share_a_placeholder_are_different_events(placeholder: str) -> None:
+    """Mixpanel keeps one of those of a user and a day that have the same `$insert_id`: the other would vanish, delivered."""
+    one, other = custom_event({"n": 1}) | {"id": placeholder}, custom_event({"n": 2}) | {"id": placeholder}
+    first, second = (event["properties"]["$insert_id"] for event in mapped(one, other).events)
+    assert first != second
+    assert properties_of(one)["$insert_id"] == first
 
 
 def test_without_an_id_the_bytes_make_one() -> None:

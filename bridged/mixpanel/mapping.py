@@ -54,7 +54,7 @@ _ODD_VALUES: Final = _NESTED | {type(None)}
 _TOO_DEEP: Final = f"nested deeper than {MAX_DEPTH}"
 _INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
-_ODD_DISTINCT_IDS: Final = REFUSED_IDS | {None, ""}
+_NO_IDS: Final = REFUSED_IDS | {None, ""}
 # The fields that every Mixpanel event has besides the row's own (contract: the import-events reference).
 _ENVELOPE: Final[list[tuple[Any, ...]]] = [
     ("distinct_id", Any, None),
@@ -190,7 +190,7 @@ class EventMapping:
             code, form = forms_of[type(event)]
             user, properties = event.user, event.properties
             if (
-                user.external_user_id in _ODD_DISTINCT_IDS
+                user.external_user_id in _NO_IDS
                 or not EARLIEST_TIME_S <= event.time <= latest_s
                 or code in special
                 or not (plain_ids or _is_plain(event.id))
@@ -248,8 +248,10 @@ class EventMapping:
         elif event.time < EARLIEST_TIME_S:
             return Refusal(code, event_type, "time is before 1971", original)
         if not _is_plain(event.id):
-            # The same event always gets the same id, or Mixpanel could not recognise its repetition.
-            event.id = hashlib.sha256(event.id.encode() or original).hexdigest()[:36]
+            # The same event always gets the same id, or Mixpanel could not recognise its repetition. A placeholder is none:
+            # as one it would make all events of a user and a day that have it repetitions of the first.
+            own = b"" if event.id.strip().lower() in _NO_IDS else event.id.encode()
+            event.id = hashlib.sha256(own or original).hexdigest()[:36]
         return None
 
     def _whole(self, event_type: str, event: Event, original: bytes, now_s: float) -> Struct | Skip | Refusal:
