@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bridged.admin.openapi import document
 from bridged.cli import main
 from bridged.config import default_toml, keys, load
 from bridged.currents.readme import events_markdown
@@ -90,6 +91,14 @@ def test_every_type_is_in_the_table_of_events_once() -> None:
     assert by_type["users.messages.email.Send"] == ["Email Send", "Email Send", "message engagement", "yes"]
     assert by_type["users.messages.sms.CarrierSend"][-1] == "as `SMS Send to Carrier`"
     assert sum(row[-1] == "yes" for row in rows) == 14
+
+
+def test_every_answer_of_the_http_door_is_told(readme: str) -> None:
+    """Whoever sends events finds there what each of them means, and what Braze makes of it."""
+    answers = document()["paths"]["/v1/currents"]["post"]["responses"]
+    table = readme.partition("## Answers of the HTTP door\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE)
+    assert {status for cell in cells for status in re.findall(r"\d{3}", cell)} == set(answers)
 
 
 def test_every_key_is_told(readme: str) -> None:
