@@ -389,6 +389,45 @@ async def test_what_is_no_handshake_is_told_so(door, line):
     assert '{"acks":true} as the first line' in reason
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.parametrize("size", [500, 400_000])
+async def test_http_at_this_door_is_told_so(door, kind, finished, size):
+    """Its client gets an answer, and no wait without an end; nothing of it is kept, least of all its credential."""
+    body = msgspec.json.encode({"events": batch(1)}) + b" " * size
+    head = b"POST /v1/currents HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: %d\r\n\r\n"
+    reader, writer = await door.connect(kind)
+    writer.write(head % len(body) + body)
+    if finished:
+        writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 20)
+    await goodbye(writer)
+
+    first, _, said = answer.partition(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 421 ")
+    assert b"Content-Length: %d" % len(said) in first
+    assert "[sources.http] listen" in msgspec.json.decode(said)["hint"]
+    await until(lambda: not door.source.connections)
+    assert door.spool.accounts.total("accepted") == door.source.unfinished == 0
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_a_line_of_http_alone(door, kind):
+    """Also without its newline, and behind blank ones."""
+    for line in (b"GET / HTTP/1.0", b"\r\n\nGET / HTTP/1.1\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        assert (await door.talk(line, kind)).startswith(b"HTTP/1.1 421 ")
+    await until(lambda: not door.source.connections)
+    assert door.spool.accounts.total("accepted") == 0
+
+
+async def test_http_behind_the_first_line_is_a_dead_letter(door):
+    """Whoever has begun to send events gets no answer that he couldn't read."""
+    event = batch(1)
+    assert acked(await door.talk(ACKS + ndjson(event) + b"GET / HTTP/1.1\r\n"))[-1] == 2
+    assert await door.events() == ids(event)
+    assert [line for _, line in await door.dead()] == [b"GET / HTTP/1.1"]
+
+
 # -- clients that misbehave --------------------------------------------------------------------------------------------
 
 

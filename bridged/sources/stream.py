@@ -33,6 +33,7 @@ from bridged.errors import ListenError, SpoolError, SpoolFull
 from bridged.intake import Intake
 from bridged.sources import tcp, tls
 from bridged.sources.clients import Clients, Refusals
+from bridged.sources.first_line import NO_HTTP, handshake, is_http
 from bridged.sources.unix import demand_nobody_listens, remove
 
 log = structlog.get_logger()
@@ -62,10 +63,6 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     max_unfinished: int = 8 * 2**20
     tls_cert: str = ""
     tls_key: str = ""
-
-
-class _Handshake(Struct):
-    acks: bool
 
 
 class StreamSource:
@@ -398,7 +395,6 @@ class _Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """A last line may lack its newline. Keeps our side open until everything is on disk."""
-        self._stopped = False
         try:
             while self._rest and not self._finishing:  # only over TLS, which tells the end while reading is paused
                 rest, self._rest = self._rest, b""
@@ -407,6 +403,7 @@ class _Connection(asyncio.Protocol):
                 line, self._tail = self._tail, b""
                 self._take([bytes(line)])
                 self._weigh()
+            self._stopped = False
             self.finish()
         except Exception as error:
             self._mistaken(error)
@@ -422,7 +419,10 @@ class _Connection(asyncio.Protocol):
             del lines[0]
             self._accept([head], oversized=True)
         if self._acks is None and lines:
-            self._acks = self._handshake(lines)
+            self._acks = handshake(lines)
+            if self._acks is False and lines and is_http(lines[0]):
+                self._answer_http()
+                return
             if self._acks:
                 tcp.end_with(self._transport, reset=False)  # it goes by its acks, and shall get the last one
         if len(lines) and max(map(len, lines)) > self._source.max_line:
@@ -434,17 +434,13 @@ class _Connection(asyncio.Protocol):
         elif lines:
             self._accept(lines)
 
-    def _handshake(self, lines: list[bytes]) -> bool | None:
-        """Whether there shall be acks, by the first line that isn't blank; None: there is none yet."""
-        del lines[: next((at for at, line in enumerate(lines) if not line.isspace()), len(lines))]
-        if not lines:
-            return None
-        try:
-            acks = msgspec.json.decode(lines[0].removeprefix(b"\xef\xbb\xbf"), type=_Handshake).acks
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return False
-        del lines[0]
-        return acks
+    def _answer_http(self) -> None:
+        """Who speaks HTTP is told so in HTTP, and nothing of it is kept: its head may hold a credential."""
+        self._forget()
+        self._transport.write(NO_HTTP)
+        # It goes by the answer; so that this arrives, the rest of the request is read and dropped.
+        self._acks = self._stopped = True
+        self.finish()
 
     # -- to the intake, and back --------------------------------------------------------------------------------------
 
