@@ -7,8 +7,10 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -675,6 +677,32 @@ def test_events_spread_over_lines_are_told(tmp_path, before):
             list(currents_files.lines(path, MAX_LINE))
         assert "jq -c" in caught.value.hint
     path.write_bytes(before + json.dumps(currents()).encode() + b"\n{\n")
+    assert len(list(currents_files.lines(path, MAX_LINE))) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [2, 2000])
+@pytest.mark.parametrize("form", ["bodies", "a body", "strung together"])
+def test_files_of_other_shapes_are_told(tmp_path, form, count, packed):
+    """Each line of them was a dead letter, and of a long one only its beginning was kept. What is said to type makes them good."""
+    events = [json.dumps(currents(seed=seed)) for seed in range(count)]
+    body = f'{{"events": [{", ".join(events)}]}}'
+    text = {"bodies": f"{body}\n{body}\n", "a body": body, "strung together": "".join(events)}[form].encode()
+    path = tmp_path / f"events of today.json{'.gz' if packed else ''}"
+    path.write_bytes(gzip.compress(text) if packed else text)
+    with pytest.raises(SpoolError, match="nothing of it was sent") as caught:
+        list(currents_files.lines(path, MAX_LINE))
+    if shutil.which("jq"):
+        subprocess.run(caught.value.hint.partition(": ")[2], shell=True, cwd=tmp_path, check=True)
+        lines = list(currents_files.lines(tmp_path / "events.ndjson", MAX_LINE))
+        assert len(lines) == count * (2 if form == "bodies" else 1)
+
+
+@pytest.mark.parametrize("first", [b'{"a":1}}\n', b'{"a":1},{"b":2}\n', b'1{"a":1}\n', b'"{"{\n'])
+def test_one_bad_line_at_the_beginning_stops_no_file(tmp_path, first):
+    """As of a log that was cut: it costs only itself."""
+    path = tmp_path / "events.ndjson"
+    path.write_bytes(first + ndjson([currents()]))
     assert len(list(currents_files.lines(path, MAX_LINE))) == 2
 
 

@@ -6,6 +6,7 @@ Avro is what Currents' export to cloud storage writes: a flat record of an event
 
 import contextlib
 import gzip
+import json
 import os
 import re
 import shlex
@@ -37,6 +38,7 @@ _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 _LOOK_BYTES = 1024
+_BODY = re.compile(rb'\{\s*"events"\s*:\s*\[')
 _NOT_FILES = (Path("/dev"), Path("/proc"))
 # What fastavro says of a codec that needs a library of its own, such as snappy.
 _LACKING = re.compile(r"install one of the following libraries: \('([\w.-]+)'")
@@ -155,13 +157,36 @@ def _demand_currents(path: Path, first: bytes) -> None:
     if first.strip() == b"{":
         raise FileError(
             f"{path} has its events spread over several lines each: nothing of it was sent",
-            f"one a line: jq -c . {path} > events.ndjson (of whole request bodies: jq -c '.events[]' ...)",
+            f"one a line: {_jq('.', path)} (of whole request bodies: jq -c '.events[]' ...)",
         )
+    if _BODY.match(first):
+        raise FileError(
+            f"{path} holds whole request bodies: nothing of it was sent",
+            f"the events of each, one a line: {_jq('.events[]', path)}",
+        )
+    if _another_follows(first):
+        raise FileError(f"{path} has several events on a line: nothing of it was sent", f"one a line: {_jq('.', path)}")
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         msgspec.json.decode(first, type=ArchivedEvent)
         raise FileError(
             f"{path} holds events as Mixpanel gets them: nothing of it was sent", f"bridged replay sends those: {path}"
         )
+
+
+def _jq(wanted: str, path: Path) -> str:
+    """What to type."""
+    file, wanted = shlex.quote(str(path)), shlex.quote(wanted)
+    read = f"gzip -dc {file} | jq -c {wanted}" if path.suffix == ".gz" else f"jq -c {wanted} {file}"
+    return f"{read} > events.ndjson"
+
+
+def _another_follows(line: bytes) -> bool:
+    """Whether a second object stands behind the first, as whoever strings records together writes them. The line may be cut."""
+    text = line.decode(errors="replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        _, end = json.JSONDecoder().raw_decode(text)
+        return text[0] == "{" == text[end : end + _LOOK_BYTES].lstrip()[:1]
+    return False
 
 
 def _array(path: Path, data: bytes) -> Iterator[bytes]:
