@@ -1,9 +1,11 @@
 """The HTTP door, answer for answer: what Braze is told decides what it does with the events."""
 
 import asyncio
+import base64
 import contextlib
 import gzip
 import os
+import random
 import sqlite3
 import tomllib
 import zlib
@@ -22,6 +24,7 @@ from bridged.errors import ListenError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.sources.http import HttpOptions, HttpSource
+from bridged.sources.http_connections import HttpLimits
 
 TOKEN = "s3cret-Token._~+/="
 MAX_BODY = 200_000
@@ -420,6 +423,23 @@ async def test_codings_that_are_none(door, client, coding, status):
 async def test_a_body_that_is_not_compressed_after_all(door, client, coding):
     """With such a header it is read as it is."""
     assert (await door.post(client, body(batch(1)), Content_Encoding=coding))[0] == 200
+
+
+async def test_a_compressed_body_that_never_fits(tmp_path, client):
+    """As it came and expanded it is more than all bodies may be: 413, so that it is split. After a 503 it would come for ever."""
+    limits = HttpLimits(max_in_flight=3 * 2**19)
+    options = SpoolOptions(path=str(tmp_path / "spool.db"))
+    async with Spool(options, NAMES) as spool:
+        intake = Intake(EventMapping(EVENT_TYPES, MappingSettings(token="t")), spool)
+        async with HttpSource(HttpOptions(port=0, max_body=2**20, limits=limits), intake, spool) as source:
+            door = Door(tmp_path, spool, source)
+            for size, status in ((800_000, 200), (1_000_000, 413)):
+                filling = base64.b64encode(random.Random(size).randbytes(size * 3 // 4))
+                payload = sized(1000)[:-1] + b',"x":"' + filling + b'"}'
+                assert (await door.post(client, payload))[0] == 200
+                packed = gzip.compress(payload)
+                assert (await door.post(client, packed, Content_Encoding="gzip"))[0] == status
+            assert source.connections.held == 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no gzip at all"])

@@ -190,8 +190,9 @@ class HttpSource:
     async def __aenter__(self) -> Self:
         options = self._options
         self._tls = tls.server_context("sources.http", options.tls_cert, options.tls_key)
-        # As it came and expanded, and some for the head and the sizes of chunks.
-        limits = msgspec.structs.replace(options.limits, max_request=2 * options.max_body + 2**21)
+        # As it came and expanded, and some for the head and the sizes of chunks. What is more than all may be never fits.
+        most = min(2 * options.max_body + 2**21, options.limits.max_in_flight)
+        limits = msgspec.structs.replace(options.limits, max_request=most)
         self.connections = HttpConnections(self._handle, self, limits, self.answers, _REFUSALS)
         wheres: list[dict[str, Any]] = [{"sock": sock} for sock in self._sockets]
         try:
@@ -418,9 +419,7 @@ class HttpSource:
             body += chunk
             del chunk  # while the next is waited for, it would be held twice
             if len(body) > limit:
-                break
-        if len(body) > limit:
-            raise TooLarge(f"the body is larger than {limit:d} bytes")
+                raise TooLarge(f"the body is larger than {limit:d} bytes")
         return bytes(body)
 
     async def _wait_for_room(self) -> None:
