@@ -147,7 +147,9 @@ async def test_no_events_is_a_credentials_probe(locked, client, probe):
 
 
 async def test_what_braze_may_add(door, client):
-    """Query parameters, the version header, a slash and any content type change nothing."""
+    """Query parameters, the version header, slashes (as of a proxy's `proxy_pass http://door/`) and any content type change
+    nothing.
+    """
     for n, (query, path, headers) in enumerate(
         [
             ("?workspace=eu&x=%20y", None, {}),
@@ -155,10 +157,11 @@ async def test_what_braze_may_add(door, client):
             ("", None, {"Braze_Currents_Version": "2", "Content_Type": "text/plain; charset=latin-1"}),
             ("", "/v1/currents/", {}),
             ("", "/v1/currents//?a", {"Accept_Encoding": "br"}),
+            ("", "//v1/currents", {}),
         ]
     ):
         assert (await door.post(client, body(batch(1, n)), query=query, path=path, **headers))[0] == 200
-    assert await door.events() == ids(batch(5))
+    assert await door.events() == ids(batch(6))
 
 
 @pytest.mark.parametrize("form", ["array", "lone event"])

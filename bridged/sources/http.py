@@ -256,7 +256,7 @@ class HttpSource:
         try:
             if sum(map(len, chain.from_iterable(request.raw_headers))) > MAX_HEAD_BYTES:
                 raise web.HTTPRequestHeaderFieldsTooLarge(text="the request's head is too large")
-            if self._cohorts is not None and request.path.rstrip("/") == cohorts.PATH:
+            if self._cohorts is not None and request.path.strip("/") == cohorts.PATH[1:]:
                 response = await self._accept_cohort(request, connection, self._cohorts)
             else:
                 await self._accept(request, connection)
@@ -290,7 +290,8 @@ class HttpSource:
 
     async def _accept(self, request: web.BaseRequest, connection: HttpConnection) -> None:
         """Takes one request up to its commit. Raises what its answer says, ConnectionError when the client is gone."""
-        if request.path.rstrip("/") != PATH:
+        # Whatever slashes a proxy has put around it: after a 404 Braze drops the events.
+        if request.path.strip("/") != PATH[1:]:
             raise web.HTTPNotFound(
                 text=f"nothing here; Currents events go to POST {PATH}, cohorts to POST {cohorts.PATH}"
             )
