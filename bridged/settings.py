@@ -144,7 +144,12 @@ class Mixpanel(Section, frozen=True, kw_only=True):
         bool,
         Meta(description="false: no event is taken or sent, and no credential needed. Cohorts are another matter."),
     ] = True
-    url: Annotated[str, Meta(description="Overrides the region's host (an emulator, a proxy).")] = ""
+    url: Annotated[
+        str,
+        Meta(
+            description="Overrides the region's host (an emulator, a proxy). A private authority of its: SSL_CERT_FILE."
+        ),
+    ] = ""
     region: Annotated[Literal["us", "eu", "in"], Meta(description="us | eu | in: where the project's data lives.")] = (
         "us"
     )
@@ -321,7 +326,12 @@ class Braze(Section, frozen=True, kw_only=True):
     """Where cohorts go, and as whom."""
 
     cluster: Annotated[str, Meta(description="The instance in your dashboard's address: US-01, EU-02, ...")] = ""
-    url: Annotated[str, Meta(description="Overrides the cluster's host (an emulator, a proxy).")] = ""
+    url: Annotated[
+        str,
+        Meta(
+            description="Overrides the cluster's host (an emulator, a proxy). A private authority of its: SSL_CERT_FILE."
+        ),
+    ] = ""
     rest_key: Annotated[str, Meta(description="A REST API key with the permission users.track.")] = ""
     rest_key_file: Annotated[str, Meta(description="A file that holds rest_key.")] = ""
     partner_name: Annotated[str, Meta(description="Only with partner_key: as which of Braze's partners.")] = "mixpanel"

@@ -6,16 +6,23 @@ The proxy stands on loopback before the emulator; each new connection meets the 
 import asyncio
 import contextlib
 import gzip
+import ipaddress
+import random
 import socket
 import ssl
 import struct
 from datetime import UTC, datetime, timedelta
 
+import aiohttp
 import msgspec
 import pytest
 import trustme
 from conftest import balanced, currents, until
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from bridged.connections import Connector
 from bridged.delivery import delivery, pacing
 from bridged.mixpanel.verdicts import Retry
 
@@ -333,6 +340,42 @@ async def test_a_certificate_that_cannot_be_trusted(daemon, client, emulator, au
         await until(lambda: app.backlog.events == 0, "the delivery", 30)
     assert len(emulator.events()) == 20
     balanced(app)
+
+
+def of_few_words(name, issuer, key, signer, extension):
+    """A certificate that says no more than it must: nothing by which its issuer's key could be told from others."""
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, each)]) for each in (name, issuer)]
+    builder = x509.CertificateBuilder(*reversed(names), key.public_key(), 1 + random.getrandbits(64))
+    now = datetime.now(UTC)
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    return builder.add_extension(extension, critical=False).sign(signer, hashes.SHA256())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_private_authority_of_few_words(emulator, tmp_path, monkeypatch, strict):
+    """As those of proxies that inspect TLS are. Python 3.13 and later are strict by default, and would refuse what it signs."""
+    ours, its = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    authority = of_few_words("ours", "ours", ours, ours, x509.BasicConstraints(ca=True, path_length=None))
+    certificate = of_few_words("here", "ours", its, ours, here)
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (tmp_path / "ca.pem").write_bytes(authority.public_bytes(pem))
+    key = its.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    (tmp_path / "server.pem").write_bytes(certificate.public_bytes(pem) + key)
+    served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    served.load_cert_chain(tmp_path / "server.pem")
+    default = ssl.create_default_context
+
+    def context(*arguments, **named):
+        made = default(*arguments, **named)
+        made.verify_flags |= ssl.VERIFY_X509_STRICT if strict else 0
+        return made
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    monkeypatch.setattr(ssl, "create_default_context", context)
+    async with Proxy(port(emulator), context=served) as proxy, aiohttp.ClientSession(connector=Connector()) as session:
+        await session.post(f"https://127.0.0.1:{proxy.port}/import", data=b"[]")
+    assert emulator.summary().requests == 1
 
 
 @pytest.mark.usefixtures("_trusted")

@@ -1,6 +1,5 @@
 """The one HTTP client call towards Braze: a request out, a verdict back. Every exception of the network is translated here."""
 
-import ssl
 import time
 from types import SimpleNamespace
 from typing import Self
@@ -51,12 +50,10 @@ class Transport:
     async def __aenter__(self) -> Self:
         """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
         proxy_for(self.target.base)
-        context = ssl.create_default_context()
-        context.set_alpn_protocols(("http/1.1",))
         tracing = aiohttp.TraceConfig()
         tracing.on_request_headers_sent.append(_Leaving.note)
         self._session = aiohttp.ClientSession(
-            connector=Connector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
+            connector=Connector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
             trace_configs=[tracing],

@@ -2,7 +2,6 @@
 
 import functools
 import secrets
-import ssl
 import time
 import urllib.parse
 import urllib.request
@@ -38,11 +37,8 @@ class Transport:
     async def __aenter__(self) -> Self:
         """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
         proxy_for(self.target.import_url)
-        # A context of our own: aiohttp's was made when it was imported, and knows the authorities of that moment.
-        context = ssl.create_default_context()
-        context.set_alpn_protocols(("http/1.1",))
         self._session = aiohttp.ClientSession(
-            connector=Connector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60, ssl=context),
+            connector=Connector(limit=_MAX_CONNECTIONS, ttl_dns_cache=60),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"bridged/{__version__}"},
         )
