@@ -106,6 +106,7 @@ class App:
         self.spool = await stack.enter_async_context(
             Spool(options.spool_options(config), TYPE_NAMES, self.clock.latest)
         )
+        self.saved.sweep()
         self._begin_activity(stack)
         self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
         self.transport = await stack.enter_async_context(Transport(options.target(config), delivery.timeout))
@@ -491,10 +492,6 @@ def warn(config: Config) -> None:
         log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
     kind = options.target(config).credentials.kind
     if kind == "API secret":
-        log.warning(
-            "api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account and set service_account"
-        )
+        log.warning("api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account, set service_account")
     if config.mixpanel.export and not config.mixpanel.token:
-        log.warning(
-            "no_project_token", hint="events carry no `token` property; set mixpanel.token as Braze's connector does"
-        )
+        log.warning("no_project_token", hint="events carry no `token`, as Braze's connector's do: set mixpanel.token")

@@ -82,6 +82,7 @@ class Saved:
 
     def __init__(self, spool_path: str, clock: Callable[[], float] = time.time) -> None:
         self.path = Path(f"{spool_path}.settings.toml")
+        self._part = self.path.with_name(f"{self.path.name}.part")
         self.values: dict[str, Any] = {}
         self.problem = ""  # why some of it, or all, isn't in force
         self.revision = 0  # rises with every change, also over restarts
@@ -179,15 +180,19 @@ class Saved:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Puts the file in place, for good. Raises OSError, and what was there is there still. Blocks: not for the loop."""
-        part = self.path.with_name(f"{self.path.name}.part")
-        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(file, 0o600)  # also if somebody had made it
             with open(file, "wb", closefd=False) as whole:  # a descriptor
                 whole.write(f"{_HEADER}{toml(values)}".encode())
         finally:
             os.close(file)
-        settle_file(part, self.path)
+        settle_file(self._part, self.path)
+
+    def sweep(self) -> None:
+        """Removes what a kill left half written: it holds secrets. For whoever has the spool, and no save under way."""
+        with contextlib.suppress(OSError):
+            self._part.unlink()
 
     def write_again(self) -> bool:
         """Puts the file back if it said something and is gone; gives whether that was so. Raises OSError. Blocks."""

@@ -585,6 +585,14 @@ async def test_what_a_test_finds(daemon, client, emulator):
     assert app.saved.values == {}
 
 
+async def test_what_a_kill_left_half_written(daemon, tmp_path):
+    """It holds secrets, and the next save may never come: the start removes it."""
+    half = tmp_path / "spool.db.settings.toml.part"
+    half.write_text('[mixpanel]\napi_secret = "0123456')
+    await daemon()
+    assert not half.exists()
+
+
 async def test_a_kill_while_it_is_saved(tmp_path, emulator, client):
     """Kill -9 at any moment: after the start the file is the old one or the new one, and what was answered is in force."""
     process = Process(tmp_path, emulator.url)
