@@ -96,7 +96,11 @@ class App:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
-            await self._open(stack)
+            try:
+                await self._open(stack)
+            except BaseException:
+                self.hurry.set()  # why it can't start is told at once
+                raise
             self._exit = stack.pop_all()
         return self
 

@@ -443,6 +443,22 @@ async def test_a_port_that_is_taken(process, door):
     taken.close()
 
 
+async def test_a_start_that_fails_says_so_at_once(process, emulator):
+    """With events waiting, and a Mixpanel that doesn't answer: nobody waits for the grace to hear that a port is taken."""
+    emulator.script([{"action": "hang"}])
+    await process.up(delivery__grace="0s")
+    assert await process.post(batch(5)) == 200
+    assert await process.end() == 0
+    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = taken.sockets[0].getsockname()[1]
+    await process.start(delivery__grace="1h", delivery__timeout="1h", sources__http__listen=f"127.0.0.1:{port}")
+
+    assert await process.exits() == 74
+    assert "sources.http.listen" in process.said()
+    assert process.waiting() == 5
+    taken.close()
+
+
 async def test_a_spool_that_cannot_be_written(process, emulator):
     """The request is not acked, and the process ends with 74 and the reason: whoever restarts it sees it."""
     await process.up()
