@@ -445,7 +445,6 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
 
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()
-        starting.cancel()  # who wants it to end gives it no more time for that
 
     def read_again() -> None:
         service.reloading()
@@ -457,7 +456,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
     warn(app.config)
     open_files.allow(app.config)
     memory.give_back_large_blocks()
-    starting = asyncio.create_task(service.starting(), name="starting")
+    starting = asyncio.create_task(service.starting(stop, app.hurry, app.config.delivery.grace), name="starting")
     async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
         await _end(starting)
         log.info(

@@ -11,6 +11,7 @@ The protocols are sd_notify(3) and sd_listen_fds(3): a datagram and three number
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -48,11 +49,20 @@ class Notifier:
             sock.setblocking(False)
             sock.sendto("\n".join(assignments).encode(), self._address)
 
-    async def starting(self) -> None:
-        """Asks for more time, until it is cancelled: a start that salvages a large file is not to be ended and begun anew."""
-        while True:
-            await asyncio.sleep(_STARTING_S)
+    async def starting(self, stop: asyncio.Event, hurry: asyncio.Event, grace_s: float) -> None:
+        """Asks for more time, until it is cancelled: a start that salvages a large file is not to be ended and begun anew.
+
+        Told to `stop` it asks for no more, and ends the process if the start isn't over after the grace, or at the `hurry`. What
+        the spool's thread does can't be interrupted; and it may be killed at any moment.
+        """
+        while not await _is_set(stop, _STARTING_S):
             self._extend()
+        log.info(
+            "stop_waits_for_start",
+            hint=f"the start isn't over: it is given up after {grace_s:g} s, or at a second signal",
+        )
+        await _is_set(hurry, grace_s)
+        os._exit(0)
 
     async def ending(self, progress: Callable[[], int]) -> None:
         """The same for the end, as long as `progress` rises: what removed files held may be many gigabytes, to be saved."""
@@ -112,6 +122,14 @@ class Notifier:
                 log.error("no_progress", hint="the service manager restarts the daemon if this lasts")
             silent = not well
             await asyncio.sleep(self.watchdog_s / _BEATS)
+
+
+async def _is_set(event: asyncio.Event, seconds: float) -> bool:
+    """Whether it is, within so many seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
 
 def status_line(sentence: str) -> str:

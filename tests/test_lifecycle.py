@@ -459,6 +459,32 @@ async def test_a_start_that_fails_says_so_at_once(process, emulator):
     taken.close()
 
 
+@pytest.mark.parametrize(("grace", "signals"), [("0s", 1), ("1h", 2)])
+async def test_stopped_while_it_starts(process, grace, signals):
+    """A start that takes long is given up after the grace, or at a second signal: whatever the spool's thread does meanwhile."""
+    await process.up()
+    assert await process.post(batch(5)) == 200
+    assert await process.end() == 0
+    with contextlib.closing(sqlite3.connect(process.folder / "spool.db", isolation_level=None)) as busy:
+        busy.execute("BEGIN IMMEDIATE")  # its own transaction waits for this one, for five seconds, and then fails
+        await process.start(delivery__grace=grace)
+        await until(lambda: "spool.db" in opened(process.process.pid), "the start", 30)
+        process.process.send_signal(signal.SIGTERM)
+        if signals == 2:
+            await until(lambda: "isn't over" in process.said(), "what it says of it")
+            process.process.send_signal(signal.SIGTERM)
+        assert await process.exits() == 0
+
+
+def opened(pid):
+    """The names of the files that a process has open."""
+    names = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            names.add(file.readlink().name)
+    return names
+
+
 async def test_a_spool_that_cannot_be_written(process, emulator):
     """The request is not acked, and the process ends with 74 and the reason: whoever restarts it sees it."""
     await process.up()

@@ -292,7 +292,8 @@ async def test_a_start_that_takes_long(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.setblocking(False)
-        starting = asyncio.create_task(Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}, 7).starting())
+        notifier, never = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}, 7), asyncio.Event()
+        starting = asyncio.create_task(notifier.starting(never, never, 0))
         for _ in range(2):
             said = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(manager, 100), 10)
             assert said == b"EXTEND_TIMEOUT_USEC=150000"
@@ -327,7 +328,7 @@ async def test_a_start_that_is_to_end(tmp_path, monkeypatch, config):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.setblocking(False)
-        running = asyncio.create_task(app_module.run(config(), config))
+        running = asyncio.create_task(app_module.run(config(delivery__grace="1h"), config))
         try:
             assert await asyncio.wait_for(loop.sock_recv(manager, 100), 10) == b"EXTEND_TIMEOUT_USEC=60000"
             os.kill(os.getpid(), signal.SIGTERM)
