@@ -291,6 +291,18 @@ def test_demo_can_be_stopped(tmp_path, number):
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert ours(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []  # a spool's reserve alone has 64 MiB
+
+
+def test_who_reads_no_more_of_it_ends_it(tmp_path):
+    """As `bridged demo | head` does: nothing is left running, nor any file."""
+    process = start(tmp_path, "--events", "1000")
+    assert "Making up" in process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=60)
+
+    assert ours(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_long_day_can_be_stopped_while_it_is_made_up(tmp_path):

@@ -104,15 +104,19 @@ class _Stop:
 
 async def _main(arguments: argparse.Namespace, folder: Path, day: Day, sync: demo_cohorts.Sync, stop: _Stop) -> int:
     stop.task = asyncio.current_task()
-    good = False
+    good = ended = False
     try:
         good = await _demo(arguments, folder, day, sync)
+    except BrokenPipeError:
+        ended = True  # by who reads no more of it
+        raise
     except asyncio.CancelledError:
+        ended = True
         print("\ndemo: stopped; the daemon and the emulators are ended")
         return 130
     finally:
         if not arguments.keep:
-            if good:
+            if good or ended:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 print(f"demo: the logs are in {folder}")
