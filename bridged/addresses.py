@@ -12,7 +12,7 @@ _NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port` as a pair. Raises ValueError."""
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
+    if not host or "/" in host or any(map(str.isspace, host)) or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"expected host:port, got {address!r}")
     return host.strip("[]"), int(port)
 

@@ -246,7 +246,7 @@ def _toml(name: str, value: str) -> Any:
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the environment variable {name}={value!r} is not a TOML value: {error}") from error
+        raise ConfigError(f"the environment variable {name}={value!r} is no TOML value", 'as true, 8, ["a"]') from error
 
 
 def _with_secrets(config: Config, environ: Mapping[str, str], wanted: Iterable[tuple[str, ...]]) -> Config:
@@ -349,6 +349,8 @@ def _problems(config: Config) -> Iterator[str]:
     for name, place in paths:
         if place.startswith("~"):
             yield f"{name}: ~ stands for no folder here: write it out"
+        elif "\0" in place:
+            yield f"{name}: no path holds a NUL"
     mixpanel = config.mixpanel
     if config.cohorts.enabled:
         yield from _cohort_problems(config)

@@ -68,6 +68,8 @@ async def test_another_region(bridged, config, emulator, monkeypatch):  # noqa: 
         ({"cohorts__path": "/tmp"}, "cohorts.path: /tmp is a folder: name a file in it"),
         ({"cohorts__path": "/dev/null/c/cohorts.db"}, "cohorts.path: /dev/null is no folder"),
         ({"sources__stream__listen": '["unix:nowhere/s.sock"]'}, "sources.stream.listen: the folder of nowhere/s.sock"),
+        ({"sources__stream__listen": '["unix:/tmp"]'}, "sources.stream.listen: /tmp: there is a folder, no socket"),
+        ({"sources__stream__listen": f'["unix:/tmp/{"x" * 108}"]'}, "xx: the path of a socket has at most 107 bytes"),
         (
             {"sources__http__tls_cert": "no.pem", "sources__http__tls_key": "no.pem"},
             "[sources.http] tls_cert = 'no.pem'",

@@ -144,6 +144,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
         ("mixpanel.token = 't'\nspool.path = '/'", ["spool.path", "a file"]),
         ("mixpanel.token = 't'\nsources.http.max_body = 0", ["sources.http.max_body", "at least 1KiB"]),
         ("mixpanel.token = 't'\nspool.path = '~/spool.db'", ["spool.path: ~ stands for no folder here"]),
+        ('mixpanel.token = "t"\nspool.path = "a\\u0000b"', ["spool.path: no path holds a NUL"]),
+        ("mixpanel.token = 't'\nadmin.listen = ' 127.0.0.1:8481'", ["admin.listen: expected host:port, got ' 127."]),
         (
             "mixpanel.token = 't'\nsources.stream.listen = ['unix:~/s.sock']",
             ["sources.stream.listen: ~ stands for no folder"],

@@ -22,6 +22,7 @@ from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.saved import read_for
 from bridged.settings import Config
 from bridged.sources.tls import server_context
+from bridged.sources.unix import demand_possible
 
 EPILOG = """\
 exit codes: 0 good, 78 the configuration is bad, 69 Mixpanel or Braze can't be reached or refuses us (--online)
@@ -100,6 +101,13 @@ def _missing_places(settings: Config) -> Iterator[str]:
         kind, _, socket = address.partition(":")
         if kind == "unix" and not _may_be_folder(Path(socket).parent):
             yield f"sources.stream.listen: the folder of {socket} isn't there"
+        elif kind == "unix":
+            try:
+                demand_possible(socket)
+            except PermissionError:
+                pass  # the daemon may be another user's
+            except OSError as error:
+                yield f"sources.stream.listen: {socket}: {error.strerror}"
     for section, door in (("sources.http", http), ("sources.stream", stream), ("admin", admin)):
         # systemd's are there only while the service runs.
         if door.listen and not door.tls_cert.startswith("/run/credentials/"):
