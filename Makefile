@@ -23,6 +23,11 @@ TOOLS := npm:npm systemd-analyze:systemd systemd-socket-activate:systemd fiu-run
 # Debian starts a server that it installs, for everybody to reach; one that is masked it doesn't.
 MASKED := /etc/systemd/system/prometheus.service
 
+# A virtual environment knows its own path and Python: of a clone that was moved, and after an upgrade of Python, it is made anew.
+# Not one that another make may be busy with.
+$(shell [ ! -e $(VENV)/.installed ] || \
+  { { $(BIN)/bridged --version; [ $$? -lt 126 ]; } && $(BIN)/python -c 'import msgspec'; } >/dev/null 2>&1 || rm -rf $(VENV))
+
 .PHONY: demo test tools lint screenshots bench clean
 .DEFAULT_GOAL := demo
 

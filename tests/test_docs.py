@@ -186,6 +186,36 @@ def test_the_readmes_figures(readme: str) -> None:
     assert f"the {sum(row.seed_name is not None for row in EVENT_TYPES)} types of that page" in readme
 
 
+WORKS, DEAD, FAILS = "#!/bin/sh\n", "#!/nowhere/.venv/bin/python\n", "#!/bin/sh\nexit 1\n"
+
+
+@pytest.mark.parametrize(
+    ("bridged", "python", "installed", "kept"),
+    [
+        (WORKS, WORKS, True, True),
+        (FAILS, WORKS, True, True),  # by a mistake in the source
+        (DEAD, WORKS, True, False),  # it was moved
+        (WORKS, FAILS, True, False),  # its packages are another Python's
+        (DEAD, WORKS, False, True),  # it is being made
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_made_anew(
+    tmp_path: Path, bridged: str, python: str, installed: bool, kept: bool
+) -> None:
+    """A clone that was moved, and a Python that was upgraded, need no `make clean`."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").touch()
+    for name, text in (("bridged", bridged), ("python", python)):
+        (tmp_path / ".venv/bin" / name).write_text(text)
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    if installed:
+        (tmp_path / ".venv/.installed").touch()
+    said = subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert ("-m venv .venv" not in said) == kept
+    assert ".venv/bin/bridged demo" in said
+
+
 def test_a_tool_that_a_distribution_lacks_keeps_no_other_away(tmp_path: Path) -> None:
     """Ubuntu has no package chromium: `make test` installs the others all the same, and says which is missing."""
     (tmp_path / "id").write_text("#!/bin/sh\necho 0\n")
