@@ -104,11 +104,12 @@ def test_a_folder_that_may_not_be_looked_at_may_be_one(tmp_path, every_pathlib, 
     [
         ("https://mixpanel.invalid", "can't find mixpanel.invalid"),
         ("http://127.0.0.1:{port}", "127.0.0.1 can't be connected to: does a firewall"),
+        ("https://127.0.0.1:{emulator}", "127.0.0.1 answers, and speaks no TLS: is http:// meant"),
     ],
 )
-async def test_no_network(bridged, config, url, word):  # noqa: F811  # the fixture
-    """No name and no connection are two things to look at."""
-    settings = _Configured(config(mixpanel__url=url.format(port=free_port())))
+async def test_no_network(bridged, config, emulator, url, word):  # noqa: F811  # the fixture
+    """No name, no connection and no TLS are three things to look at."""
+    settings = _Configured(config(mixpanel__url=url.format(port=free_port(), emulator=port(emulator))))
     code, _, err = await bridged(settings, "check", "--online")
 
     assert code == 69

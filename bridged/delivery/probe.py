@@ -131,6 +131,10 @@ _NETWORK: Final = (
         "{host} can't prove to be it: if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop",
     ),
     (
+        "ClientConnectorSSLError",
+        "{host} answers, and speaks no TLS: is http:// meant, or another port, or is a proxy in the way?",
+    ),
+    (
         "no connection",
         "nobody answers at {host}: does a firewall let this machine out? set HTTPS_PROXY if it needs a proxy",
     ),
