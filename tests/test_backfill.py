@@ -486,6 +486,12 @@ async def test_refusals_name_the_way_out(backfill, daemon, tmp_path, monkeypatch
         assert "hint: tcp:HOST:PORT" in err
     code, _, err = await backfill(app, "--to", "udp:1", path)
     assert (code, "is no address" in err) == (78, True)
+    with monkeypatch.context() as patch:
+        patch.setenv("BRIDGED__MIXPANEL__EXPORT", "false")
+        patch.setenv("BRIDGED__COHORTS__ENABLED", "true")
+        patch.setenv("BRIDGED__BRAZE__CLUSTER", "EU-01")
+        code, _, err = await backfill(app, path)
+    assert (code, "mixpanel.export is false" in err) == (78, True)
     code, _, err = await backfill(app, "--state", "/proc/nowhere", path)
     assert (code, "--state" in err) == (74, True)
     with Progress(path, None):

@@ -336,6 +336,7 @@ url = "{braze.url}"
     assert "mixpanel_cohorts" in output
     assert "large bill" in output
     assert "no event is taken" in output
+    assert cells(output, "stream door") == ["stream", "door", "closed"]
     assert "example-" not in output
     assert braze.summary().requests == 0
     code, output = await check(good, "--online", more="max_data_points_per_day = 5\nupdate_existing_only = false")

@@ -800,6 +800,8 @@ async def test_profile_cohorts_only(daemon, importing, braze, emulator, client):
     assert emulator.summary().requests == 0
     async with client.get(f"http://127.0.0.1:{app.admin.port}/readyz") as answer:
         assert answer.status == 200
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/api/status") as answer:
+        assert (await answer.json())["stream"] is None  # it is closed, whatever its key says
 
 
 async def test_what_waits_while_the_export_is_off(daemon, importing, emulator, client):

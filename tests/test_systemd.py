@@ -494,6 +494,7 @@ async def test_cohorts_only_with_the_sockets_of_everything(manager):
     await manager.start()
     await manager.hears("READY=1")
     await manager.stop()
+    assert '"stream": []' in manager.log()
 
     manager.settings["sources__stream__listen"] = "[]"
     await manager.start()

@@ -341,7 +341,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
             connections=len(stream.connections),
             accepted_connections=stream.accepted_connections,
         )
-        if stream and config.sources.stream.listen
+        if stream and config.sources.stream.listen and config.mixpanel.export
         else None,
         alarms=_open_alarms(app),
         cohorts=cohorts_status(app),

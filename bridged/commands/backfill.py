@@ -346,6 +346,8 @@ def _connector(settings: Config, to: str | None) -> Callable[[], socket.socket]:
     stream = settings.sources.stream
     if not to and not stream.listen:
         raise ConfigError("sources.stream.listen is empty: a backfill goes through the stream door", "open it")
+    if not to and not settings.mixpanel.export:
+        raise ConfigError("mixpanel.export is false: the stream door is closed, no events are taken")
     kind, _, address = (to or stream.listen[0]).partition(":")
     try:
         host, port = split_address(address) if kind == "tcp" else (address, 0)

@@ -130,7 +130,7 @@ def _summary(settings: Config) -> Iterator[list[str]]:
     sources = settings.sources
     protected = "bearer token" if sources.http.bearer_token else "no token"
     yield ["http door", f"{sources.http.listen} ({protected})" if sources.http.listen else "closed"]
-    yield ["stream door", " ".join(sources.stream.listen) or "closed"]
+    yield ["stream door", " ".join(sources.stream.listen if settings.mixpanel.export else ()) or "closed"]
     yield ["admin", settings.admin.listen or "closed"]
     yield from check_braze.summary(settings)
     if not settings.mixpanel.export:
