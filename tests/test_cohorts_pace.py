@@ -8,7 +8,7 @@ from cohort_sender import Sender, session
 from conftest import until
 
 from bridged.cohorts.pace import Pace
-from bridged.cohorts.strikes import STRIKE_S, STRIKES, Strikes
+from bridged.cohorts.strikes import STRIKE_S, STRIKES, Strikes, Turns
 
 
 def test_a_success_that_was_on_its_way_ends_no_wait() -> None:
@@ -100,3 +100,19 @@ def test_what_braze_says_itself_of_a_user_is_a_strike() -> None:
     assert strikes.count(7, 100.0 + STRIKE_S, sure=True) == 2
     strikes.clear()
     assert strikes.resting(101.0 + STRIKE_S) == []
+
+
+def test_cohorts_whose_names_fail_take_turns() -> None:
+    """Others go first, for a minute and until something is taken; among those that fail, whoever has waited longest."""
+    turns = Turns()
+    turns.told("a", 0.0, taken=False)
+    assert turns.next(["a", "b"], {"a", "b"}, 1.0) == ["b"]
+    turns.told("b", 1.0, taken=False)
+    assert turns.next(["a", "b"], {"a", "b"}, 2.0) == ["a", "b"]  # all of them: Braze itself, perhaps
+    turns.told("a", 2.0, taken=False)
+    assert turns.next(["a", "b"], {"a", "b"}, 3.0) == ["b", "a"]
+    assert turns.next(["a", "b"], {"a", "b", "c"}, 3.0) == []  # whose name is known
+    turns.told("b", 3.0, taken=True)
+    assert turns.failing == {"a"}
+    assert turns.next(["a"], {"a", "b"}, 2.0 + STRIKE_S - 1) == []
+    assert turns.next(["a"], {"a", "b"}, 2.0 + STRIKE_S) == ["a"]

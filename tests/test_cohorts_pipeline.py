@@ -23,6 +23,7 @@ from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts
 from bridged.app import App
 from bridged.cohorts import pace
+from bridged.emulator.answers import Answer
 from bridged.emulator.braze import BrazeConfig, BrazeEmulator
 
 ROOT = Path(__file__).parent.parent
@@ -719,6 +720,45 @@ async def test_a_cohort_that_braze_locks_or_refuses_keeps_no_other_back(daemon, 
         workspace.locked = set()
         await in_step(app)
         assert members() == {"777": 5, "778": 11, "779": 3, "780": 3}
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize("status", [403, 500])
+async def test_a_cohort_at_whose_name_braze_fails_keeps_no_other_back(daemon, importing, client, monkeypatch, status):
+    """A failure of Braze's, or of a firewall before it, at one name whenever it is told: the others are written all the same,
+    also when it is told again; it is when it is taken.
+    """
+    monkeypatch.setattr("bridged.cohorts.strikes.STRIKE_S", 0.2)
+    async with BrazeEmulator(BrazeConfig(port=0, **PARTNER)) as braze:
+        keys = {f"braze__{name}": value for name, value in PARTNER.items()}
+        app = await daemon(
+            **importing | keys | {"braze__url": braze.url, "braze__rest_key": "", "braze__probe_interval": "100ms"}
+        )
+        mixpanel, workspace, name = sender(app, client), braze.workspace, braze.workspace._name
+        told = 0
+
+        def fails(id_: str, body: dict[str, Any]) -> Answer:
+            nonlocal told
+            told += id_ == "777"
+            return Answer(status=status, body=b"<h1>no</h1>") if id_ == "777" else name(id_, body)
+
+        def members() -> dict[str, int]:
+            return {cohort["cohort_id"]: len(cohort["members"]) for cohort in braze.cohorts()}
+
+        workspace._name = fails
+        await mixpanel.take(session("members", USERS[:3], "777") + session("members", USERS[3:6], "778"))
+        await until(lambda: members() == {"778": 3}, "the other one")
+        late = 0
+        while told < 4:
+            await mixpanel.take(session("add_members", [f"late{late}"], "778"))
+            late += 1
+            await until(lambda late=late: members() == {"778": 3 + late}, "one more")
+        await mixpanel.take(session("members", USERS[6:8], "779"))
+        await until(lambda: members().get("779") == 2, "a new one")
+        assert app.membership.figures.rejected == 0
+        workspace._name = name
+        await in_step(app)
+        assert members() == {"777": 3, "778": 3 + late, "779": 2}
 
 
 @pytest.mark.usefixtures("_soon")

@@ -1,10 +1,11 @@
-"""Whether it is the user that Braze refuses or fails at, or Braze, or what stands before it. Pure: `now_s` is the loop's time.
+"""Whether it is the user, or a cohort's name, that Braze refuses or fails at, or Braze itself. Pure: `now_s` is the loop's time.
 
 A user alone who fails has a strike if Braze says so itself, or if others were taken since it last failed. After Braze's own
 word, or from the second strike on, it rests for a minute: what passes within one or two is nobody's fault.
 """
 
 import math
+from collections.abc import Collection
 from typing import Final
 
 REFUSALS: Final = 2  # in Braze's own words
@@ -46,3 +47,37 @@ class Strikes:
     def clear(self) -> None:
         """It wasn't they."""
         self._users.clear()
+
+
+class Turns:
+    """Cohorts whose names Braze didn't take, and which let the others go first."""
+
+    def __init__(self) -> None:
+        self.took_s = -math.inf  # when a name or a user was taken
+        self._failed_s: dict[str, float] = {}  # when each failed last, until it is taken
+
+    @property
+    def failing(self) -> set[str]:
+        """Whose names weren't taken."""
+        return set(self._failed_s)
+
+    def next(self, unknown: Collection[str], due: Collection[str], now_s: float) -> list[str]:
+        """Whose names are to be told now: but for who failed a minute ago, or since when nothing was taken. Where nobody else
+        is due it is their turn, of whoever has waited longest first.
+        """
+        well = [cohort for cohort in unknown if not self._lets_others_go(cohort, now_s)]
+        if well or any(cohort not in unknown for cohort in due):
+            return well
+        return sorted(unknown, key=lambda cohort: self._failed_s[cohort])
+
+    def told(self, cohort: str, now_s: float, *, taken: bool) -> None:
+        """Braze was told a name."""
+        if taken:
+            self.took_s = now_s
+            self._failed_s.pop(cohort, None)
+        else:
+            self._failed_s[cohort] = now_s
+
+    def _lets_others_go(self, cohort: str, now_s: float) -> bool:
+        failed_s = self._failed_s.get(cohort)
+        return failed_s is not None and (now_s - failed_s < STRIKE_S or self.took_s <= failed_s)

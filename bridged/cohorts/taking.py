@@ -6,6 +6,7 @@ wasn't carried out: after a crash too many are counted, never too few.
 """
 
 import sqlite3
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import msgspec
@@ -61,6 +62,20 @@ class Block(NamedTuple):
     cohorts: dict[int, Named]
     day: str
     last: int  # the highest key: the next block begins behind it
+
+
+class Parcel(Struct):
+    """What one request carries: whole users, or with a partner key the changes of one cohort."""
+
+    users: list[User]
+    block: Block
+    cohort: Named | None = None  # with a partner key
+
+    def halves(self) -> Iterator["Parcel"]:
+        """Two of half the size."""
+        middle = len(self.users) // 2
+        for users in (self.users[:middle], self.users[middle:]):
+            yield Parcel(users, self.block, self.cohort)
 
 
 class Budget(NamedTuple):

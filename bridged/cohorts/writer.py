@@ -32,8 +32,8 @@ from bridged.braze.requests import Request
 from bridged.braze.transport import Outcome, Transport
 from bridged.cohorts.membership import Membership
 from bridged.cohorts.pace import Pace
-from bridged.cohorts.strikes import REFUSALS, STRIKES, Strikes
-from bridged.cohorts.taking import Block, Named, Row, Settled, User
+from bridged.cohorts.strikes import REFUSALS, STRIKES, Strikes, Turns
+from bridged.cohorts.taking import Block, Parcel, Row, Settled, User
 from bridged.errors import MembershipError
 from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split
 
@@ -54,20 +54,6 @@ class WriterOptions(Struct, frozen=True, kw_only=True):
     attribute: str = "mixpanel_cohorts"
     update_existing_only: bool = True
     probe_interval_s: float = 60.0
-
-
-class _Parcel(Struct):
-    """What one request carries: whole users, or with a partner key the changes of one cohort."""
-
-    users: list[User]
-    block: Block
-    cohort: Named | None = None  # with a partner key
-
-    def halves(self) -> Iterator["_Parcel"]:
-        """Two of half the size."""
-        middle = len(self.users) // 2
-        for users in (self.users[:middle], self.users[middle:]):
-            yield _Parcel(users, self.block, self.cohort)
 
 
 class CohortWriter:
@@ -96,7 +82,7 @@ class CohortWriter:
         self._options = options
         self._clock = clock
         self._news = asyncio.Event()  # something landed, or may be due
-        self._ready: list[_Parcel] = []
+        self._ready: list[Parcel] = []
         self._busy: Counter[int] = Counter()  # parcels by user: those that are taken and not settled
         self._in_flight: set[asyncio.Task[None]] = set()
         self._after = -1  # the key behind which the next block begins
@@ -104,6 +90,7 @@ class CohortWriter:
         self._sent_at = 0.0  # loop time of the last request
         self._in_vain = 0  # users refused, and answers 403, since the last success
         self._strikes = Strikes()
+        self._turns = Turns()
         self._most = requests.MAX_IDS  # users a request: small after a failure, which may be one of size or time
         self._capped = False  # there was nobody to take: the day's points are spent
         self._stopping = False
@@ -172,7 +159,7 @@ class CohortWriter:
             return max(wait_s, self._probe_at - now_s, math.inf if self._in_flight else 0.0)
         return wait_s
 
-    def _send(self, senders: asyncio.TaskGroup, parcel: _Parcel) -> None:
+    def _send(self, senders: asyncio.TaskGroup, parcel: Parcel) -> None:
         self._sent_at = asyncio.get_running_loop().time()
         self._probe_at = self._sent_at + self._options.probe_interval_s
         task = senders.create_task(self._deliver(parcel), name="cohort sender")
@@ -228,10 +215,10 @@ class CohortWriter:
         self._busy.update(user.key for parcel in self._ready for user in parcel.users)
         return bool(self._ready)
 
-    def _parcels(self, block: Block, per_request: int) -> Iterator[_Parcel]:
+    def _parcels(self, block: Block, per_request: int) -> Iterator[Parcel]:
         if self._membership.options.by_name:
             for at in range(0, len(block.users), per_request):
-                yield _Parcel(block.users[at : at + per_request], block)
+                yield Parcel(block.users[at : at + per_request], block)
             return
         by_cohort: dict[int, list[User]] = {}
         for user in block.users:
@@ -239,39 +226,46 @@ class CohortWriter:
                 by_cohort.setdefault(row.cohort, []).append(User(user.key, user.external_id, (row,)))
         for cohort, users in by_cohort.items():
             for at in range(0, len(users), per_request):
-                yield _Parcel(users[at : at + per_request], block, block.cohorts[cohort])
+                yield Parcel(users[at : at + per_request], block, block.cohorts[cohort])
 
     async def _announced(self) -> bool:
         """Tells Braze the names that it doesn't know; whether anybody may go. Whose name isn't taken keeps back nobody else."""
-        refused: dict[str, Halt] = {}
-        for cohort in (await self._membership.unannounced()).values():
-            self._sent_at = asyncio.get_running_loop().time()
+        loop, refused = asyncio.get_running_loop(), dict[str, Halt]()
+        unknown = {cohort.mixpanel_id: cohort for cohort in (await self._membership.unannounced()).values()}
+        due = {row.cohort for row in self._membership.rows if row.joining + row.leaving}
+        for id_ in self._turns.next(unknown, due, loop.time()):
+            cohort = unknown[id_]
+            self._sent_at = loop.time()
             self._probe_at = self._sent_at + self._options.probe_interval_s
-            request = requests.announce(self._transport.target, cohort.mixpanel_id, cohort.name, cohort.created_at)
-            match (await self._ask(request)).verdict:
+            request = requests.announce(self._transport.target, id_, cohort.name, cohort.created_at)
+            verdict = (await self._ask(request)).verdict
+            self._turns.told(id_, loop.time(), taken=isinstance(verdict, Delivered))
+            match verdict:
                 case Delivered():
                     await self._membership.announced(cohort)
                     self._resume()
                 case Reject(failures):
-                    what = f"Braze doesn't take the cohort {cohort.mixpanel_id} ({cohort.name})"
-                    refused[cohort.mixpanel_id] = Halt(400, f"{what}: {failures[0].message}")
+                    what = f"Braze doesn't take the cohort {id_} ({cohort.name})"
+                    refused[id_] = Halt(400, f"{what}: {failures[0].message}")
                 case Retry("locked"):
                     pass
-                case verdict:
+                case Halt(403) if self.delivered_at and self.halted is None and due - self._turns.failing:
+                    pass  # a firewall's, perhaps, about this name; if it is about the key, the next request meets it
+                case _:
                     if isinstance(verdict, Halt):
                         self._halt(verdict)
                     return False
         why = next(iter(refused.values()), None)
         if why is not None:
             self.problem = why.reason
-            if not any(row.joining + row.leaving for row in self._membership.rows if row.cohort not in refused):
+            if not due - self._turns.failing:
                 self._halt(why)
                 return False
         return True
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
-    async def _deliver(self, parcel: _Parcel) -> None:
+    async def _deliver(self, parcel: Parcel) -> None:
         result = Settled(day=parcel.block.day)
         try:
             await self._write(parcel, result)
@@ -287,7 +281,7 @@ class CohortWriter:
             if not self._busy[user.key]:
                 del self._busy[user.key]
 
-    async def _write(self, parcel: _Parcel, result: Settled) -> None:
+    async def _write(self, parcel: Parcel, result: Settled) -> None:
         """Sends a parcel and adds what became of it to the result."""
         parcel = self._without_hopeless(parcel, result)
         if not parcel.users:
@@ -332,7 +326,7 @@ class CohortWriter:
                     self._halt(verdict)
                 self._back(parcel, result)
 
-    async def _write_halves(self, parcel: _Parcel, result: Settled) -> None:
+    async def _write_halves(self, parcel: Parcel, result: Settled) -> None:
         for half in parcel.halves():
             if self.halted is None and not self.pace.failures:
                 await self._write(half, result)
@@ -342,7 +336,7 @@ class CohortWriter:
     def _strike(self, user: User, *, sure: bool = False) -> int:
         return self._strikes.count(user.key, asyncio.get_running_loop().time(), sure=sure)
 
-    def _refused(self, parcel: _Parcel, failures: dict[int, str], result: Settled) -> None:
+    def _refused(self, parcel: Parcel, failures: dict[int, str], result: Settled) -> None:
         """All of them were refused. Whether each for itself is known when Braze says so again a while later."""
         if self.halted is not None and self.halted.status:
             self._resume()  # in its own words, to a key and an address that are good
@@ -355,7 +349,7 @@ class CohortWriter:
         own = {at: why for at, why in failures.items() if self._strike(parcel.users[at], sure=True) >= REFUSALS}
         self._refuse(parcel, own, result)
         others = [user for at, user in enumerate(parcel.users) if at not in own]
-        self._back(_Parcel(others, parcel.block, parcel.cohort), result)
+        self._back(Parcel(others, parcel.block, parcel.cohort), result)
 
     @property
     def _all_in_vain(self) -> bool:
@@ -385,7 +379,7 @@ class CohortWriter:
                 self.problem = "Braze's rate limit is used up until its window ends"
         return outcome
 
-    def _request(self, parcel: _Parcel) -> Request:
+    def _request(self, parcel: Parcel) -> Request:
         options = self._options
         if parcel.cohort is None:
             users = [(user.external_id, _names(user, parcel.block)) for user in parcel.users]
@@ -396,7 +390,7 @@ class CohortWriter:
         leaving = [user.external_id for user in parcel.users if not user.rows[0].wanted]
         return requests.change_members(self._transport.target, parcel.cohort.mixpanel_id, joining, leaving)
 
-    def _without_hopeless(self, parcel: _Parcel, result: Settled) -> _Parcel:
+    def _without_hopeless(self, parcel: Parcel, result: Settled) -> Parcel:
         """Those whom Braze surely refuses are refused here."""
         if parcel.cohort is not None:
             return parcel
@@ -408,16 +402,16 @@ class CohortWriter:
         if hopeless:
             self._refuse(parcel, hopeless, result)
             users = [user for at, user in enumerate(parcel.users) if at not in hopeless]
-            return _Parcel(users, parcel.block)
+            return Parcel(users, parcel.block)
         return parcel
 
     # -- what became of it --------------------------------------------------------------------------------------------
 
-    def _took(self, parcel: _Parcel, failures: dict[int, str], result: Settled) -> None:
+    def _took(self, parcel: Parcel, failures: dict[int, str], result: Settled) -> None:
         """Braze has all but the failures."""
         self._resume()
         self._in_vain = 0
-        self._strikes.took_s = asyncio.get_running_loop().time()
+        self._strikes.took_s = self._turns.took_s = asyncio.get_running_loop().time()
         self._most = max(self._most, min(2 * len(parcel.users), requests.MAX_IDS))
         self.delivered_at = self._clock()
         self.users_sent += len(parcel.users) - len(failures)
@@ -429,13 +423,13 @@ class CohortWriter:
         if failures:
             self._refuse(parcel, failures, result)
 
-    def _version(self, parcel: _Parcel, row: Row) -> int:
+    def _version(self, parcel: Parcel, row: Row) -> int:
         """What Braze has now of a row: the version of the name that was sent, 1 where names don't matter, 0 when it is out."""
         if not row.wanted:
             return 0
         return parcel.block.cohorts[row.cohort].version if parcel.cohort is None else 1
 
-    def _refuse(self, parcel: _Parcel, failures: dict[int, str], result: Settled) -> None:
+    def _refuse(self, parcel: Parcel, failures: dict[int, str], result: Settled) -> None:
         for at, why in failures.items():
             user = parcel.users[at]
             self._strikes.forget(user.key)
@@ -444,7 +438,7 @@ class CohortWriter:
         result.refund += len(failures)
         self.problem = next(iter(failures.values()), self.problem)
 
-    def _back(self, parcel: _Parcel, result: Settled) -> None:
+    def _back(self, parcel: Parcel, result: Settled) -> None:
         """Nothing of it was carried out."""
         for user in parcel.users:
             result.back += [(user.key, row.cohort, row.sent) for row in user.rows if row.is_due]
