@@ -93,8 +93,10 @@ _LISTEN_HINTS = {
 def whose(error: Exception, path: Path, otherwise: str) -> str:
     """The hint for a file of ours that can't be opened: in our own folder, and not for us, it is somebody else's."""
     folder = path.parent
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_BUSY:
+        return "another process has locked it, such as sqlite3 or a backup: end that"
     try:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         refused = isinstance(error, PermissionError) or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
         ours = refused and folder.stat().st_uid == os.geteuid()
     except OSError:

@@ -4,6 +4,7 @@ As long as the daemon runs the files are there, only nobody can find them: what 
 """
 
 import asyncio
+import fcntl
 import os
 import sqlite3
 import time
@@ -16,6 +17,17 @@ from bridged.errors import BridgedError
 
 _SUFFIXES: Final = ("", "-wal", ".lock")
 _LOOK_S: Final = 0.25
+
+
+def claim(file: int, what: str, otherwise: str, error: Callable[[str, str], BridgedError]) -> None:
+    """Makes an open lock file this process's own. Raises the error, with the hint `otherwise` if another one has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise error(f"{what} is in use by another bridged", otherwise) from None
+    except OSError as why:
+        hint = "put it on a local disk: it needs locks, which NFS and the like may not have"
+        raise error(f"{what} can't be locked: {why}", hint) from why
 
 
 class Presence:

@@ -1,6 +1,7 @@
 """The membership, in a real file: rounds, sweeps, what is due, what is known after an answer."""
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -636,6 +637,24 @@ async def test_a_full_disk_is_told_once(options: MembershipOptions) -> None:
                 await membership.run(limit, 2**30)
                 await until(lambda: not membership.full, "another try")
                 await hear(membership, page("members", f"a{episode}"))
+
+
+async def test_a_file_that_another_process_has_locked(options: MembershipOptions) -> None:
+    """`sqlite3` with an open transaction, or a VACUUM: pages are refused until it is over, and come in again then."""
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "ab"))
+        await membership.run(lambda db: db.execute("PRAGMA busy_timeout = 10"))  # else it waits for 5 s
+        with contextlib.closing(sqlite3.connect(options.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(MembershipError, match="database is locked"):
+                await membership.receive(page("add_members", "c", "s2"))
+            with pytest.raises(MembershipError, match="database is locked"):
+                await membership.take(-1, 10, [])
+            other.execute("COMMIT")
+        await until(lambda: not membership.full, "another try")
+        await hear(membership, page("add_members", "c", "s2"))
+        assert await wanted(membership) == "abc"
+        assert not membership.failed
 
 
 async def test_unknown_cohorts_are_named(membership: Membership) -> None:

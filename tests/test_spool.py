@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import sqlite3
@@ -628,6 +629,44 @@ async def test_one_daemon_a_spool(spool, tmp_path):
     assert "spool.path" in refused.value.hint
 
     await spool.append(Intaken([batch("a")]))
+
+
+@pytest.mark.parametrize("kind", ["spool", "cohorts"])
+async def test_a_folder_without_locks(tmp_path, monkeypatch, kind):
+    """A file system that knows none, as NFS may, isn't taken for another daemon."""
+
+    def refuses(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    opened = (
+        Spool(options(tmp_path), NAMES) if kind == "spool" else Membership(MembershipOptions(path=str(tmp_path / "c")))
+    )
+    with pytest.raises(SpoolError, match=r"can't be locked: .*No locks available") as caught:
+        await opened.__aenter__()
+    assert "local disk" in caught.value.hint
+
+
+async def test_a_file_that_another_process_has_locked(tmp_path, monkeypatch):
+    """`sqlite3` with an open transaction, or a VACUUM: new events are refused until it is over, and nothing ends."""
+    monkeypatch.setattr(spool_module, "_IDLE_S", 0.05)
+    async with Spool(options(tmp_path), NAMES) as spool:
+        committed = collect(spool)
+        await spool.run(lambda db: db.execute("PRAGMA busy_timeout = 10"))  # else it waits for 5 s
+        await spool.append(Intaken([batch("before")]))
+        with file_of(tmp_path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for segment in committed:
+                spool.settle(Settlement([segment], delivered=segment.codes))
+            with pytest.raises(SpoolFull, match="database is locked") as caught:
+                await spool.append(Intaken([batch("meanwhile")]))
+            assert "another process has locked it" in caught.value.hint
+            await asyncio.sleep(3 * spool_module._IDLE_S)  # it is tried again, and so is giving space back
+            other.execute("COMMIT")
+        await spool.append(Intaken([batch("after")]))
+        await until(lambda: spool.accounts.total("delivered") == 1, "what was delivered meanwhile")
+        assert spool.accounts.imbalance() == 0
+    assert rows(tmp_path) == 1
 
 
 async def test_the_file_is_nobody_elses(spool, tmp_path):

@@ -14,7 +14,6 @@ Why it is as it is:
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import sqlite3
 import time
@@ -35,7 +34,7 @@ from bridged.backlog.segment import Batch, Packer, Segment, cut
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
 from bridged.errors import SpoolError, SpoolFull, whose
-from bridged.presence import Presence
+from bridged.presence import Presence, claim
 
 __all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "SpoolOptions", "Stage"]
 
@@ -133,13 +132,7 @@ class Spool:
             hint = whose(error, path, "is the folder there, and writable?")
             raise SpoolError(f"can't open the spool {path}: {error}", hint) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise SpoolError(
-                f"the spool {path} is in use by another bridged", "one daemon a spool: set spool.path"
-            ) from None
-        try:
+            claim(self._lock, f"the spool {path}", "one daemon a spool: set spool.path", SpoolError)
             self._witness = Witness(self._lock)
             self._found = await asyncio.to_thread(salvage.recover, path, self._names, self._witness.known)
             await self._open(path)
@@ -443,17 +436,23 @@ class Spool:
             committed = await self.run(self._transact, work, batches)
         except sqlite3.Error as error:
             self.pending_bytes -= size
-            full = tables.is_full(error) or await asyncio.to_thread(self._is_out_of_room, error, size)
-            failure = (SpoolFull if full else SpoolError)(f"can't write the spool {self._options.path}: {error}")
+            passes = tables.passes(error) or await asyncio.to_thread(self._is_out_of_room, error, size)
+            hint = whose(error, Path(self._options.path), "")
+            failure = (SpoolFull if passes else SpoolError)(
+                f"can't write the spool {self._options.path}: {error}", hint
+            )
             _fail(work.futures, failure)
-            if not full:
+            if not passes:
                 raise failure from error
-            await self.run(self._make_room, size)
+            if is_locked := tables.is_locked(error):
+                log.warning("spool_locked", error=str(error), hint=hint)
+            else:
+                await self.run(self._make_room, size)
             self._look_for_room()
             if work.intaken and work.settlements:
                 # What was delivered must be recorded before anything else: alone it needs hardly any room.
                 await self._commit(Work([], [], work.settlements))
-            elif len(work.settlements) > 1:
+            elif len(work.settlements) > 1 and not is_locked:
                 # Half of it needs half of the room; a checkpoint in between gives it back.
                 half = len(work.settlements) // 2
                 self._work.settlements[:0] = work.settlements[half:]
@@ -592,7 +591,7 @@ class Spool:
             # Not cut: its blocks are what the next settlements are written to.
             db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
         except sqlite3.Error as error:
-            if not (tables.is_full(error) or self._is_out_of_room(error, size)):
+            if not (tables.passes(error) or self._is_out_of_room(error, size)):
                 raise
         self._reserve.measure()
 
@@ -618,7 +617,7 @@ class Spool:
             await self.run(shrink)
         except sqlite3.Error as error:
             # A disk that is full can't even be told of free space; that is no reason to end.
-            if not (tables.is_full(error) or await asyncio.to_thread(self._is_out_of_room, error, 0)):
+            if not (tables.passes(error) or await asyncio.to_thread(self._is_out_of_room, error, 0)):
                 raise SpoolError(f"can't write the spool {self._options.path}: {error}") from error
 
     # -- for the rooms beside it --------------------------------------------------------------------------------------

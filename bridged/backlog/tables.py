@@ -96,9 +96,14 @@ def measured(db: sqlite3.Connection) -> int:
     return used
 
 
-def is_full(error: sqlite3.Error) -> bool:
-    """Whether there was no room, in the file or on the disk; errors of the module itself have no code."""
-    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+def is_locked(error: sqlite3.Error) -> bool:
+    """Whether another process has the file to itself for now: sqlite3, a backup. Errors of the module itself have no code."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def passes(error: sqlite3.Error) -> bool:
+    """Whether it is no reason to end: the file is locked for now, or there was no room, in the file or on the disk."""
+    return is_locked(error) or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 def set_up(db: sqlite3.Connection, synchronous: str, max_bytes: int, wal_bytes: int) -> None:

@@ -9,7 +9,6 @@ already here waits. Any other failure ends the writer: pages are refused, and no
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import sqlite3
 import time
@@ -28,7 +27,7 @@ from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refu
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
 from bridged.errors import MembershipDamaged, MembershipError, whose
-from bridged.presence import Presence
+from bridged.presence import Presence, claim
 
 log = structlog.get_logger()
 
@@ -101,12 +100,7 @@ class Membership:
             hint = whose(error, path, "see cohorts.path")
             raise MembershipError(f"can't open the cohorts' file {path}: {error}", hint) from error
         try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise MembershipError(
-                    f"the cohorts' file {path} is in use by another bridged", "one daemon a file: set cohorts.path"
-                ) from None
+            claim(self._lock, f"the cohorts' file {path}", "one daemon a file: set cohorts.path", MembershipError)
             await self._open(path)
         except BaseException:
             os.close(self._lock)
@@ -481,10 +475,10 @@ class Membership:
         )
 
     def _is_full(self, error: sqlite3.Error) -> None:
-        """Notes that there is no room. Raises the error if it is another one: then the file can't be trusted any more."""
-        if not tables.is_full(error, Path(self.options.path)):
+        """Notes that there is no room, or a lock. Raises the error if it is another one: the file can't be trusted any more."""
+        if not tables.passes(error, Path(self.options.path)):
             raise error
-        self.full = f"there is no room for the cohorts' file {self.options.path}: {error}"
+        self.full = f"the cohorts' file {self.options.path} can't be written for now: {error}"
         if not self._told_full:
             log.error("cohorts_full", error=str(error), path=self.options.path)
         self._told_full = True
