@@ -97,6 +97,9 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
     if code == sqlite3.SQLITE_BUSY:
         return "another process has locked it, such as sqlite3 or a backup: end that"
     try:
+        disk = os.statvfs(folder)
+        if code == sqlite3.SQLITE_CANTOPEN and disk.f_files and not disk.f_favail:
+            return "its disk has no inodes left for another file (df -i): delete some files there"
         refused = isinstance(error, PermissionError) or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
         ours = refused and folder.stat().st_uid == os.geteuid()
     except OSError:

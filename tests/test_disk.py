@@ -48,7 +48,7 @@ def small(tmp_path):
 
 
 def remount(folder, mode):
-    """Makes it read-only, or not."""
+    """Makes it read-only, or what else a mount can be."""
     subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
 
 
@@ -216,6 +216,15 @@ async def test_a_start_on_a_full_disk(small):
             spool.settle(Settlement([segment], delivered=segment.codes))
         await until(lambda: not spool.segments, "everything to be settled", 30)
         assert spool.accounts.imbalance() == 0
+
+
+@needs_root
+async def test_a_start_on_a_disk_without_inodes(small):
+    """There is room, and yet not for another file: it says so, and doesn't blame another user for the files."""
+    remount(small, "nr_inodes=3")  # for its root, the lock and the file
+    with pytest.raises(SpoolError) as caught:
+        await Spool(options(small), NAMES).__aenter__()
+    assert "no inodes left" in caught.value.hint
 
 
 @needs_root
