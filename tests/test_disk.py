@@ -294,6 +294,15 @@ async def test_a_reserve_that_somebody_removes(tmp_path):
         assert not spool.near_cap
 
 
+def test_a_folder_that_may_not_be_entered_any_more(tmp_path, request):
+    """A slip with `chmod` under the daemon, whose files are open: it neither ends nor takes the disk for a full one."""
+    reserve = Reserve(tmp_path / "spool.db", 64 * MIB)
+    request.getfixturevalue("an_ordinary_user")
+    reserve.measure()
+    assert reserve.held
+    assert not reserve.short(0)
+
+
 def test_the_reserve_knows_a_quota(tmp_path, monkeypatch):
     """Figures of the file system say nothing about a quota; whether there is room is asked by taking it."""
     reserve = Reserve(tmp_path / "spool.db", 64 * MIB)

@@ -98,7 +98,7 @@ class Reserve:
     def measure(self) -> None:
         """Looks how much is free, and makes the ballast if there is room for it and as much again."""
         self.free_bytes = self._free()
-        self._held = self._held and self._path.exists()  # whoever needs room finds it, and doesn't know what it is for
+        self._held = self._held and not self._is_gone()  # whoever needs room finds it, and doesn't know what it is for
         if not self.held and self.free_bytes >= 2 * self.bytes:
             self._hold()
             self.free_bytes = self._free()
@@ -138,6 +138,14 @@ class Reserve:
         except OSError:  # the next write tells what is wrong with it
             return self.free_bytes
         return disk.f_bavail * disk.f_frsize
+
+    def _is_gone(self) -> bool:
+        """No if it can't be seen: a folder that may not be entered any more has taken no room."""
+        try:
+            self._path.stat()
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        return False
 
     def _is_whole(self) -> bool:
         """Whether the last process left a ballast as large as ours."""
