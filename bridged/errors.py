@@ -101,9 +101,12 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
         if code == sqlite3.SQLITE_CANTOPEN and disk.f_files and not disk.f_favail:
             return "its disk has no inodes left for another file (df -i): delete some files there"
         refused = isinstance(error, PermissionError) or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
-        ours = refused and folder.stat().st_uid == os.geteuid()
+        found = folder.stat()
+        ours = refused and found.st_uid == os.geteuid()
     except OSError:
         return otherwise
+    if ours and found.st_mode & 0o700 != 0o700:
+        return f"chmod u+rwx {folder}"
     said = "was it made by another user, such as root with `bridged run`, or copied? stop the daemon, then:"
     return f"{said} chown -R --reference={folder} {folder}" if ours else otherwise
 

@@ -1014,6 +1014,17 @@ async def test_files_of_another_user_are_told_with_what_to_do(theirs):
     assert f"chown -R --reference={folder} {folder}" in caught.value.hint
 
 
+@pytest.mark.usefixtures("an_ordinary_user")
+async def test_a_folder_of_ours_that_is_shut():
+    """After a slip with `chmod`: the files are nobody else's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.chmod(name, 0o600)  # noqa: PTH101  # a Path of it would be flagged as blocking
+        with pytest.raises(SpoolError) as caught:
+            await Spool(options(folder), NAMES).__aenter__()
+    assert caught.value.hint == f"chmod u+rwx {folder}"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
 @pytest.mark.parametrize(
     ("theirs", "word"), [("spool.db-wal", "chown -R --reference="), ("", "is its folder writable")]
