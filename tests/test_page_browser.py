@@ -534,6 +534,34 @@ def test_an_answer_that_gets_lost(eyes: Eyes, bridge: Callable[..., Bridge]) -> 
     assert mine.ask("/api/status")["dead_letters"]["kept"] == 0
 
 
+def test_a_proxy_that_puts_a_path_before_it(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """`location /tools/bridged/ { proxy_pass ...; }`: files, answers, orders and the stream are asked for below that path."""
+    mine = bridge()
+    below = f"{mine.admin}/tools/bridged/"
+
+    def proxy(route: Any) -> None:
+        if route.request.url.startswith(below):
+            route.continue_(url=route.request.url.replace(below, f"{mine.admin}/"))
+        else:
+            route.abort()
+
+    context = eyes.context()
+    context.route("**", proxy)
+    page = context.new_page()
+    page.goto(below)
+    expect(sentence(page)).to_contain_text("Idle")
+    assert mine.post([currents(OPEN), {"event_type": "no.such.Type", "id": "x"}]) == 200
+    expect(page.locator(".sum .delivered dd")).to_contain_text("1")
+    go(page, "Dead letters")
+    link = page.get_by_role("link", name="Export")
+    expect(link).to_be_visible()
+    assert link.evaluate("link => link.href") == f"{below}api/dead-letters/export"
+    press(page, "Purge")
+    press(page.get_by_role("dialog"), "Purge 1 dead letter")
+    told(page, "Purged 1 dead letter")
+    assert mine.ask("/api/status")["dead_letters"]["kept"] == 0
+
+
 def test_a_window_that_nobody_looks_at_holds_no_connection(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """A browser has six for all its windows: the seventh would never open. Looked at again, it goes on at once."""
     mine = bridge()

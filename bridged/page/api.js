@@ -3,6 +3,9 @@
 const session = { csrf: "", login_needed: false, logged_in: true, version: "" };
 let loggedOut = () => {};
 
+/** Where a path of the API is: beside the page, whatever a proxy has put before both. */
+export const at = (path) => path.slice(1);
+
 /** Called when the daemon wants a login, with true if a person has just logged out here. */
 export function whenLoggedOut(what) {
   loggedOut = what;
@@ -65,7 +68,7 @@ async function exchange(method, path, body, read = (response) => response.json()
   if (body !== undefined) Object.assign(headers, { "Content-Type": "application/json", "X-CSRF-Token": session.csrf });
   let response;
   try {
-    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), credentials: "same-origin", cache: "no-store" });
+    response = await fetch(at(path), { method, headers, body: body === undefined ? undefined : JSON.stringify(body), credentials: "same-origin", cache: "no-store" });
   } catch {
     const then = method === "GET" ? "The page tries again by itself." : "It may have been done all the same: look before you try again.";
     throw new Refused(0, "the daemon doesn't answer", then);
@@ -96,7 +99,7 @@ export function listen(use, lost) {
   };
   const open = () => {
     close();
-    source = new EventSource("/api/live");
+    source = new EventSource(at("/api/live"));
     source.addEventListener("status", (event) => {
       heardAt = Date.now();
       why = "";
@@ -141,7 +144,7 @@ export function listen(use, lost) {
 /** Why there is no stream, which an EventSource doesn't tell; empty: there would be one. */
 async function refusal() {
   const gone = new AbortController();
-  const response = await fetch("/api/live", { signal: gone.signal, cache: "no-store" });
+  const response = await fetch(at("/api/live"), { signal: gone.signal, cache: "no-store" });
   if (!response.ok) return (await response.json().catch(() => ({}))).error ?? "";
   gone.abort();
   return "";

@@ -1,6 +1,6 @@
 // Dead letters: what couldn't be delivered, why, and what to do with it. The daemon filters and pages; 100,000 are as quick as ten.
 
-import { ask, askText, order } from "./api.js";
+import { ask, askText, at, order } from "./api.js";
 import { attempt, button, bytes, confirmed, count, dialog, el, field, fill, moment, number, pretty, problemText, say, section, table, toast } from "./dom.js";
 
 export const title = "Dead letters";
@@ -126,7 +126,7 @@ export function open(main, context) {
     bar.classList.toggle("some", selected.size > 0);
     bar.hidden = !matching && !selected.size;
     const given = selected.size ? [["ids", [...selected].join()]] : Object.entries(filter).filter(([, value]) => value !== "");
-    acts.export.href = `/api/dead-letters/export${given.length ? `?${new URLSearchParams(given)}` : ""}`;
+    acts.export.href = `${at("/api/dead-letters/export")}${given.length ? `?${new URLSearchParams(given)}` : ""}`;
   }
 
   function draw() {
@@ -299,7 +299,7 @@ function letterDialog(first, ids, changed) {
 
   async function show() {
     save.download = `dead-letter-${id}.ndjson`;
-    save.href = `/api/dead-letters/export?ids=${id}`;
+    save.href = `${at("/api/dead-letters/export")}?ids=${id}`;
     earlier.disabled = ids.indexOf(id) <= 0;
     later.disabled = ids.indexOf(id) >= ids.length - 1;
     const wanted = id;

@@ -1,6 +1,6 @@
 // Settings: a control for each, where its value comes from, and saving them. Shared by the views that change some.
 
-import { ask, order } from "./api.js";
+import { ask, at, order } from "./api.js";
 import { button, confirmed, dialog, el, field, fill, newId, problemText, prose, table, toast } from "./dom.js";
 
 /** What a person calls a setting; the others are called what they are called in config.toml. */
@@ -233,7 +233,7 @@ export function overrides(settings, back) {
     el(
       "div",
       { class: "actions" },
-      el("a", { class: "button", href: "/api/settings/export", download: "bridged.toml" }, "Export as TOML"),
+      el("a", { class: "button", href: at("/api/settings/export"), download: "bridged.toml" }, "Export as TOML"),
       button("Remove all", async () => {
         const yes = await confirmed("Remove all that is saved here?", `${saved.length} settings go back to what the configuration says, at once.`, "Remove all", { danger: true });
         if (yes) back(saved.map((one) => one.key));
