@@ -480,7 +480,8 @@ class Membership:
             raise error
         self.full = f"the cohorts' file {self.options.path} can't be written for now: {error}"
         if not self._told_full:
-            log.error("cohorts_full", error=str(error), path=self.options.path)
+            what = "cohorts_locked" if tables.is_locked(error) else "cohorts_full"
+            log.error(what, error=str(error), path=self.options.path)
         self._told_full = True
 
     def _written(self, futures: "list[asyncio.Future[None]]") -> None:
