@@ -1014,6 +1014,25 @@ async def test_files_of_another_user_are_told_with_what_to_do(theirs):
     assert f"chown -R --reference={folder} {folder}" in caught.value.hint
 
 
+async def test_space_is_given_back_without_waiting_for_a_reader(tmp_path):
+    """`sqlite3` that reads for long, or a backup: new events don't stand behind a checkpoint that waits for it."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        committed = collect(spool)
+        for n in range(40):
+            await spool.append(Intaken([batch(f"e{n}", size=1_000_000)]))
+        with file_of(tmp_path) as other:
+            other.execute("BEGIN")
+            assert other.execute("SELECT count(*) FROM segments").fetchone()[0] == len(committed)
+            await spool.run(lambda db: db.execute("PRAGMA busy_timeout = 600000"))
+            for segment in committed:
+                spool.settle(Settlement([segment], delivered=segment.codes))
+            await until(lambda: not spool.segments, "everything to be settled", 60)
+            async with asyncio.timeout(60 * SLOW):
+                await spool._shrink()
+                await spool.append(Intaken([batch("meanwhile")]))
+            other.execute("COMMIT")
+
+
 @pytest.mark.usefixtures("an_ordinary_user")
 async def test_a_folder_of_ours_that_is_shut():
     """After a slip with `chmod`: the files are nobody else's."""

@@ -611,7 +611,7 @@ class Spool:
                 # As a script: `execute` takes one step of a statement without columns, which is one page.
                 db.executescript(f"PRAGMA incremental_vacuum({step})")
                 # The file itself is cut by a checkpoint only.
-                db.execute(f"PRAGMA wal_checkpoint({'RESTART' if short else 'TRUNCATE'})").fetchall()
+                tables.checkpoint(db, "RESTART" if short else "TRUNCATE")
 
         try:
             await self.run(shrink)

@@ -96,6 +96,16 @@ def measured(db: sqlite3.Connection) -> int:
     return used
 
 
+def checkpoint(db: sqlite3.Connection, kind: str) -> None:
+    """Brings the WAL into the file, or as much of it as nobody else reads: that is not waited for, the next one does the rest."""
+    timeout_ms = db.execute("PRAGMA busy_timeout").fetchone()[0]
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        db.execute(f"PRAGMA wal_checkpoint({kind})").fetchall()
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {timeout_ms}")
+
+
 def is_locked(error: sqlite3.Error) -> bool:
     """Whether another process has the file to itself for now: sqlite3, a backup. Errors of the module itself have no code."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
