@@ -691,6 +691,30 @@ def test_many_poison_events_are_soon_told_from_a_refusal_of_everything(play, tmp
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_a_spool_near_its_cap_whose_events_are_refused_drains(play, tmp_path, share):
+
+
+def test_halts_that_end_at_once_fill_no_log(play, tmp_path):
+    """A share of the requests is refused, and what is in flight with them is taken. Then all are: that is told, though later."""
+    rng = random.Random(3)
+
+    def answer(_numbers):
+        now = asyncio.get_running_loop().time()
+        return Halt(401, "no") if now > 600 or rng.random() < 0.2 else Delivered()
+
+    async def scene():
+        async with Road(tmp_path, answer, max_batch_events=10, probe_interval_s=10.0) as road:
+            with structlog.testing.capture_logs() as logs:
+                for number in range(0, 700 * 50, 50):
+                    await road.put(*[number + at for at in range(10)])
+                    await road.put(*[number + at for at in range(10, 50)])
+                    await asyncio.sleep(1)
+            told = [line["event"] for line in logs if line["event"] in ("delivery_halted", "delivery_resumed")]
+            assert road.delivery.halted
+            assert told[-1] == "delivery_halted"
+            assert 10 <= told.count("delivery_halted") == road.happened.count("halted") <= 36
+            assert told.count("delivery_resumed") == road.happened.count("resumed") < 36
+
+    play(scene())
     """Dead letters are larger than what they come from: the oldest go before they take the room to settle the others."""
     rng = random.Random(1)
 

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+import msgspec
 from isal import isal_zlib
 from msgspec import Struct
 
@@ -109,6 +110,25 @@ def lines(segments: Sequence[Segment]) -> list[bytes]:
     """The events of some segments, one NDJSON line each, without the newlines. Raises isal_zlib.error if damaged."""
     raw = b"".join(isal_zlib.decompress(segment.block + _FINAL_BLOCK, -15) for segment in segments)
     return raw.split(b"\n")[:-1]
+
+
+class _InsertId(Struct):
+    insert_id: str = msgspec.field(default="", name="$insert_id")
+
+
+class _Mapped(Struct):
+    properties: _InsertId
+
+
+def insert_ids(segments: Sequence[Segment]) -> list[str]:
+    """The `$insert_id` of each event, "" for one that has none."""
+    decode, ids = msgspec.json.Decoder(_Mapped).decode, []
+    for line in lines(segments):
+        try:
+            ids.append(decode(line).properties.insert_id)
+        except msgspec.DecodeError:
+            ids.append("")
+    return ids
 
 
 def cut(batches: Iterable[Batch], max_events: int, max_bytes: int) -> Iterator[list[Batch]]:

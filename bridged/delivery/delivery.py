@@ -14,11 +14,10 @@ Unless `blame` says that others are taken: then what fails or would halt is spli
 import asyncio
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Literal
 
-import msgspec
 import structlog
 from msgspec import Struct
 
@@ -46,6 +45,8 @@ _SMALLEST_GUESS_BYTES = 256 * 1024
 _LEARNED_S = 600.0
 # The same problem is logged no more often, though successes lie in between, and another one: two may take turns.
 _SAME_PROBLEM_S, _OTHER_PROBLEM_S = 60.0, 10.0
+# So many halts are told in a minute: where a share of the requests is refused, what is in flight ends each at once.
+_HALTS_TOLD, _HALTS_TOLD_S = 3, 60.0
 
 
 class DeliveryOptions(Struct, frozen=True, kw_only=True):
@@ -65,14 +66,6 @@ class Retrying(Struct, frozen=True):
     attempts: int
     created_at: float  # wall clock: when its oldest event was accepted
     parcels: int  # so many are tried again
-
-
-class _InsertId(Struct):
-    insert_id: str = msgspec.field(default="", name="$insert_id")
-
-
-class _Mapped(Struct):
-    properties: _InsertId
 
 
 class Delivery:
@@ -118,6 +111,8 @@ class Delivery:
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
         self._blame = Blame()
         self._noted_at = -math.inf  # loop time at which a problem was logged
+        self._told = False  # the halt that lasts, or the last one
+        self._told_at: deque[float] = deque(maxlen=_HALTS_TOLD)  # loop times, of the latest that were
         self._noted = ""
         self._short_until = -math.inf  # loop time; till then a count that is short is believed: it was confirmed
         self._aside = Aside()
@@ -248,7 +243,9 @@ class Delivery:
         target, loop = self._transport.target, asyncio.get_running_loop()
         sent_at = loop.time()
         try:
-            verdict = await self._transport.send(parcel.body(), parcel.events, lambda: _insert_ids(parcel))
+            verdict = await self._transport.send(
+                parcel.body(), parcel.events, lambda: segments.insert_ids(parcel.segments)
+            )
         finally:
             # What an old address or credential is told says nothing about the new one.
             outdated = target != self._transport.target
@@ -436,10 +433,14 @@ class Delivery:
         self._spool.cut_at(self._max_batch_bytes)
 
     def _halt(self, verdict: Halt) -> None:
-        self._probe_at = asyncio.get_running_loop().time() + self._options.probe_interval_s
+        now = asyncio.get_running_loop().time()
+        self._probe_at = now + self._options.probe_interval_s
         if self.halted is None:
             log.error("delivery_halted", status=verdict.status, reason=verdict.reason, waiting=self._backlog.events)
-            self.halted_at = self._clock()
+            self.halted_at, self._told = self._clock(), False
+        if not self._told and (len(self._told_at) < _HALTS_TOLD or now - self._told_at[0] >= _HALTS_TOLD_S):
+            self._told = True
+            self._told_at.append(now)
             self.happened("halted", f"Delivery halted: {verdict.reason}", "critical", status=verdict.status)
         self.halted = verdict
         self._note(verdict.reason)
@@ -452,11 +453,10 @@ class Delivery:
         for parcel in self._aside.due(now, self._pace.concurrency):
             self._backlog.in_vain(parcel)
         if self.halted is not None:
-            log.info(
-                "delivery_resumed", halted_s=round(self._clock() - (self.halted_at or 0)), waiting=self._backlog.events
-            )
-            halted_s = round(self._clock() - (self.halted_at or 0))
-            self.happened("resumed", "Delivery resumed", halted_s=halted_s, waiting=self._backlog.events)
+            halted = {"halted_s": round(self._clock() - (self.halted_at or 0)), "waiting": self._backlog.events}
+            if self._told:
+                log.info("delivery_resumed", **halted)
+                self.happened("resumed", "Delivery resumed", **halted)
             self.halted = self.halted_at = None
             self._answered.set()
 
@@ -501,14 +501,3 @@ class Delivery:
 
 def _reason(failure: Failure) -> str:
     return f"{failure.field}: {failure.message}" if failure.field else failure.message
-
-
-def _insert_ids(parcel: Parcel) -> list[str]:
-    """The ids of its events, "" for one that has none."""
-    decode, ids = msgspec.json.Decoder(_Mapped).decode, []
-    for line in segments.lines(parcel.segments):
-        try:
-            ids.append(decode(line).properties.insert_id)
-        except msgspec.DecodeError:
-            ids.append("")
-    return ids
