@@ -313,6 +313,23 @@ def test_an_outage_holds_little_in_memory(play, tmp_path):
     play(scene())
 
 
+@pytest.mark.parametrize("share", [0.7, 0.8])
+def test_what_fails_at_random_is_not_taken_apart(play, tmp_path, share):
+    """It comes through as it is: in smaller requests as many would fail, and there would be thousands of them."""
+    rng = random.Random(1)
+
+    async def scene():
+        sick = lambda _: Retry("server", "503") if rng.random() < share else Delivered()  # noqa: E731
+        async with Road(tmp_path, sick) as road:
+            for at in range(0, 100_000, 2000):
+                await road.put(*range(at, at + 2000))
+            await road.at(HOUR_S)
+            assert road.books() == {"accepted": 100_000, "delivered": 100_000}
+            assert road.mixpanel.requests < 500
+
+    play(scene())
+
+
 def test_more_that_fails_than_may_be_in_memory(play, tmp_path, monkeypatch):
     """A burst of one kind of event that always fails is all that is tried again: scouts from behind it find that others are taken."""
     monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", 8_000)

@@ -32,13 +32,14 @@ class Parcel(Struct, eq=False):
     """Segments that travel in one request: what is leased, sent, tried again and settled as one."""
 
     segments: list[Segment]
-    attempts: int = 0  # in vain
+    attempts: int = 0  # in vain, also of what it is a half of
     strikes: int = 0  # those of them before which others were taken: then it isn't the road that is to blame
     refusals: int = 0  # those of the strikes that weren't mere failures
     in_vain_at: float | None = None  # loop time of the last of them
     in_vain_since: float | None = None  # loop time of the first, also of what it is a half of
     due_at: float = 0.0  # loop time; of a single event that was set aside
     counted_short: bool = False  # a success counted fewer events: it is sent once more
+    again: bool = False  # it was tried in vain as it is
     scout: bool = False  # sent to see whether others are taken; tried in vain, it waits in the ring as before
 
     def half(self, segments: list[Segment]) -> "Parcel":

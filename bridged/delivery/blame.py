@@ -12,17 +12,23 @@ last time was taken, has a strike:
 While nothing is taken at all what fails is split too, between its segments, which costs nothing: it may be too large for
 something on the way, as everything else then is. After a while a few segments are cut as well, to see: each may hold an
 event that fails. So after minutes of 429: one request may hold more than a minute's limit.
+
+Where many fail at random, two strikes are no proof: as long as some of what failed comes through as it is, so many are
+needed that chance explains them no more.
 """
 
 import math
 from typing import Final, Literal
 
 from bridged.backlog.backlog import Parcel
-from bridged.mixpanel.verdicts import Halt, Retry, Split, Verdict
+from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
 
 Fate = Literal["again", "split", "aside", "give up", "halt"]
 
 _STRIKES_TO_SPLIT: Final = 2
+_MOST_STRIKES_TO_SPLIT: Final = 20
+_BY_CHANCE: Final = 0.02  # what has so small a chance to fail so often fails for what is in it
+_LATEST: Final = 0.05  # how much the latest answer counts among those before it
 _REFUSALS_TO_GIVE_UP: Final = 6
 _FAILURES_TO_SPLIT: Final = 5  # in a row
 _FAILURES_TO_CUT: Final = 20
@@ -51,6 +57,24 @@ class Blame:
         self._refusals = 0  # in a row
         self._limited_since: float | None = None  # loop time of the first 429 since something was taken
         self._about_content: dict[int, float] = {}  # by status: loop time until which it is taken for that
+        self._failing = 0.0  # share of what is sent for the first time
+        self._passing = 0.0  # share of what failed before, and is sent again as it is, that is taken
+
+    def heard(self, parcel: Parcel, verdict: Verdict) -> None:
+        """How failures come: to any request, or to the same ones again. Single events that are set aside have been told apart."""
+        if not isinstance(verdict, Delivered | Reject | Retry) or parcel.due_at or _is_rate(verdict):
+            return
+        failed = isinstance(verdict, Retry)
+        if parcel.again:
+            self._passing += _LATEST * ((not failed) - self._passing)
+        elif not parcel.attempts:
+            self._failing += _LATEST * (failed - self._failing)
+
+    def _strikes_to_split(self) -> int:
+        if self._passing < _BY_CHANCE or self._failing < _BY_CHANCE:
+            return _STRIKES_TO_SPLIT
+        needed = math.ceil(math.log(_BY_CHANCE) / math.log(min(self._failing, 0.99)))
+        return min(max(needed, _STRIKES_TO_SPLIT), _MOST_STRIKES_TO_SPLIT)
 
     def taken(self, sent_at: float) -> None:
         """A request that left then was taken, in whole or in part. Loop time."""
@@ -65,12 +89,12 @@ class Blame:
 
     def is_its_own(self, parcel: Parcel, verdict: Verdict) -> bool:
         """Whether others, that left after it was last tried in vain, were taken: the road is well, then."""
-        is_rate = isinstance(verdict, Retry) and verdict.kind == "rate"
-        return not is_rate and parcel.in_vain_at is not None and self._taken_at > parcel.in_vain_at
+        return not _is_rate(verdict) and parcel.in_vain_at is not None and self._taken_at > parcel.in_vain_at
 
     def fate(self, parcel: Parcel, verdict: Split | Retry | Halt, now: float, *, halted: bool) -> Fate:
         """Notes in its history that a parcel was tried in vain, and says what becomes of it."""
         parcel.attempts += 1
+        parcel.again = True
         if parcel.scout and not isinstance(verdict, Halt):
             return "again"
         if isinstance(verdict, Retry) and verdict.kind == "rate":
@@ -95,8 +119,10 @@ class Blame:
     def _fate(self, parcel: Parcel, verdict: Split | Retry | Halt, now: float, *, halted: bool) -> Fate:
         single = parcel.events == 1
         match verdict:
-            case Retry() if parcel.strikes >= _STRIKES_TO_SPLIT:
+            case Retry() if parcel.strikes >= self._strikes_to_split():
                 return "aside" if single else "split"
+            case Retry() if self._passing >= _BY_CHANCE:
+                return "again"  # it can't be too large: such as it come through
             case Retry() if len(parcel.segments) > 1:
                 return "split" if self._failures >= _FAILURES_TO_SPLIT else "again"
             case Retry():
@@ -122,6 +148,10 @@ class Blame:
             return False
         self._cuts += 1
         return True
+
+
+def _is_rate(verdict: Verdict) -> bool:
+    return isinstance(verdict, Retry) and verdict.kind == "rate"
 
 
 def too_large(parcel: Parcel, verdict: Split | Retry | Halt) -> bool:

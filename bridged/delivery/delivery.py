@@ -253,10 +253,11 @@ class Delivery:
             its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
             unheard = its_own or (outdated and isinstance(verdict, Retry))
             self._pace.judged(loop.time(), attempt, None if unheard else verdict)
-        self._aside.answered(parcel.segments[0].id)
+        first = parcel.segments[0]
+        self._aside.answered(first.id)
+        self._blame.heard(parcel, verdict)
         self._asked_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
-        first = parcel.segments[0]
         match verdict:
             case Delivered(short) if short and not parcel.counted_short and loop.time() > self._short_until:
                 # Mixpanel may have a reason; or it was the answer to something else. A repetition is harmless, and tells.
