@@ -280,6 +280,25 @@ async def test_parts_that_were_damaged_on_disk_are_settled_once(spool, clock):
     assert spool.accounts.problems(NAMES) == []
 
 
+async def test_what_was_left_on_disk_comes_back(spool, clock):
+    """Once, with what lies behind it and isn't out; not before the rows that were settled meanwhile are gone."""
+    backlog = Backlog(spool, 10**6, clock)
+    await put(spool, *[batch(f"e{n}") for n in range(6)])
+    parcels = [await take(backlog, max_events=1) for _ in range(5)]
+    clock.now += 5
+    for at in (3, 1):
+        backlog.leave(parcels[at])
+    assert (backlog.left, backlog.ring.leased, backlog.oldest_at()) == (2, 3, clock.now - 5)
+    assert names(await take(backlog)) == ["e5"]
+    deliver(backlog, parcels[2])
+    backlog.come_back()
+    assert names(await take(backlog, max_events=1)) == ["e1"]
+    assert backlog.left == 0
+    await put(spool, batch("e6"))
+    assert names(await take(backlog)) == ["e3", "e6"]
+    assert spool.accounts.imbalance() == 0
+
+
 async def test_nothing_new_is_leased_while_settling_is_behind(spool, clock, monkeypatch):
     """With a full disk settlements stay in memory: what is out may come again, but no more is taken until they are committed."""
     monkeypatch.setattr("bridged.backlog.backlog._MAX_UNSETTLED_BYTES", 1000)

@@ -490,6 +490,55 @@ def test_the_alarm_about_the_archive_ends_with_the_halt(play, tmp_path):
     play(scene())
 
 
+def test_of_what_is_set_aside_a_part_is_in_memory(play, tmp_path, monkeypatch):
+    """The rest waits on disk, is counted with it, and comes when there is room again; all else arrives meanwhile."""
+    monkeypatch.setattr("bridged.delivery.aside._MOST", 20)
+
+    async def scene():
+        failing = lambda numbers: Retry("server", "500") if any(n % 10 == 0 for n in numbers) else Delivered()  # noqa: E731
+        async with Road(tmp_path, failing) as road:
+            await road.put(*range(1, 1001))
+            for number in range(1001, 8001, 10):
+                await road.put(*range(number, number + 9))
+                await asyncio.sleep(2)
+            assert road.mixpanel.got == {number for number in range(1, 8000) if number % 10}
+            assert road.delivery.set_aside == road.delivery.in_vain == road.backlog.events == 100
+            assert road.backlog.ring.leased <= 20
+            assert road.backlog.oldest_at() == START_S
+            road.mixpanel.answer = lambda _: Delivered()
+            for number in range(8001, 8100):
+                await road.put(number)
+                await asyncio.sleep(20)
+            assert road.delivery.set_aside == road.backlog.left == 0
+            assert road.mixpanel.got >= set(range(1, 1001))
+            assert set(road.books()) == {"accepted", "delivered"}
+
+    play(scene())
+
+
+def test_what_was_left_on_disk_expires_when_it_is_due(play, tmp_path, monkeypatch):
+    """With the others that are as old, though a halt came before there was room for it in memory."""
+    monkeypatch.setattr("bridged.delivery.aside._MOST", 20)
+
+    async def scene():
+        failing = lambda numbers: Retry("server", "500") if min(numbers, default=9) < 100 else Delivered()  # noqa: E731
+        async with Road(tmp_path, failing, max_age_s=4 * HOUR_S) as road:
+            await road.put(*range(200))
+            for number in range(1000, 2000):
+                await road.put(number)
+                await asyncio.sleep(2)
+            assert road.backlog.left > 50
+            road.mixpanel.answer = lambda _: Halt(401, "no")
+            await road.at(2 * HOUR_S)
+            await road.put(*range(3000, 3100))
+            await road.at(4 * HOUR_S - 1)
+            assert "expired" not in road.books()
+            await road.at(4 * HOUR_S + 60)
+            assert road.books() == {"accepted": 1300, "delivered": 1100, "expired": 100, "waiting": 100}
+
+    play(scene())
+
+
 def test_one_event_alone_asks_again(play, tmp_path):
     """One odd answer, from a proxy, say, while nothing else is there: nobody's success could tell that it may go."""
 
@@ -644,6 +693,30 @@ def test_problems_that_take_turns_fill_no_log(play, tmp_path, numbered):
     play(scene())
 
 
+def test_halts_that_end_at_once_fill_no_log(play, tmp_path):
+    """A share of the requests is refused, and what is in flight with them is taken. Then all are: that is told, though later."""
+    rng = random.Random(3)
+
+    def answer(_numbers):
+        now = asyncio.get_running_loop().time()
+        return Halt(401, "no") if now > 600 or rng.random() < 0.2 else Delivered()
+
+    async def scene():
+        async with Road(tmp_path, answer, max_batch_events=10, probe_interval_s=10.0) as road:
+            with structlog.testing.capture_logs() as logs:
+                for number in range(0, 700 * 50, 50):
+                    await road.put(*[number + at for at in range(10)])
+                    await road.put(*[number + at for at in range(10, 50)])
+                    await asyncio.sleep(1)
+            told = [line["event"] for line in logs if line["event"] in ("delivery_halted", "delivery_resumed")]
+            assert road.delivery.halted
+            assert told[-1] == "delivery_halted"
+            assert 10 <= told.count("delivery_halted") == road.happened.count("halted") <= 36
+            assert told.count("delivery_resumed") == road.happened.count("resumed") < 36
+
+    play(scene())
+
+
 @pytest.mark.parametrize(("limit", "refused_count"), [(1000, False), (3000, True)])
 def test_a_limit_that_is_smaller_than_a_request_stops_nothing(play, tmp_path, limit, refused_count):
     """There is never room for a full request in a minute, or only until it has been asked for: smaller ones are tried."""
@@ -708,30 +781,6 @@ def test_many_poison_events_are_soon_told_from_a_refusal_of_everything(play, tmp
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_a_spool_near_its_cap_whose_events_are_refused_drains(play, tmp_path, share):
-
-
-def test_halts_that_end_at_once_fill_no_log(play, tmp_path):
-    """A share of the requests is refused, and what is in flight with them is taken. Then all are: that is told, though later."""
-    rng = random.Random(3)
-
-    def answer(_numbers):
-        now = asyncio.get_running_loop().time()
-        return Halt(401, "no") if now > 600 or rng.random() < 0.2 else Delivered()
-
-    async def scene():
-        async with Road(tmp_path, answer, max_batch_events=10, probe_interval_s=10.0) as road:
-            with structlog.testing.capture_logs() as logs:
-                for number in range(0, 700 * 50, 50):
-                    await road.put(*[number + at for at in range(10)])
-                    await road.put(*[number + at for at in range(10, 50)])
-                    await asyncio.sleep(1)
-            told = [line["event"] for line in logs if line["event"] in ("delivery_halted", "delivery_resumed")]
-            assert road.delivery.halted
-            assert told[-1] == "delivery_halted"
-            assert 10 <= told.count("delivery_halted") == road.happened.count("halted") <= 36
-            assert told.count("delivery_resumed") == road.happened.count("resumed") < 36
-
-    play(scene())
     """Dead letters are larger than what they come from: the oldest go before they take the room to settle the others."""
     rng = random.Random(1)
 

@@ -104,6 +104,10 @@ class Backlog:
         self._firsts = 0  # of `_again`, in a row
         # Parts that lie after `_read_to`: when it gets there, they were taken long ago.
         self._ahead: set[int] = set()
+        # What was left on disk although it was read: how many segments, the first of them, and when the oldest was accepted.
+        self.left = 0
+        self._left_from = self._left_at = math.inf
+        self._returning = False
         self._changed = asyncio.Event()
         self._flushing = False
         spool.committed = self._append
@@ -136,6 +140,8 @@ class Backlog:
         heads = [segment.created_at for segment in self._leased.values()]
         if self._ring:
             heads.append(self._ring[0].created_at)
+        if self.left:
+            heads.append(self._left_at)
         return min(heads, default=None)
 
     def _append(self, segments: Sequence[Segment]) -> None:
@@ -233,6 +239,7 @@ class Backlog:
     async def _due_s(self, max_events: int, max_bytes: int, flush_interval_s: float) -> float:
         """Seconds until what was never taken may go: when it fills a request, or has waited. Infinite: there is nothing."""
         while self._spool.unsettled_bytes <= _MAX_UNSETTLED_BYTES:
+            self._return()
             if self._behind and not self._fills(max_events, max_bytes):
                 await self._refill()
             if self._ring:
@@ -308,6 +315,8 @@ class Backlog:
 
         It may be the same one. None: nothing is so old.
         """
+        self._returning |= self._left_at < before
+        self._return()
         if self._behind and not self._ring:
             await self._refill()
         self._in_order()
@@ -323,6 +332,30 @@ class Backlog:
             (self._again if oldest in self._again else self._in_vain).remove(oldest)
         self._again.append(parcel)
         return oldest
+
+    def leave(self, parcel: Parcel) -> None:
+        """Gives a lease back, and leaves the segments on disk: they are neither given nor in memory until `come_back`."""
+        for segment in parcel.segments:
+            self._give_back(segment)
+            self.left += 1
+            self._left_from = min(self._left_from, segment.id)
+            self._left_at = min(self._left_at, segment.created_at)
+
+    def come_back(self) -> None:
+        """What was left is read again, and what comes after it."""
+        if self.left:
+            self._returning = True
+            self._changed.set()
+
+    def _return(self) -> None:
+        """If it is time: as at a start, but for what is leased. Rows that are settled must be gone, or they came again, too."""
+        if self._returning and not self._spool.unsettled_bytes:
+            self._ring.clear()
+            self._ring_size = self._ring_events = self._ring_raw_bytes = 0
+            self._turned = self._returning = False
+            self._read_to = int(self._left_from) - 1
+            self._ahead = set(self._leased)
+            self.left, self._left_from, self._left_at = 0, math.inf, math.inf
 
     def flush(self) -> None:
         """From now on nothing waits to be joined with more: the daemon is about to stop."""

@@ -10,6 +10,8 @@ from bridged.backlog.backlog import Parcel
 _RELEASED: Final = 2
 # And they may be one of so many requests in flight: each may hang until it times out, and must not take all the places.
 _SHARE: Final = 4
+# So many are in memory, some 2 KB each. There may be more on disk that wait for room here.
+_MOST: Final = 10_000
 
 
 class Aside:
@@ -21,6 +23,16 @@ class Aside:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are so many that the next one has to wait elsewhere."""
+        return len(self._waiting) >= _MOST
+
+    @property
+    def has_room(self) -> bool:
+        """Whether those who wait elsewhere may come: when half of them is gone, so that it is worth it."""
+        return len(self._waiting) < _MOST // 2
 
     def put(self, parcel: Parcel) -> None:
         """Until `due_at` it waits, and then for somebody's success, or its turn."""

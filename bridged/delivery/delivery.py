@@ -136,7 +136,7 @@ class Delivery:
     @property
     def set_aside(self) -> int:
         """Single events that are refused incomprehensibly, or fail though others are taken: tried again now and then."""
-        return len(self._aside)
+        return len(self._aside) + self._backlog.left
 
     @property
     def learned_batch_bytes(self) -> int | None:
@@ -147,14 +147,12 @@ class Delivery:
     def retrying(self) -> Retrying | None:
         """The oldest parcel that is tried again; None: there is none."""
         oldest = min(self._retried.values(), key=lambda parcel: parcel.segments[0].created_at, default=None)
-        if oldest is None:
-            return None
-        return Retrying(oldest.attempts, oldest.segments[0].created_at, len(self._retried))
+        return None if oldest is None else Retrying(oldest.attempts, oldest.segments[0].created_at, len(self._retried))
 
     @property
     def in_vain(self) -> int:
         """Events that were tried in vain and wait to be tried again."""
-        return sum(each.events for each in self._retried.values())
+        return sum(each.events for each in self._retried.values()) + self._backlog.left
 
     @property
     def in_vain_s(self) -> float:
@@ -203,9 +201,8 @@ class Delivery:
         self._answered.set()  # not sooner: who is woken asks what is in flight
 
     async def _take(self) -> Parcel:
-        options, halted = self._options, self.halted is not None
-        limits = (options.max_batch_events, self._max_batch_bytes)
-        return await self._backlog.take(*limits, options.flush_interval_s, halted=halted)
+        limits = (self._options.max_batch_events, self._max_batch_bytes, self._options.flush_interval_s)
+        return await self._backlog.take(*limits, halted=self.halted is not None)
 
     async def _may_go(self, parcel: Parcel) -> tuple[Parcel, list[Segment]]:
         """Returns when the pace lets a parcel go; while halted, when it is time for a probe, or with what is too old of it.
@@ -358,6 +355,8 @@ class Delivery:
                 self._learn_from(parcel, verdict)
                 self._split(parcel, verdict.reason)
             case "aside":
+            case "aside" if self._aside.is_full:
+                self._backlog.leave(self._retried.pop(parcel.segments[0].id))
                 parcel.due_at = now + aside_s(parcel, verdict, self._options.probe_interval_s)
                 self._aside.put(parcel)
             case "give up":
@@ -455,6 +454,8 @@ class Delivery:
             self._backlog.in_vain(parcel)
         if self.halted is not None:
             halted = {"halted_s": round(self._clock() - (self.halted_at or 0)), "waiting": self._backlog.events}
+        if self._aside.has_room:
+            self._backlog.come_back()
             if self._told:
                 log.info("delivery_resumed", **halted)
                 self.happened("resumed", "Delivery resumed", **halted)
@@ -492,10 +493,9 @@ class Delivery:
         self._backlog.flush()
         loop = asyncio.get_running_loop()
         until = loop.time() + grace_s
-        while (
-            loop.time() < until and self.halted is None and (self._in_flight or self._backlog.events > len(self._aside))
-        ):
-            if not self._in_flight and loop.time() + self.pace.backing_off_s > until:
+        while loop.time() < until and self.halted is None:
+            idle = self._backlog.events <= self.set_aside or loop.time() + self.pace.backing_off_s > until
+            if idle and not self._in_flight:
                 break  # nothing more would be sent
             await asyncio.sleep(0.01)
 
