@@ -135,6 +135,7 @@ class App:
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
         self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(options.hook(config)))
         self.watch.happened = self.activity.tell
+        self.delivery.doubtful = any(one.alarm == "halted" for one in self.watch.alarms.open)
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
         # Opened before the doors, so that a daemon that recovers a long backlog can be looked at.
         self.admin = AdminServer(self, self._listeners.take(config.admin.listen))
@@ -493,8 +494,7 @@ def warn(config: Config) -> None:
     """Says at start-up what will hurt later."""
     if config.mixpanel.export and not has_credential(config):
         log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
-    kind = options.target(config).credentials.kind
-    if kind == "API secret":
+    if options.target(config).credentials.kind == "API secret":
         log.warning("api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account, set service_account")
     if config.mixpanel.export and not config.mixpanel.token:
         log.warning("no_project_token", hint="events carry no `token`, as Braze's connector's do: set mixpanel.token")

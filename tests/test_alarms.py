@@ -302,6 +302,18 @@ def test_a_restart_tells_nothing_twice():
     assert notices[0].lasted_s > 100 + 20 + 3 * CLEAR_AFTER_S
 
 
+def test_a_halt_is_over_when_something_was_taken():
+    """A daemon that has asked nobody yet can't know it: what its predecessor told stays as it was."""
+    before = Clock()
+    before.run(10, halted=True, halt_reason="401: no")
+    (told,) = before.alarms.open
+    after = Clock()
+    after.alarms.remember(before.alarms.past(0.0), 0.0)
+    assert after.run(CLEAR_AFTER_S * 3, halt_doubtful=True) == []
+    assert [one.text for one in after.alarms.open] == [told.text]
+    assert after.run(CLEAR_AFTER_S * 3) == [("halted", "cleared")]
+
+
 def test_the_words_are_for_people():
     """Every text can be made of any facts, is one line, and names the figures."""
     alarms = Alarms()
@@ -627,6 +639,25 @@ async def test_a_halt_outlives_a_restart(config, emulator, client, chat, monkeyp
     spoil(f"{settings.spool.path}.alarms")
     async with App(settings) as app:
         assert app.watch.alarms.open == []
+
+
+async def test_a_halt_outlives_a_restart_with_nothing_waiting(config, emulator, client, chat, monkeypatch):
+    """All has expired, so that no event asks: the next daemon does, is halted, and tells the end when it has come."""
+    monkeypatch.setattr(rules, "CLEAR_AFTER_S", 0.5)
+    monkeypatch.setattr("bridged.alarms.watch._LOOK_S", 0.05)
+    emulator.credentials(token="another")
+    settings = config(alerts__webhook_url=chat.url, retention__max_age="500ms")
+    halts = lambda: [notice["state"] for notice in chat.got if notice["alarm"] == "halted"]  # noqa: E731
+    async with App(settings) as app:
+        await post(client, app, 7)
+        await until(lambda: halts() and not app.backlog.events, "the notice, and the expiry")
+    async with App(settings) as app:
+        await until(lambda: app.delivery.halted, "the halt")
+        assert halts() == ["raised"]
+        emulator.credentials(token="example-token")
+        await until(lambda: len(halts()) == 2, "the end")
+        assert halts() == ["raised", "cleared"]
+        assert app.delivery.halted is None
 
 
 async def test_what_was_not_sent_yet_outlives_a_restart(config, emulator, client, chat, monkeypatch):

@@ -203,6 +203,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
     return AlarmFacts(
         halted=delivery.halted is not None,
         halt_reason=delivery.halted.reason if delivery.halted else "",
+        halt_doubtful=delivery.doubtful and config.mixpanel.export and delivery.success_age_s is None,
         waiting=well.waiting,
         oldest_age_s=age_s,
         max_age_s=float(config.retention.max_age),

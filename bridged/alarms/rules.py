@@ -37,6 +37,7 @@ class Facts(Struct, frozen=True, kw_only=True):
 
     halted: bool = False
     halt_reason: str = ""
+    halt_doubtful: bool = False  # an earlier daemon was halted, and this one had no answer yet
     waiting: int = 0  # events
     oldest_age_s: float | None = None
     max_age_s: float = 48 * 3600.0
@@ -228,10 +229,12 @@ RULES: Final = (
     _Rule(
         name="halted",
         severity="critical",
-        says=lambda facts, _: _said(facts.halted, good=True),
+        says=lambda facts, _: _said(facts.halted, good=not facts.halt_doubtful),
         text=lambda facts, _: (
             f"Delivery is halted, events are kept{f' for {_duration(facts.max_age_s)}' if facts.expires else ''} "
             f"({_waiting(facts)}): {facts.halt_reason}"
+            if facts.halted
+            else ""
         ),
         end="Delivery goes on",
     ),

@@ -84,6 +84,7 @@ class Delivery:
     ) -> None:
         self.halted: Halt | None = None
         self.halted_at: float | None = None  # wall clock
+        self.doubtful = False  # it was halted when the last daemon ended; until something is taken nobody knows better
         self.verdicts: Counter[str] = Counter()
         self.delivered_at: float | None = None  # wall clock, of the last success
         self.last_problem = ""
@@ -110,9 +111,9 @@ class Delivery:
         self._retried: dict[int, Parcel] = {}  # those that were tried in vain and will be again, by their first segment
         self._understood_at: float | None = None  # loop time of the last success, in whole or in part
         self._blame = Blame()
-        self._noted_at = -math.inf  # loop time at which a problem was logged
         self._told = False  # the halt that lasts, or the last one
         self._told_at: deque[float] = deque(maxlen=_HALTS_TOLD)  # loop times, of the latest that were
+        self._noted_at = -math.inf  # loop time at which a problem was logged
         self._noted = ""
         self._short_until = -math.inf  # loop time; till then a count that is short is believed: it was confirmed
         self._aside = Aside()
@@ -354,9 +355,9 @@ class Delivery:
             case "split":
                 self._learn_from(parcel, verdict)
                 self._split(parcel, verdict.reason)
-            case "aside":
             case "aside" if self._aside.is_full:
                 self._backlog.leave(self._retried.pop(parcel.segments[0].id))
+            case "aside":
                 parcel.due_at = now + aside_s(parcel, verdict, self._options.probe_interval_s)
                 self._aside.put(parcel)
             case "give up":
@@ -392,11 +393,12 @@ class Delivery:
                 self._backlog.in_vain(self._aside.next())
 
     async def _ask(self) -> None:
-        """Without an event to probe with, as when all have expired, a halt asks all the same whether it is over."""
+        """Without an event to probe with, as when all have expired, a halt, or a doubt, asks all the same whether it is over."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_HALTED_LOOK_S)
-            if self.halted is None or self._backlog.events or loop.time() < self._probe_at:
+            halted = self.halted or (self.doubtful and self._understood_at is None)
+            if not halted or self._backlog.events or loop.time() < self._probe_at:
                 continue
             self._sent_at = sent_at = loop.time()
             self._probe_at = sent_at + self._options.probe_interval_s
@@ -436,11 +438,11 @@ class Delivery:
         now = asyncio.get_running_loop().time()
         self._probe_at = now + self._options.probe_interval_s
         if self.halted is None:
-            log.error("delivery_halted", status=verdict.status, reason=verdict.reason, waiting=self._backlog.events)
             self.halted_at, self._told = self._clock(), False
         if not self._told and (len(self._told_at) < _HALTS_TOLD or now - self._told_at[0] >= _HALTS_TOLD_S):
             self._told = True
             self._told_at.append(now)
+            log.error("delivery_halted", status=verdict.status, reason=verdict.reason, waiting=self._backlog.events)
             self.happened("halted", f"Delivery halted: {verdict.reason}", "critical", status=verdict.status)
         self.halted = verdict
         self._note(verdict.reason)
@@ -452,10 +454,10 @@ class Delivery:
         self.last_problem = self.archived_in_vain = ""
         for parcel in self._aside.due(now, self._pace.concurrency):
             self._backlog.in_vain(parcel)
-        if self.halted is not None:
-            halted = {"halted_s": round(self._clock() - (self.halted_at or 0)), "waiting": self._backlog.events}
         if self._aside.has_room:
             self._backlog.come_back()
+        if self.halted is not None:
+            halted = {"halted_s": round(self._clock() - (self.halted_at or 0)), "waiting": self._backlog.events}
             if self._told:
                 log.info("delivery_resumed", **halted)
                 self.happened("resumed", "Delivery resumed", **halted)
