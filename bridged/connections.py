@@ -1,8 +1,13 @@
 """A pool of connections that gives out none on which something was said while nobody had asked."""
 
+import asyncio
+import contextlib
 import functools
 import os
+import socket
 import ssl
+import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 import aiohttp
@@ -22,7 +27,9 @@ class Connector(aiohttp.TCPConnector):
 
     def __init__(self, **options: Any) -> None:
         """`options` are aiohttp's. Over TLS it trusts whom this machine trusts now, or SSL_CERT_FILE names."""
-        super().__init__(ssl=_context(*[os.environ.get(name) for name in _AUTHORITIES]), **options)
+        lookups: Any = _Lookups()
+        context = _context(*[os.environ.get(name) for name in _AUTHORITIES])
+        super().__init__(resolver=aiohttp.ThreadedResolver(lookups), ssl=context, **options)
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
         for protocol, _ in self._conns.get(key, ()):
@@ -41,3 +48,40 @@ def _context(*_authorities: str | None) -> ssl.SSLContext:
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(("http/1.1",))
     return context
+
+
+class _Lookups:
+    """What aiohttp's resolver asks of the loop, in threads that nobody waits for.
+
+    A look-up can't be cancelled. Of the loop's own threads each end of the process, and of `check`, would wait for as long as
+    a name server that says nothing is asked again: half a minute and more.
+    """
+
+    async def getaddrinfo(self, *args: Any, **options: Any) -> Any:
+        return await _apart(lambda: socket.getaddrinfo(*args, **options))
+
+    async def getnameinfo(self, *args: Any) -> Any:
+        return await _apart(lambda: socket.getnameinfo(*args))
+
+
+async def _apart(look_up: Callable[[], Any]) -> Any:
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Any] = loop.create_future()
+
+    def tell(result: Any, error: Exception | None) -> None:
+        if not found.done() and error is not None:
+            found.set_exception(error)
+        elif not found.done():
+            found.set_result(result)
+
+    def look() -> None:
+        result, error = None, None
+        try:
+            result = look_up()
+        except Exception as failed:  # no such name, or one that can't be
+            error = failed
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=look, name="look-up", daemon=True).start()
+    return await found

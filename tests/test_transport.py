@@ -5,9 +5,11 @@ import contextlib
 import gzip
 import socket
 import ssl
+import threading
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp.client_reqrep import ConnectionKey
 from conftest import free_port, until
 from yarl import URL
@@ -250,6 +252,27 @@ async def test_no_server_and_no_such_host():
                 assert isinstance(verdict, Retry)
                 assert verdict.kind == "network"
                 assert verdict.reason
+
+
+def test_a_name_server_that_says_nothing_holds_up_no_end(monkeypatch):
+    """A look-up can't be cancelled: the request ends in time, and so does the loop."""
+    answers, said = threading.Event(), []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: answers.wait())
+
+    async def ask():
+        async with transport("http://mixpanel.example", timeout_s=0.2) as opened:
+            said.append(await send(opened))
+
+    def live():
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(ask())
+
+    life = threading.Thread(target=live, daemon=True)
+    life.start()
+    life.join(20)
+    assert not life.is_alive()
+    assert said == [Retry("network", "no answer within 0.2 s")]
+    answers.set()
 
 
 @pytest.mark.parametrize("said", [b"OK", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"], ids=["200", "400"])
