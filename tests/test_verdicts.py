@@ -125,7 +125,7 @@ def refuse(records: Any, imported: Any = 2) -> dict[str, Any]:
     return {"code": 400, "error": "not valid", "num_records_imported": imported, "failed_records": records}
 
 
-def record(index: Any, message: str = "bad", **more: Any) -> dict[str, Any]:
+def record(index: Any, message: Any = "bad", **more: Any) -> dict[str, Any]:
     """Build one failed record."""
     return {"index": index, "field": "f", "message": message, **more}
 
@@ -296,6 +296,8 @@ def test_refusal_of_a_single_event_keeps_the_words_of_mixpanel() -> None:
     assert say(400, refuse([record(17)], 0), events=1) == Reject({0: BAD})
     assert say(400, refuse([{}], None), events=1) == Reject({0: Failure("", "not valid")})
     assert say(400, {"failed_records": [{}]}, events=1) == Reject({0: Failure("", "refused without a message")})
+    for message, words in ((["a", "b"], '["a","b"]'), ({"why": "c"}, '{"why":"c"}'), ([], "refused without a message")):
+        assert say(400, {"failed_records": [record(0, message)]}, events=1) == Reject({0: Failure("f", words)})
     assert isinstance(say(400, refuse([record(0)], 1), events=1), Split)
 
 

@@ -292,7 +292,9 @@ def _failure(record: Any, answer: dict[str, Any]) -> Failure:
         field, message = record.get("field"), record.get("message")
     else:
         field, message = None, record
-    if not isinstance(message, str) or not message:
+    if message and not isinstance(message, str):
+        message = msgspec.json.encode(message).decode()  # several, or in another shape: still the reason
+    if not message:
         message = answer.get("error")
     return Failure(
         clean(field) if isinstance(field, str) else "",
