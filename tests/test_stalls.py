@@ -313,6 +313,37 @@ def test_an_outage_holds_little_in_memory(play, tmp_path):
     play(scene())
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_many_events_that_always_fail_stop_nobody(play, tmp_path, share):
+    """Each request holds some of them, so that nothing is taken: soon they are told apart, and all others arrive. An outage that
+    comes meanwhile is one all the same: few requests, and all is kept.
+    """
+    rng = random.Random(2)
+    bad = {number for number in range(6000) if rng.random() < share}
+
+    async def scene():
+        failing = lambda numbers: Retry("server", "500") if bad.intersection(numbers) else Delivered()  # noqa: E731
+        async with Road(tmp_path, failing) as road:
+            for at in range(0, 6000, 2000):
+                await road.put(*range(at, at + 2000))
+            while len(road.mixpanel.got) < 1000:
+                await asyncio.sleep(1)
+            assert road.loop.time() < HOUR_S
+            road.mixpanel.answer = lambda _: Retry("server", "503")
+            requests = road.mixpanel.requests
+            await asyncio.sleep(HOUR_S)
+            assert road.mixpanel.requests < requests + 4000
+            road.mixpanel.answer = failing
+            for later in range(10_000, 11_800):
+                await road.put(later)
+                await asyncio.sleep(2)
+            await asyncio.sleep(5)
+            assert road.mixpanel.got == set(range(6000)) - bad | set(range(10_000, 11_800))
+            assert road.books() == {"accepted": 7800, "delivered": 7800 - len(bad), "waiting": len(bad)}
+
+    play(scene())
+
+
 @pytest.mark.parametrize("share", [0.7, 0.8])
 def test_what_fails_at_random_is_not_taken_apart(play, tmp_path, share):
     """It comes through as it is: in smaller requests as many would fail, and there would be thousands of them."""

@@ -10,11 +10,12 @@ last time was taken, has a strike:
     Halt    everything stops; after one strike as for Split, if the status can be about what is in a request
 
 While nothing is taken at all what fails is split too, between its segments, which costs nothing: it may be too large for
-something on the way, as everything else then is. After a while a few segments are cut as well, to see: each may hold an
-event that fails. So after minutes of 429: one request may hold more than a minute's limit.
+something on the way, as everything else then is. After a while segments are cut as well, to see, one of them down to a
+single event: each may hold an event that fails. So after minutes of 429: one request may hold more than a minute's limit.
 
-Where many fail at random, two strikes are no proof: as long as some of what failed comes through as it is, so many are
-needed that chance explains them no more.
+Where a part of what failed is taken, and nothing that failed comes through as it is, many requests hold something that
+fails: for a moment each that fails is split at once. Where many fail at random, two strikes are no proof: as long as some
+of what failed comes through as it is, so many are needed that chance explains them no more.
 """
 
 import math
@@ -28,6 +29,7 @@ Fate = Literal["again", "split", "aside", "give up", "halt"]
 _STRIKES_TO_SPLIT: Final = 2
 _MOST_STRIKES_TO_SPLIT: Final = 20
 _BY_CHANCE: Final = 0.02  # what has so small a chance to fail so often fails for what is in it
+_APART_S: Final = 15.0  # so long the success of a part says that others fail for what is in them, too
 _LATEST: Final = 0.05  # how much the latest answer counts among those before it
 _REFUSALS_TO_GIVE_UP: Final = 6
 _FAILURES_TO_SPLIT: Final = 5  # in a row
@@ -40,7 +42,7 @@ _REMEMBERED_S: Final = 600.0
 # Of 429 alone, more than two of Mixpanel's minutes: no room was ever in one of them for a request of this size.
 _LIMITED_S: Final = 180.0
 _DOUBT_S: Final = 120.0
-_CUTS: Final = 12  # enough to come to single events; then one more for as many failures
+_CUTS: Final = 12  # then one more for as many failures
 # A single event waits so long before it may ask again, and with each strike twice as long.
 _ASIDE_S: Final = 5.0
 # About who sends, and not what: the credential, the plan, a proxy's credential, and what is no answer at all.
@@ -53,14 +55,16 @@ class Blame:
     def __init__(self) -> None:
         self._taken_at = -math.inf
         self._failures = 0  # in a row
-        self._cuts = 0  # of segments, meanwhile
+        self._cuts = 0  # of segments, meanwhile, that were not smaller than those before
+        self._smallest = math.inf  # events of what was cut
         self._refusals = 0  # in a row
         self._limited_since: float | None = None  # loop time of the first 429 since something was taken
         self._about_content: dict[int, float] = {}  # by status: loop time until which it is taken for that
         self._failing = 0.0  # share of what is sent for the first time
         self._passing = 0.0  # share of what failed before, and is sent again as it is, that is taken
+        self._apart_at = -math.inf  # loop time at which a part of what had failed was taken
 
-    def heard(self, parcel: Parcel, verdict: Verdict) -> None:
+    def heard(self, parcel: Parcel, verdict: Verdict, now: float) -> None:
         """How failures come: to any request, or to the same ones again. Single events that are set aside have been told apart."""
         if not isinstance(verdict, Delivered | Reject | Retry) or parcel.due_at or _is_rate(verdict):
             return
@@ -69,6 +73,13 @@ class Blame:
             self._passing += _LATEST * ((not failed) - self._passing)
         elif not parcel.attempts:
             self._failing += _LATEST * (failed - self._failing)
+        elif not failed:
+            self._apart_at = now
+
+    def _tells_apart(self, verdict: Verdict, now: float) -> bool:
+        """Whether what failed is split at once. Not what hangs: that is sooner told with many others than each for itself."""
+        answered = isinstance(verdict, Retry) and verdict.kind == "server"
+        return answered and now - self._apart_at < _APART_S and self._passing < _BY_CHANCE
 
     def _strikes_to_split(self) -> int:
         if self._passing < _BY_CHANCE or self._failing < _BY_CHANCE:
@@ -80,6 +91,7 @@ class Blame:
         """A request that left then was taken, in whole or in part. Loop time."""
         self._taken_at = max(self._taken_at, sent_at)
         self._failures = self._cuts = self._refusals = 0
+        self._smallest = math.inf
         self._limited_since = None
 
     @property
@@ -87,7 +99,11 @@ class Blame:
         """Whether no single poison event explains it any more: something refuses everything, and would make it dead letters."""
         return self._refusals >= _REFUSALS_OF_ALL
 
-    def is_its_own(self, parcel: Parcel, verdict: Verdict) -> bool:
+    def spares_others(self, parcel: Parcel, verdict: Verdict, now: float) -> bool:
+        """Whether a failure is no reason for others to wait: it is about what is in the request."""
+        return self._is_its_own(parcel, verdict) or self._tells_apart(verdict, now)
+
+    def _is_its_own(self, parcel: Parcel, verdict: Verdict) -> bool:
         """Whether others, that left after it was last tried in vain, were taken: the road is well, then."""
         return not _is_rate(verdict) and parcel.in_vain_at is not None and self._taken_at > parcel.in_vain_at
 
@@ -102,7 +118,7 @@ class Blame:
             if now - self._limited_since < _LIMITED_S:
                 return "again"
             self._failures = max(self._failures, _FAILURES_TO_CUT)
-        if self.is_its_own(parcel, verdict):
+        if self._is_its_own(parcel, verdict):
             parcel.strikes += 1
             parcel.refusals += not isinstance(verdict, Retry)
         parcel.in_vain_at = now
@@ -121,12 +137,15 @@ class Blame:
         match verdict:
             case Retry() if parcel.strikes >= self._strikes_to_split():
                 return "aside" if single else "split"
-            case Retry() if self._passing >= _BY_CHANCE:
+            case Retry() if not single and self._tells_apart(verdict, now):
+                parcel.strikes = max(parcel.strikes, 1)
+                return "split"
+            case Retry() if self._passing >= _BY_CHANCE and not _is_rate(verdict):
                 return "again"  # it can't be too large: such as it come through
             case Retry() if len(parcel.segments) > 1:
                 return "split" if self._failures >= _FAILURES_TO_SPLIT else "again"
             case Retry():
-                return "again" if single or not self._spends_a_cut() else "split"
+                return "again" if single or not self._spends_a_cut(parcel) else "split"
             case Halt() if halted or verdict.status in _ABOUT_ALL:
                 return "halt"
             case Halt():
@@ -141,10 +160,15 @@ class Blame:
             return "give up"  # the limit that was named is proof enough
         return "aside" if halted or parcel.refusals < _REFUSALS_TO_GIVE_UP else "give up"
 
-    def _spends_a_cut(self) -> bool:
-        """Whether a segment is cut, to see; then there is one such trial less."""
+    def _spends_a_cut(self, parcel: Parcel) -> bool:
+        """Whether a segment is cut, to see: one down to a single event, some others, and then another for as many failures."""
         beyond = self._failures - _FAILURES_TO_CUT
-        if beyond < 0 or self._cuts >= _CUTS + beyond // _FAILURES_TO_CUT:
+        if beyond < 0:
+            return False
+        if parcel.events < self._smallest:
+            self._smallest = parcel.events
+            return True
+        if self._cuts >= _CUTS + beyond // _FAILURES_TO_CUT:
             return False
         self._cuts += 1
         return True

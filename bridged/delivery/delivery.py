@@ -248,12 +248,13 @@ class Delivery:
             # What an old address or credential is told says nothing about the new one.
             outdated = target != self._transport.target
             # What fails although others are taken is no reason for those to wait.
-            its_own = isinstance(verdict, Retry) and verdict.after_s is None and self._blame.is_its_own(parcel, verdict)
+            its_own = isinstance(verdict, Retry) and verdict.after_s is None
+            its_own = its_own and self._blame.spares_others(parcel, verdict, loop.time())
             unheard = its_own or (outdated and isinstance(verdict, Retry))
             self._pace.judged(loop.time(), attempt, None if unheard else verdict)
         first = parcel.segments[0]
         self._aside.answered(first.id)
-        self._blame.heard(parcel, verdict)
+        self._blame.heard(parcel, verdict, loop.time())
         self._asked_at = loop.time()
         self.verdicts[type(verdict).__name__.lower()] += 1
         match verdict:
