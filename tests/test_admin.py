@@ -486,7 +486,7 @@ async def test_events_that_mixpanel_does_not_count_are_told(daemon, client, emul
 async def test_what_is_kept_aside_is_told(daemon, client, emulator):
     """One lone event, refused incomprehensibly: nobody can say whose fault it is, but it isn't hidden."""
     app = await daemon()
-    emulator.script([{"status": 400, "body": "no", "times": 1}])
+    emulator.script([{"status": 400, "body": "no"}])
     await post(client, app, [currents(seed=1)])
     await until(lambda: app.delivery.set_aside == 1, "the event")
     text = await status_lines(client, app)
@@ -494,6 +494,7 @@ async def test_what_is_kept_aside_is_told(daemon, client, emulator):
     assert "warning: 1 single event(s) are refused for a reason that can't be understood" in text
     assert (await metrics(client, app))["bridged_events_set_aside"] == 1
 
+    emulator.script([])
     await post(client, app, [currents(seed=2)])
     await until(lambda: app.backlog.events == 0, "delivery")
     assert app.delivery.set_aside == 0

@@ -30,6 +30,7 @@ from bridged.backlog.segment import lines
 from bridged.backlog.spool import Spool, SpoolOptions
 from bridged.clock import Clock
 from bridged.currents.table import EVENT_TYPES
+from bridged.delivery import aside
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.errors import SpoolError
@@ -37,6 +38,7 @@ from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split
 
+MOST_ASIDE = aside._MOST
 START_S = 1_700_000_000
 MAX_AGE_S = 60.0
 PROBE_S = 10.0
@@ -136,8 +138,10 @@ class PathModel(RuleBasedStateMachine):
         ring_bytes=st.sampled_from([0, 400, 10**6]),
         on_expiry=st.sampled_from(["archive", "drop", "keep"]),
         batch=st.sampled_from([3, 10]),
+        most_aside=st.sampled_from([2, MOST_ASIDE]),
     )
-    def open_first(self, ring_bytes, on_expiry, batch):
+    def open_first(self, ring_bytes, on_expiry, batch, most_aside):
+        aside._MOST = most_aside
         self.loop = Loop()
         self.folder = Path(tempfile.mkdtemp(prefix="bridged-model-"))
         self.generation = 0
@@ -265,6 +269,7 @@ class PathModel(RuleBasedStateMachine):
             self.loop.run_until_complete(self.loop.shutdown_default_executor())
             self.loop.close()
             shutil.rmtree(self.folder)
+        aside._MOST = MOST_ASIDE
 
     async def drain(self):
         """Whatever happened before: when Mixpanel takes everything, nothing waits soon after."""
