@@ -442,7 +442,7 @@ class PathModel(RuleBasedStateMachine):
             spool._transact = crash
             await self.take(kinds)
             while not spool.failed and (self.loop.made_up.busy or spool._wake.is_set()):
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)  # time passes: on a full disk the writer sleeps
             if spool.failed:
                 await self.start_from_copy()
             else:  # a full disk: nothing was taken
