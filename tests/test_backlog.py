@@ -299,6 +299,30 @@ async def test_what_was_left_on_disk_comes_back(spool, clock):
     assert spool.accounts.imbalance() == 0
 
 
+@pytest.mark.parametrize("ring_bytes", [1, 10**6])
+async def test_what_was_left_hides_nothing_that_was_never_taken(spool, clock, ring_bytes):
+    """Parts have newer ids than what waits before them: when one comes back, all of that is still given, each once."""
+    backlog = Backlog(spool, ring_bytes, clock)
+    await put(spool, batch("a", "b"), *[batch(f"e{n}") for n in range(5)])
+    parcel = await take(backlog, max_events=2)
+    backlog.settle(Settlement(parcel.segments, parts=[batch("a"), batch("b")]))
+    await put(spool, batch("last"))
+    part = await take(backlog)
+    assert names(part) == ["a"]
+    backlog.leave(part)
+    deliver(backlog, await take(backlog))
+    await until(lambda: not spool.unsettled_bytes)
+    backlog.come_back()
+    rest = []
+    while len(rest) < 7:
+        parcel = await take(backlog)
+        rest += names(parcel)
+        deliver(backlog, parcel)
+
+    assert sorted(rest) == ["a", "e0", "e1", "e2", "e3", "e4", "last"]
+    await until(lambda: backlog.events == 0)
+
+
 async def test_nothing_new_is_leased_while_settling_is_behind(spool, clock, monkeypatch):
     """With a full disk settlements stay in memory: what is out may come again, but no more is taken until they are committed."""
     monkeypatch.setattr("bridged.backlog.backlog._MAX_UNSETTLED_BYTES", 1000)

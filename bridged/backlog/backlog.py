@@ -350,10 +350,12 @@ class Backlog:
     def _return(self) -> None:
         """If it is time: as at a start, but for what is leased. Rows that are settled must be gone, or they came again, too."""
         if self._returning and not self._spool.unsettled_bytes:
+            # What was left may be newer than what waits: parts get new ids.
+            first = min(self._left_from, *(segment.id for segment in self._ring), self._read_to + 1)
             self._ring.clear()
             self._ring_size = self._ring_events = self._ring_raw_bytes = 0
             self._turned = self._returning = False
-            self._read_to = int(self._left_from) - 1
+            self._read_to = int(first) - 1
             self._ahead = set(self._leased)
             self.left, self._left_from, self._left_at = 0, math.inf, math.inf
 

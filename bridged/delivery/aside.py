@@ -32,7 +32,7 @@ class Aside:
     @property
     def has_room(self) -> bool:
         """Whether those who wait elsewhere may come: when half of them is gone, so that it is worth it."""
-        return len(self._waiting) < _MOST // 2
+        return len(self._waiting) <= _MOST // 2
 
     def put(self, parcel: Parcel) -> None:
         """Until `due_at` it waits, and then for somebody's success, or its turn."""
