@@ -1,6 +1,7 @@
 """The backlog: what is taken, when, and in which order; the ring and the disk behind it are one queue."""
 
 import asyncio
+import random
 import sqlite3
 
 import pytest
@@ -354,3 +355,70 @@ async def test_settled_parcels_are_forgotten(spool, clock):
     assert backlog.ring == (0, 0, 0)
     assert backlog.on_disk == 0
     assert backlog.oldest_at() is None
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_was_put_back_is_given_again_and_nothing_twice(spool, clock, monkeypatch, seed):
+    """In any order: taken, delivered, put back, split, left on disk and back; with parts, scouts, and a ring of any size."""
+    dice = random.Random(seed)
+    monkeypatch.setattr("bridged.backlog.backlog._MAX_LEASED_BYTES", dice.choice([100, 10**6]))
+    backlog = Backlog(spool, dice.choice([1, 600, 10**6]), clock)
+    accepted, delivered, out, halted, taking = [], [], [], False, None
+
+    async def taken(patience):
+        nonlocal taking
+        if taking is None:
+            taking = asyncio.ensure_future(backlog.take(dice.choice([1, 3, 100]), 10**6, 0.0, halted=halted))
+        for _ in range(patience):
+            if taking.done():
+                out.append(taking.result())
+                taking = None
+                there = [name for parcel in out for name in names(parcel)] + delivered
+                assert len(there) == len(set(there)), "given twice"
+                return
+            await asyncio.sleep(0.001)
+
+    def part_with(parcel, what):
+        if what == "deliver" or (parcel.scout and what != "in vain"):
+            deliver(backlog, parcel)
+            delivered.extend(names(parcel))
+        elif what == "leave" and parcel.events == 1:
+            backlog.leave(parcel)
+        elif what == "split" and len(parcel.segments) > 1:
+            backlog.first([parcel.half(parcel.segments[:1]), parcel.half(parcel.segments[1:])])
+        elif what == "split" and parcel.events > 1:
+            backlog.settle(Settlement(parcel.segments, parts=[batch(name) for name in names(parcel)], whole=parcel))
+        elif what == "again":
+            backlog.again(parcel)
+        else:
+            backlog.in_vain(parcel)
+
+    for step in range(200):
+        match dice.choice(["put", "take", "take", "take", "part", "part", "return", "halt", "exchange"]):
+            case "put":
+                events = [f"e{step}-{n}" for n in range(dice.choice([1, 1, 3]))]
+                accepted += events
+                await put(spool, batch(*events))
+                clock.now += 1
+            case "take":
+                await taken(3)
+            case "part" if out:
+                parcel = out.pop(dice.randrange(len(out)))
+                part_with(parcel, dice.choice(["deliver", "leave", "leave", "split", "again", "in vain", "in vain"]))
+            case "return":
+                backlog.come_back()
+            case "halt":
+                halted = not halted
+            case "exchange" if out and taking is None and not out[-1].scout:
+                parcel = out.pop()
+                out.append(await backlog.exchange(parcel, clock.now - 5, 3, 10**6) or parcel)
+    halted = False
+    async with asyncio.timeout(20):
+        while backlog.events:
+            while out:
+                part_with(out.pop(), "deliver")
+            backlog.come_back()
+            await taken(5)
+    taking.cancel()
+    assert sorted(delivered) == sorted(accepted)
+    assert spool.accounts.imbalance() == 0
