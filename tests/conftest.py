@@ -50,6 +50,11 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("the same every time")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first: no worker is left alone with it when the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_stalls.py")
+
+
 def _ports() -> Iterator[int]:
     """Ports below those that the kernel gives to outgoing connections; of tests that run beside each other, each has its own."""
     for first in range(12_000, 32_000, 2_000):
