@@ -464,7 +464,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
             "ready",
             version=__version__,
             http=config.sources.http.listen,
-            stream=list(config.sources.stream.listen if config.mixpanel.export else ()),
+            stream=list(config.stream_addresses),
             admin=config.admin.listen,
             mixpanel=app.transport.target.import_url.partition("?")[0],
             spool=options.spool_options(config).path,

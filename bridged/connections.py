@@ -1,4 +1,4 @@
-"""A pool of connections that gives out none on which something was said while nobody had asked."""
+"""The pool of connections that requests leave by: which are used again, who is trusted, and how names are looked up."""
 
 import asyncio
 import contextlib

@@ -90,12 +90,23 @@ _LISTEN_HINTS = {
 }
 
 
+LOCKED = "another process has locked it, such as sqlite3 or a backup: end that"
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether another process has an SQLite file to itself for now. Errors of the module itself have no code."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+
 def whose(error: Exception, path: Path, otherwise: str) -> str:
-    """The hint for a file of ours that can't be opened: in our own folder, and not for us, it is somebody else's."""
+    """The hint for a file of ours that can't be opened: in our own folder, and not for us, it is somebody else's.
+
+    Looks at the disk, unless the file is locked: not for the loop, if that may hang.
+    """
+    if is_locked(error):
+        return LOCKED
     folder = path.parent
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_BUSY:
-        return "another process has locked it, such as sqlite3 or a backup: end that"
     try:
         disk = os.statvfs(folder)
         if code == sqlite3.SQLITE_CANTOPEN and disk.f_files and not disk.f_favail:

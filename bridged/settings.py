@@ -421,6 +421,11 @@ class Config(Section, frozen=True, kw_only=True):
     admin: Admin = Admin()
     log: Log = Log()
 
+    @property
+    def stream_addresses(self) -> tuple[str, ...]:
+        """Where the stream door is open: nowhere if no event is taken."""
+        return tuple(self.sources.stream.listen) if self.mixpanel.export else ()
+
 
 SECRETS = (
     ("sources", "http", "bearer_token"),

@@ -44,8 +44,9 @@ ROWS = {row.event_type: row for row in EVENT_TYPES}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The suite tries the same every time, so that a failure is the change's; --hypothesis-seed=N looks for more."""
-    if config.getoption("--hypothesis-seed") is None and config.getoption("--hypothesis-profile") is None:
+    """The suite tries the same every time, so that a failure is the change's; a seed or a long run looks for more."""
+    asked = [config.getoption(name) for name in ("--hypothesis-seed", "--hypothesis-profile")]
+    if asked == [None, None] and not {"BRIDGED_MODEL_RUNS", "BRIDGED_TROUBLE_RUNS"} & os.environ.keys():
         settings.register_profile("the same every time", derandomize=True)
         settings.load_profile("the same every time")
 

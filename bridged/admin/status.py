@@ -342,7 +342,7 @@ def status(app: "App", reasons: list[Group]) -> Status:
             connections=len(stream.connections),
             accepted_connections=stream.accepted_connections,
         )
-        if stream and config.sources.stream.listen and config.mixpanel.export
+        if stream and config.stream_addresses
         else None,
         alarms=_open_alarms(app),
         cohorts=cohorts_status(app),

@@ -33,7 +33,7 @@ from bridged.backlog.reserve import Reserve, reserve_of, within_file_limit
 from bridged.backlog.segment import Batch, Packer, Segment, cut
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
-from bridged.errors import SpoolError, SpoolFull, whose
+from bridged.errors import SpoolError, SpoolFull, is_locked, whose
 from bridged.presence import Presence, claim
 
 __all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "SpoolOptions", "Stage"]
@@ -437,14 +437,14 @@ class Spool:
         except sqlite3.Error as error:
             self.pending_bytes -= size
             passes = tables.passes(error) or await asyncio.to_thread(self._is_out_of_room, error, size)
-            hint = whose(error, Path(self._options.path), "")
+            hint = await asyncio.to_thread(whose, error, Path(self._options.path), "")
             failure = (SpoolFull if passes else SpoolError)(
                 f"can't write the spool {self._options.path}: {error}", hint
             )
             _fail(work.futures, failure)
             if not passes:
                 raise failure from error
-            if is_locked := tables.is_locked(error):
+            if locked := is_locked(error):
                 log.warning("spool_locked", error=str(error), hint=hint)
             else:
                 await self.run(self._make_room, size)
@@ -452,7 +452,7 @@ class Spool:
             if work.intaken and work.settlements:
                 # What was delivered must be recorded before anything else: alone it needs hardly any room.
                 await self._commit(Work([], [], work.settlements))
-            elif len(work.settlements) > 1 and not is_locked:
+            elif len(work.settlements) > 1 and not locked:
                 # Half of it needs half of the room; a checkpoint in between gives it back.
                 half = len(work.settlements) // 2
                 self._work.settlements[:0] = work.settlements[half:]

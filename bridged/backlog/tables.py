@@ -20,7 +20,7 @@ from isal import isal_zlib
 from bridged import durable
 from bridged.backlog.records import DEAD_LETTER_BYTES
 from bridged.backlog.segment import Segment
-from bridged.errors import SpoolError
+from bridged.errors import SpoolError, is_locked
 
 PAGE_BYTES: Final = 32768
 # In the file's header, beside `user_version`: the format a second time, so that a flipped bit isn't taken for a newer one.
@@ -104,11 +104,6 @@ def checkpoint(db: sqlite3.Connection, kind: str) -> None:
         db.execute(f"PRAGMA wal_checkpoint({kind})").fetchall()
     finally:
         db.execute(f"PRAGMA busy_timeout = {timeout_ms}")
-
-
-def is_locked(error: sqlite3.Error) -> bool:
-    """Whether another process has the file to itself for now: sqlite3, a backup. Errors of the module itself have no code."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def passes(error: sqlite3.Error) -> bool:

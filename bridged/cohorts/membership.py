@@ -26,7 +26,7 @@ from bridged.cohorts import looking, merging, tables, taking
 from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refusal
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
-from bridged.errors import MembershipDamaged, MembershipError, whose
+from bridged.errors import MembershipDamaged, MembershipError, is_locked, whose
 from bridged.presence import Presence, claim
 
 log = structlog.get_logger()
@@ -480,7 +480,7 @@ class Membership:
             raise error
         self.full = f"the cohorts' file {self.options.path} can't be written for now: {error}"
         if not self._told_full:
-            what = "cohorts_locked" if tables.is_locked(error) else "cohorts_full"
+            what = "cohorts_locked" if is_locked(error) else "cohorts_full"
             log.error(what, error=str(error), path=self.options.path)
         self._told_full = True
 

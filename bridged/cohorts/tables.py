@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from bridged.errors import MembershipError
+from bridged.errors import LOCKED, MembershipError, is_locked
 
 PAGE_BYTES: Final = 4096
 APPLICATION_ID: Final = 0x62726300
@@ -147,11 +147,6 @@ def set_up(db: sqlite3.Connection, path: Path, max_bytes: int) -> None:
         db.execute(statement)
 
 
-def is_locked(error: Exception) -> bool:
-    """Whether another process has the file to itself for now: sqlite3, a backup."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-
-
 def passes(error: Exception, path: Path) -> bool:
     """Whether it is no reason to end: the file is locked for now, or has no room."""
     return is_locked(error) or is_full(error, path)
@@ -171,7 +166,7 @@ def is_full(error: Exception, path: Path) -> bool:
 def remedy(error: Exception, path: Path) -> str:
     """What a person can do about a file that can't be used."""
     if is_locked(error):
-        return "another process has locked it, such as sqlite3 or a backup: end that, and start bridged again"
+        return f"{LOCKED}, and start bridged again"
     if is_full(error, path):
         return "its disk is full: free some space, and start bridged again"
     if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

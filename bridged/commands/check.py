@@ -97,7 +97,7 @@ def _missing_places(settings: Config) -> Iterator[str]:
         if not _may_be_folder(there):
             yield f"{key}: {there} is no folder"
     http, stream, admin = settings.sources.http, settings.sources.stream, settings.admin
-    for address in stream.listen if settings.mixpanel.export else ():
+    for address in settings.stream_addresses:
         kind, _, socket = address.partition(":")
         if kind == "unix" and not _may_be_folder(Path(socket).parent):
             yield f"sources.stream.listen: the folder of {socket} isn't there"
@@ -130,7 +130,7 @@ def _summary(settings: Config) -> Iterator[list[str]]:
     sources = settings.sources
     protected = "bearer token" if sources.http.bearer_token else "no token"
     yield ["http door", f"{sources.http.listen} ({protected})" if sources.http.listen else "closed"]
-    yield ["stream door", " ".join(sources.stream.listen if settings.mixpanel.export else ()) or "closed"]
+    yield ["stream door", " ".join(settings.stream_addresses) or "closed"]
     yield ["admin", settings.admin.listen or "closed"]
     yield from check_braze.summary(settings)
     if not settings.mixpanel.export:

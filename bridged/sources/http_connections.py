@@ -147,11 +147,11 @@ class HttpConnections(web.Server):
         self._refusals.look(self.refused, self.now)
         if self.held > _MUCH_BYTES:
             memory.give_back_holes()
-        self._judge(list(self.alive))
+        turns = max(1, -(-len(self.alive) // _LOOKED_AT_ONCE))
+        self._judge(list(self.alive), self.limits.look_s / turns)
 
-    def _judge(self, connections: "list[HttpConnection]", turn_s: float = 0) -> None:
+    def _judge(self, connections: "list[HttpConnection]", turn_s: float) -> None:
         """Some of them at a time, until the next look is due: thousands that end together would keep everybody waiting."""
-        turn_s = turn_s or self.limits.look_s / (1 + len(connections) // _LOOKED_AT_ONCE)
         rest = connections[_LOOKED_AT_ONCE:]
         try:
             for connection in connections[:_LOOKED_AT_ONCE]:
