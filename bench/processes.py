@@ -413,4 +413,5 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # The interpreter's last moments are no time for another Ctrl-C: it would be what ended us.
+            signal.signal(number, signal.SIG_IGN if _Signals.leaving else handler)

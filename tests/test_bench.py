@@ -60,6 +60,19 @@ def test_path_delivers_every_event_and_prints_a_table(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["figures.json"]
 
 
+def test_who_presses_ctrl_c_until_it_ends_gets_the_same_exit_code():
+    """Also in the interpreter's last moments, when it has given the signals back."""
+    waiting = "from bench.processes import ended_by_signals\nwith ended_by_signals():\n print(flush=True)\n input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", waiting], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.0005)
+    assert process.returncode == 128 + signal.SIGINT
+
+
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT] * 3], ids=str)
 def test_path_ends_its_processes_at_a_signal(tmp_path, numbers):
     """A benchmark that is told to stop, or whose terminal is closed, leaves no daemon and no folder; also when Ctrl-C is
