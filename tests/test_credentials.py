@@ -121,7 +121,6 @@ async def test_a_credential_that_changes_all_the_time_is_no_storm(daemon, client
             break
     probes, took_s = len(emulator.calls) - before, time.monotonic() - started
 
-    assert n > 2 * probes
     assert 1 <= probes <= took_s / 0.5 + 1
 
 
