@@ -53,7 +53,7 @@ from bridged.mixpanel.mapping import EventMapping
 from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.redaction import hide, redacted
 from bridged.saved import Saved, SaveUnderWay, applied, in_words
-from bridged.service import Listeners, Notifier, Progress
+from bridged.service import Listeners, Notifier, Progress, told_to_stop
 from bridged.settings import Config
 from bridged.sources.cohorts import CohortSource
 from bridged.sources.http import HttpSource
@@ -452,13 +452,12 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         app.reload(reload)
         service.ready(app.sentence())
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
     warn(app.config)
     open_files.allow(app.config)
     memory.give_back_large_blocks()
     starting = asyncio.create_task(service.starting(stop, app.hurry, app.config.delivery.grace), name="starting")
-    async with app, service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence):
+    heartbeat = service.heartbeat(Progress(app.ask_the_writer, app.writing), app.sentence)
+    async with told_to_stop(end), app, heartbeat:
         await _end(starting)
         log.info(
             "ready",

@@ -12,6 +12,7 @@ The protocols are sd_notify(3) and sd_listen_fds(3): a datagram and three number
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -28,6 +29,23 @@ _FIRST_FD: Final = 3
 _BEATS: Final = 3
 # So often a long start, or end, says that it goes on.
 _STARTING_S: Final = 20.0
+
+
+@contextlib.asynccontextmanager
+async def told_to_stop(tell: Callable[[], None]) -> AsyncIterator[None]:
+    """Within the block SIGTERM and SIGINT call `tell`, on the loop; from its end on they do nothing.
+
+    The loop's own handlers are gone when it closes, and a signal in the interpreter's last moments, a second Ctrl-C, would
+    make a death of an orderly end. To block them wouldn't help: libuv's threads take them, too.
+    """
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(tell))
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Notifier:

@@ -133,6 +133,18 @@ async def test_stopped_while_idle(process, number):
     assert not (process.folder / "s.sock").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_told_to_stop_until_it_is_gone(process, number):
+    """Also in the interpreter's last moments, when its loop has given the signals back, the exit code is that of an orderly end."""
+    await process.up()
+    while process.process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.process.send_signal(number)
+        await asyncio.sleep(0.0005)
+
+    assert process.process.returncode == 0, process.said()
+
+
 async def test_stopped_while_busy(process, emulator):
     """A stop in the middle of the traffic: every event that was acked is delivered, now or by the next start."""
     emulator.script([{"delay_s": 0.2}])
