@@ -20,15 +20,20 @@ PROJECT = Path(__file__).resolve().parents[1]
 def bench(*arguments, cwd, **options):
     """Starts a benchmark in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    # Whoever runs the tests may ignore it, as `nohup` does, and children would, too.
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "bench", *arguments],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
 
 
 def finished(*arguments, cwd):
