@@ -30,6 +30,10 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CONTINUE = re.compile(rb"\r\nexpect: *100-continue", re.IGNORECASE)
 _GzipError: type[Exception] = isal_zlib.IsalError  # type: ignore[assignment]  # its stub has an instance for the class
 _FORM = b"data="
+_REFUSED = (
+    b'{"code":400,"error":"some data points in the request failed validation","num_records_imported":0,'
+    b'"failed_records":[{"index":0,"insert_id":"","field":"event","message":"an event must have a name"}]}'
+)
 _GZIP = 31  # zlib's number for "with a gzip header and trailer"
 
 
@@ -72,6 +76,9 @@ class Sink:
         except (_GzipError, ValueError):
             report.bad += 1
             return _answer(b"400 Bad Request", b'{"code":400,"error":"unreadable","status":"Bad Request"}')
+        if events == 1 and b'"event":""' in raw:
+            # A daemon that was halted asks so whether its credential is good again: Mixpanel refuses the record.
+            return _answer(b"400 Bad Request", _REFUSED)
         report.events += events
         report.bytes += len(body)
         if self._check:

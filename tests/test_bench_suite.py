@@ -13,7 +13,10 @@ from bench.openloop import percentile
 from bench.processes import Daemon, OpenLoader, Sink, get
 from bench.sink import Arrival
 from bridged.currents.table import EVENT_TYPES
+from bridged.delivery.transport import Transport
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
+from bridged.mixpanel.requests import Credentials, Target
+from bridged.mixpanel.verdicts import Reject
 
 RUNS = {
     "path": ("--events", "500", "--runs", "1", "--cells", "stream"),
@@ -103,6 +106,17 @@ def test_an_outage_ends_in_the_archive_and_comes_back(tmp_path, monkeypatch):
 
     assert run.problems == []
     assert (run.archived, run.distinct, run.delivered) == (5_000, 5_000, 5_000)
+
+
+async def test_the_sink_refuses_what_mixpanel_does(tmp_path):
+    """The record by which a daemon that was halted asks for its credential is no event, however often it asks."""
+    with Sink(tmp_path) as sink:
+        sink.ready()
+        target = Target(url=f"http://127.0.0.1:{sink.port}", credentials=Credentials(token="example-token"))
+        async with Transport(target, 10) as transport:
+            verdict = await transport.ask()
+        assert isinstance(verdict, Reject)
+        assert (sink.report().requests, sink.report().events) == (1, 0)
 
 
 def test_pace_prints_its_goals(ran):
