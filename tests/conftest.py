@@ -127,7 +127,7 @@ def ndjson(events: list[Any]) -> bytes:
     return b"".join(msgspec.json.encode(event) + b"\n" for event in events)
 
 
-async def until(condition: Callable[[], Any], what: str = "the condition", seconds: float = 10) -> None:
+async def until(condition: Callable[[], Any], what: str = "the condition", seconds: float = 30) -> None:
     """Waits for a condition; fails with its name."""
     deadline = time.monotonic() + seconds * SLOW
     while not condition():

