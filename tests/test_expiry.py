@@ -152,7 +152,7 @@ async def test_expiry_is_exact_to_the_second(tmp_path, emulator, clock, on_expir
 
 async def test_what_came_back_from_a_refusal_expires_in_the_order_of_its_age(tmp_path, emulator, clock):
     """Many requests are refused at once, the newest first: still the oldest is the first that goes."""
-    emulator.script([{"status": 401, "delay_s": delay_s, "times": 1} for delay_s in (0.4, 0.3, 0.2, 0.1)])
+    emulator.script([{"status": 401, "delay_s": delay_s, "times": 1} for delay_s in (1.6, 1.5, 1.4, 1.3)])
     began = clock.now
     async with Road(tmp_path, emulator.url, clock, max_age_s=100.0, on_expiry="archive") as path:
         for n in range(4):

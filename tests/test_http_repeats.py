@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import gzip
+import socket
+import time
 
 import msgspec
 import pytest
@@ -15,6 +17,7 @@ from bridged.backlog.spool import Spool, SpoolOptions
 from bridged.currents.table import EVENT_TYPES
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
+from bridged.sources import http
 from bridged.sources.http import HttpOptions, HttpSource
 from bridged.sources.http_connections import HttpLimits
 
@@ -286,6 +289,24 @@ async def test_a_body_on_its_way_at_the_stop(tmp_path, monkeypatch, known):
         assert b"connection: close" in head
         await closing
         assert await door.events() == ids(*([0] if known else []), 1)
+
+
+async def test_a_machine_that_stands_still_at_the_stop(tmp_path):
+    """For longer than an idle connection is kept: its client stood still, too, and is answered when both go on."""
+    async with opened(tmp_path) as door:
+        with socket.create_connection(("127.0.0.1", door.source.port), timeout=30) as client:
+            client.sendall(request(body(0)))
+            assert (await asyncio.to_thread(client.recv, 65536)).startswith(b"HTTP/1.1 200 ")
+            closing = asyncio.create_task(door.source.__aexit__())
+            await asyncio.sleep(0)
+            time.sleep(2 * http._LINGER_S)  # noqa: ASYNC251  # nothing may turn meanwhile
+            await asyncio.sleep(0.02)
+            client.sendall(request(body(1)))
+            answer = await asyncio.to_thread(client.recv, 65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"connection: close" in answer.lower()
+        await closing
+        assert await door.events() == ids(0, 1)
 
 
 async def test_half_closed_after_a_repeat(door):

@@ -213,13 +213,13 @@ class HttpSource:
         self.stopping = True
         for server in self._servers:
             server.close()
-        loop = asyncio.get_running_loop()
-        linger_until, finish_until = loop.time() + _LINGER_S, loop.time() + _FINISH_S
-        while self.connections.connections:
-            # What is held has no answer yet, and needn't have met the parser: the body of a repeat on its way.
-            busy = self._busy or self.connections.held
-            if loop.time() >= (finish_until if busy else linger_until):
-                break
+        finish_until, looks = time.monotonic() + _FINISH_S, 0
+        # What is held has no answer yet, and needn't have met the parser: the body of a repeat on its way. Idle ones are
+        # kept for so many looks, and not by the clock: when a machine stands still, so do those who are about to send.
+        while self.connections.connections and (
+            time.monotonic() < finish_until if self._busy or self.connections.held else looks < _LINGER_S / 0.005
+        ):
+            looks += 1
             await asyncio.sleep(0.005)
         await self.connections.close(_LINGER_S)
 
