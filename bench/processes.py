@@ -26,8 +26,8 @@ from bench.sink import Report as SinkReport
 
 PROJECT = Path(__file__).resolve().parents[1]
 _TICKS = os.sysconf("SC_CLK_TCK")
-_START_S = 30.0
-_END_S = 20.0
+_START_S = 60.0
+_END_S = 30.0
 
 
 class BenchError(Exception):

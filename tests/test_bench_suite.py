@@ -185,7 +185,7 @@ def test_all_ends_what_it_started_at_sigterm(tmp_path):
     options = ("all", "--only", "path", "--results", "results", "--page", "page")
     with bench(*options, cwd=tmp_path, start_new_session=True) as process:
         below = []
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(below) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
             below = children(process.pid)

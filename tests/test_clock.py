@@ -138,7 +138,7 @@ class Process:
 
     async def ready(self, client):
         """Returns when it takes events."""
-        deadline = time.monotonic() + 20 * SLOW
+        deadline = time.monotonic() + 60 * SLOW
         while True:
             assert self.process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
