@@ -122,6 +122,7 @@ async def test_every_command_has_help(bridged, command):
         ["dead-letters", "show", "-1"],
         ["dead-letters", "purge", "9" * 20],
         ["dead-letters", "list", "--since", "soon"],
+        ["dead-letters", "list", "--since", "2026"],
         ["demo", "--events", "5"],
     ],
 )
@@ -479,6 +480,16 @@ async def test_a_purge_is_about_what_was_there_when_it_was_asked(bridged, daemon
 
     assert (code, out, ", 2 now, " in asked[0]) == (0, "2 purged\n", True)
     assert app.spool.dead_letters == 1
+
+
+@pytest.mark.parametrize("day", ["20990131", "2099-01-31", "4073414400"])
+async def test_a_day_without_dashes_is_that_day(bridged, daemon, client, day):
+    """Taken for seconds since 1970 it lay in August of that year: a purge of what came since deleted all there was."""
+    app = await daemon()
+    await send(client, app, fax("a"))
+
+    assert (await bridged(app, "dead-letters", "purge", "--since", day, "--yes"))[:2] == (0, "0 purged\n")
+    assert (await bridged(app, "dead-letters", "purge", "--until", day, "--yes"))[:2] == (0, "1 purged\n")
 
 
 async def test_an_export_replaces_a_file_only_when_told_to(bridged, daemon, client, tmp_path):

@@ -28,6 +28,7 @@ examples:
   bridged dead-letters purge --until 2026-01-31 --yes
 """
 _GROUPS_SHOWN = 20
+_SECONDS_DIGITS = 10  # of the seconds since 1970, since 2001
 
 
 class FileError(BridgedError):
@@ -231,7 +232,9 @@ def _from_one(text: str) -> int:
 
 def _time(text: str) -> float:
     try:
-        return float(text) if text.isdecimal() else datetime.fromisoformat(text).timestamp()
+        # Fewer digits are a day, 20260131, or a slip: as seconds they would lie so long ago that all there is came since.
+        is_seconds = text.isdecimal() and len(text) >= _SECONDS_DIGITS
+        return float(text) if is_seconds else datetime.fromisoformat(text).timestamp()
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected a time such as 2026-01-31 or 2026-01-31T14:00, got {text!r}"
