@@ -23,7 +23,7 @@ _AT_ONCE: Final = (
     *[("cohorts", name) for name in ("password_file", "max_data_points_per_day", "max_concurrency")],
     *[("braze", name) for name in ("rest_key", "rest_key_file", "data_import_key", "data_import_key_file")],
     *[("braze", name) for name in ("timeout", "probe_interval")],
-    ("sources", "http", "bearer_token"),
+    *[("sources", "http", name) for name in ("bearer_token", "bearer_token_file")],
     *[
         ("delivery", name)
         for name in (

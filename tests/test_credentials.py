@@ -17,7 +17,7 @@ from bridged.config import keys, load, replaced, secret_files, value_at
 from bridged.delivery import delivery
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.errors import ConfigError
-from bridged.settings import Config
+from bridged.settings import SECRETS, Config
 
 RESUME_S = 5.0
 
@@ -312,6 +312,15 @@ def test_every_key_is_taken_over_or_wants_a_restart(key):
 
     assert sorted(changed + restart) == [".".join(key.path)]
     assert in_force == (new if changed else Config())
+
+
+@pytest.mark.parametrize("secret", sorted(SECRETS), ids=".".join)
+def test_the_file_of_a_secret_needs_a_restart_only_if_the_secret_does(secret):
+    """What it holds is in force at once: nobody restarts a daemon for nothing."""
+    file = (*secret[:-1], f"{secret[-1]}_file")
+    of_secret, of_file = (reloading.take_over(Config(), replaced(Config(), path, "x"))[2] for path in (secret, file))
+
+    assert bool(of_secret) == bool(of_file)
 
 
 async def test_a_reload_names_what_needs_a_restart(daemon, client):
