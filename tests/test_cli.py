@@ -549,6 +549,48 @@ async def test_an_export_leaves_nothing_but_its_file(end, tmp_path):
     assert left == {"letters.part": b"mine"} | ({"letters": letters} if end == "whole" else {})
 
 
+@pytest.mark.parametrize(
+    "command", ["status", "dead-letters list", "dead-letters export -", "dead-letters purge --all --yes"]
+)
+@pytest.mark.parametrize("says", ["404 Not Found", "503 Service Unavailable"])
+async def test_another_program_at_the_daemons_port_is_told_as_one(command, says):
+    """Its bare "HTTP 404" told nobody who had said that, nor where."""
+
+    async def stranger(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {says}\r\nContent-Length: 4\r\nConnection: close\r\n\r\nlost".encode())
+        writer.close()
+
+    async with await asyncio.start_server(stranger, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        done = await asyncio.to_thread(process, *command.split(), BRIDGED__ADMIN__LISTEN=address)
+
+    assert done.returncode == 69
+    assert done.stderr.splitlines() == [
+        f"bridged: what answers at {address} is not bridged [admin] listen: HTTP {says[:3]}",
+        "  hint: is another program, or another version of bridged, running there?",
+    ]
+
+
+async def test_an_export_whose_daemon_goes_away_is_told_as_one(tmp_path):
+    """The daemon had answered: that none answers sent people to look for a wrong address."""
+
+    async def door(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"id":1}\n\r\n')
+        writer.close()
+
+    async with await asyncio.start_server(door, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        command = ("dead-letters", "export", str(tmp_path / "letters"))
+        done = await asyncio.to_thread(process, *command, BRIDGED__ADMIN__LISTEN=address)
+
+    assert done.returncode == 69
+    assert f"the answer of the daemon at {address} broke off" in done.stderr
+    assert "no daemon answers" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_an_export_into_a_pipe_leaves_it_one(bridged, daemon, client, tmp_path):
     """Whatever isn't a regular file is written into, never replaced by one."""
     app = await daemon()

@@ -97,12 +97,19 @@ class Daemon:
             response = self._send(connection, "GET", f"{path}?{urlencode(given)}" if given else path, None)
             if response.status != 200:
                 raise self._refused(Answer(response.status, response.read()))
-            while piece := response.read(1 << 16):
+            while piece := self._piece(response):
                 yield piece
         except (OSError, http.client.HTTPException) as error:
             raise self._silent(error) from error
         finally:
             connection.close()
+
+    def _piece(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.read(1 << 16)
+        except (OSError, http.client.HTTPException) as error:
+            said = f"the answer of the daemon at {self._host}:{self._port} broke off: {error!r}"
+            raise UpstreamError(said, "was it stopped? run the same command again when it is back") from error
 
     def _connection(self, timeout_s: float | None) -> http.client.HTTPConnection:
         if not self._tls_cert:
@@ -129,8 +136,7 @@ class Daemon:
         try:
             return msgspec.json.decode(answer.body, type=type_)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            where = f"what answers at {self._host}:{self._port} is not bridged {self._name}: {error}"
-            raise UpstreamError(where, "is another program, or another version of bridged, running there?") from error
+            raise self._stranger(error) from error
 
     def _refused(self, answer: Answer) -> BridgedError:
         """The API's refusal as an error of ours."""
@@ -138,7 +144,9 @@ class Daemon:
             said = msgspec.json.decode(answer.body, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError):
             said = {}
-        message = str(said.get("error") or f"HTTP {answer.status}")
+        message = str(said.get("error", ""))
+        if not message:
+            return self._stranger(f"HTTP {answer.status}")
         if answer.status == 401:
             return UpstreamError(
                 f"the daemon refuses us: {message}",
@@ -147,6 +155,10 @@ class Daemon:
         if answer.status >= 500:
             return UpstreamError(f"the daemon says: {message}", str(said.get("hint", "")))
         return BridgedError(message, str(said.get("hint", "")))
+
+    def _stranger(self, said: object) -> UpstreamError:
+        where = f"what answers at {self._host}:{self._port} is not bridged {self._name}: {said}"
+        return UpstreamError(where, "is another program, or another version of bridged, running there?")
 
     def _silent(self, error: Exception) -> UpstreamError:
         if isinstance(error, ssl.SSLCertVerificationError):
