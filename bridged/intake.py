@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from bridged.backlog.archive import ArchivedEvent
+from bridged.backlog.dead_letters import Skipping
 from bridged.backlog.segment import Batch
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Spool
 from bridged.currents.schema import UNDECODABLE_CODE, UNDECODABLE_TYPE, Decoded, Refusal, Schema, bare
@@ -122,7 +123,7 @@ class Intake:
         refusal = Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, reason, head)
         return self._spool.append(self._intaken(Decoded([], list, [refusal], [])))
 
-    def replay(self, row: DeadLetterRow) -> "asyncio.Future[None] | str":
+    def replay(self, row: DeadLetterRow) -> "asyncio.Future[None] | Skipping | str":
         """Tries a dead letter again. A string is the reason why it would become one again; nothing was changed then."""
         if row.stage == "mixpanel":
             if len(row.event) >= MAX_EVENT_BYTES:
@@ -133,7 +134,8 @@ class Intake:
         if mapped.dead_letters or not (mapped.batches or mapped.skipped):
             return mapped.dead_letters[0].reason if mapped.dead_letters else "it holds no event"
         mapped.replayed = [row]
-        return self._spool.append(mapped)
+        written = self._spool.append(mapped)
+        return written if mapped.batches else Skipping(written)
 
     def both_forms(self, row: DeadLetterRow) -> dict[str, object]:
         """A dead letter as Braze sent it (`original`) and as Mixpanel got or would get it (`mapped`); None: not known.

@@ -462,6 +462,23 @@ async def test_dead_letters_from_list_to_purge(bridged, daemon, client, tmp_path
     assert (await bridged(app, "dead-letters", "list"))[1] == "no dead letters\n"
 
 
+async def test_a_replay_tells_what_is_skipped_now(bridged, daemon, client):
+    """Those leave the dead letters and go nowhere: who was told that they were replayed looked for them in Mixpanel."""
+    app = await daemon()
+    await send(client, app, fax("a"), fax("b"), currents(id="c", time="soon"))
+    skipping = replaced(app.config, ("events", "unknown"), "skip")
+    app.reload(lambda: skipping)
+    code, out, _ = await bridged(app, "dead-letters", "replay", "--type", "users.messages.fax.Send")
+
+    assert (code, out) == (
+        0,
+        "0 replayed, 0 refused again, 2 skipped: [events] says today that they aren't forwarded\n",
+    )
+    assert app.spool.accounts.total("skipped") == 2
+    happened = [entry.detail for entry in app.activity.entries if entry.kind == "replay"]
+    assert happened == [{"replayed": 0, "refused_again": 0, "skipped": 2}]
+
+
 @pytest.mark.parametrize("which", [("--all",), ("--type", "users.messages.fax.Send")])
 async def test_a_purge_is_about_what_was_there_when_it_was_asked(bridged, daemon, client, monkeypatch, which):
     """The question says how many; what comes before the answer stays."""

@@ -349,7 +349,7 @@ async def test_replay_after_a_change_delivers_once(daemon, client, emulator):
     status, result = await call(client, app, "POST", "/replay", json={"all": True})
     await until(lambda: not app.backlog.events, "delivery")
 
-    assert (status, result) == (200, {"replayed": 2, "refused": 0, "reasons": {}})
+    assert (status, result) == (200, {"replayed": 2, "refused": 0, "skipped": 0, "reasons": {}})
     assert sorted(event["properties"]["$insert_id"] for event in emulator.events()) == ["a", "b", "c"]
     assert app.spool.accounts.total("delivered") == 3
     assert app.spool.dead_letters == app.spool.accounts.total("dead_lettered") == 0

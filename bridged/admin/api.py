@@ -225,8 +225,9 @@ class Api:
         demand_export(self._app.config)
         self._demand_quiet()
         outcome = await self._dead_letters.replay(wanted)
+        replayed, refused, skipped = outcome.replayed, outcome.refused, outcome.skipped
         text = "Dead letters were replayed"
-        self._app.activity.tell("replay", text, replayed=outcome.replayed, refused_again=outcome.refused)
+        self._app.activity.tell("replay", text, replayed=replayed, refused_again=refused, skipped=skipped)
         return json(outcome)
 
     async def _purge(self, request: web.Request) -> web.Response:

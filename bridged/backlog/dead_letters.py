@@ -32,7 +32,14 @@ _ROW_COLUMNS: Final = "id, first_at, last_at, attempts, stage, code, event_type,
 
 _LINE_BREAKS: Final = bytes.maketrans(b"\r\n", b"  ")
 
-Replay = Callable[[DeadLetterRow], "asyncio.Future[None] | str"]
+
+class Skipping(NamedTuple):
+    """A dead letter that the configuration skips by now: it leaves the table, and nothing of it waits."""
+
+    written: "asyncio.Future[None]"
+
+
+Replay = Callable[[DeadLetterRow], "asyncio.Future[None] | Skipping | str"]
 
 
 # Stage, event type, reason.
@@ -99,6 +106,7 @@ class Replayed(Struct):
 
     replayed: int = 0  # on their way: no dead letters any more
     refused: int = 0  # would be refused again, and stay
+    skipped: int = 0  # aren't forwarded any more: no dead letters, and not on their way either
     reasons: dict[str, int] = {}  # of the refused
 
 
@@ -232,8 +240,8 @@ class DeadLetters:
     async def replay(self, wanted: "Filter | Sequence[int]") -> Replayed:
         """Tries those that match again, from the beginning of the path, as fast as the spool takes them.
 
-        A replayed one leaves the table in the commit that makes it an event that waits. Raises SpoolError when the
-        spool can't take more: what was replayed until then is.
+        A replayed one leaves the table in the commit that makes it an event that waits, or is skipped. Raises SpoolError
+        when the spool can't take more: what was replayed until then is.
         """
         with self._alone():
             outcome, reasons = Replayed(), Counter[str]()
@@ -241,16 +249,19 @@ class DeadLetters:
                 if self._spool.near_cap:
                     raise SpoolFull("the spool is near its cap", "see why Mixpanel takes nothing, then try again")
                 refused: list[tuple[int, str]] = []
-                futures = []
+                waiting, skipping = [], []
                 for row in rows:
                     result = _unusable(row) or self._replay_one(row)
                     if isinstance(result, str):
                         refused.append((row.id, result))
+                    elif isinstance(result, Skipping):
+                        skipping.append(result.written)
                     else:
-                        futures.append(result)
+                        waiting.append(result)
                 # A future that failed must not leave the others unawaited.
-                results = await asyncio.gather(*futures, return_exceptions=True)
-                outcome.replayed += sum(result is None for result in results)
+                results = await asyncio.gather(*waiting, *skipping, return_exceptions=True)
+                outcome.replayed += results[: len(waiting)].count(None)
+                outcome.skipped += results[len(waiting) :].count(None)
                 await self._touch(refused)
                 outcome.refused += len(refused)
                 reasons.update(reason for _, reason in refused)

@@ -176,10 +176,11 @@ def _target(name: str, *, replace: bool) -> tuple[Path, bool]:
 
 def _replay(daemon: Daemon, arguments: argparse.Namespace) -> int:
     result = daemon.order("/api/dead-letters/replay", _order(arguments), Replayed)
-    print(f"{result.replayed:,} replayed, {result.refused:,} refused again")
+    skipped = f", {result.skipped:,} skipped: [events] says today that they aren't forwarded" if result.skipped else ""
+    print(f"{result.replayed:,} replayed, {result.refused:,} refused again{skipped}")
     if result.reasons:
         print(table([[count, reason[:120]] for reason, count in result.reasons.items()], right=[0]))
-    if arguments.ids and not result.replayed + result.refused:
+    if arguments.ids and not result.replayed + result.refused + result.skipped:
         raise BridgedError("no such dead letter", "see bridged dead-letters list: what was replayed or purged is gone")
     return 0 if not result.refused else 1
 

@@ -225,7 +225,9 @@ async function carryOut(verb, which, many) {
   } else {
     const answer = await order("POST", "/api/dead-letters/replay", which);
     const refused = Object.entries(answer.reasons ?? {}).map(([reason, times]) => `${reason} (${number(times)})`);
-    if (answer.refused) toast(`Replayed ${number(answer.replayed)}; ${number(answer.refused)} were refused again: ${refused.slice(0, 3).join("; ")}`, true);
+    const skipped = answer.skipped ? `; ${number(answer.skipped)} skipped, as today’s settings don’t forward them` : "";
+    if (answer.refused) toast(`Replayed ${number(answer.replayed)}${skipped}; ${number(answer.refused)} were refused again: ${refused.slice(0, 3).join("; ")}`, true);
+    else if (answer.skipped) toast(`Replayed ${count(answer.replayed, "dead letter")}${skipped}.`);
     else toast(`Replayed ${count(answer.replayed, "dead letter")}: on the way to Mixpanel.`);
   }
   return true;
