@@ -3,7 +3,10 @@
 import asyncio
 import errno
 import ipaddress
+import itertools
+import os
 import socket
+from collections.abc import Iterator
 from typing import Any, Final
 
 _NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -23,6 +26,39 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def collisions(*addresses: str) -> Iterator[str]:
+    """What no two listeners can have, in words: host:port, with or without tcp:, and unix:path. Port 0 is a free one each time.
+
+    Of names only localhost's addresses are known without asking.
+    """
+    wanted = [address.removeprefix("tcp:") for address in addresses if address]
+    for one, other in dict.fromkeys(pair for pair in itertools.combinations(wanted, 2) if _collide(*pair)):
+        yield f"{one} is the address" if one == other else f"{one} and {other} are one address"
+
+
+def _collide(one: str, other: str) -> bool:
+    if one.startswith("unix:") and other.startswith("unix:"):
+        return os.path.normpath(one[5:]) == os.path.normpath(other[5:])
+    try:
+        (host, port), (another, same_port) = split_address(one), split_address(other)
+    except ValueError:
+        return False
+    return port == same_port != 0 and any(_both(here, there) for here in _places(host) for there in _places(another))
+
+
+def _places(host: str) -> list[str]:
+    return ["127.0.0.1", "::1"] if host == "localhost" else [host]
+
+
+def _both(host: str, another: str) -> bool:
+    """Whether who connects to one of two addresses would be at the other, too."""
+    try:
+        here, there = ipaddress.ip_address(host), ipaddress.ip_address(another)
+    except ValueError:
+        return host == another
+    return here == there or (here.version == there.version and (here.is_unspecified or there.is_unspecified))
 
 
 async def of_this_machine(host: str) -> list[str]:

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bridged import event_rules
-from bridged.addresses import is_loopback, split_address
+from bridged.addresses import collisions, is_loopback, split_address
 from bridged.errors import ConfigError
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config, Seconds, Section, Size
@@ -377,7 +377,8 @@ def _problems(config: Config) -> Iterator[str]:
                 yield f"sources.stream.listen: {rest} is reachable from other machines: set allow_remote = true to permit it"
         elif kind != "unix" or not rest:
             yield f'sources.stream.listen: expected "tcp:host:port" or "unix:path", got {value!r}'
-    yield from _twice(http.listen, admin.listen, *stream.listen)
+    for found in collisions(http.listen, admin.listen, *stream.listen):
+        yield f"{found} of two listeners: see sources.http.listen, sources.stream.listen, admin.listen"
     if config.delivery.max_batch_bytes < 2**20 or config.delivery.max_batch_bytes > 10_485_760:
         yield "delivery.max_batch_bytes: between 1MiB (the largest single event) and 10MiB"
     for name, size in (("sources.http.max_body", http.max_body), ("sources.stream.max_line", stream.max_line)):
@@ -471,13 +472,6 @@ def _address_problems(name: str, value: str) -> Iterator[str]:
         split_address(value)
     except ValueError as error:
         yield f"{name}: {error}"
-
-
-def _twice(*addresses: str) -> Iterator[str]:
-    """What two listeners would both want. Port 0 is a free one each time."""
-    wanted = [address.removeprefix("tcp:") for address in addresses if address and not address.endswith(":0")]
-    for address in sorted({address for address in wanted if wanted.count(address) > 1}):
-        yield f"{address} is the address of two listeners: see sources.http.listen, sources.stream.listen, admin.listen"
 
 
 def _is_remote(address: str) -> bool:

@@ -153,6 +153,16 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
         ("mixpanel.token = 't'\ndelivery.timeout = 0", ["delivery.timeout", "more than 0s"]),
         ("mixpanel.token = 't'\ndelivery.probe_interval = '0ms'", ["delivery.probe_interval", "more than 0s"]),
         ("mixpanel.token = 't'\nsources.http.listen = '127.0.0.1:8482'", ["127.0.0.1:8482", "two listeners"]),
+        ("mixpanel.token = 't'\nsources.http.listen = 'localhost:8481'", ["localhost:8481 and 127.0.0.1:8481", "two"]),
+        ("mixpanel.token = 't'\nsources.http.listen = 'localhost:8482'", ["localhost:8482 and 127.0.0.1:8482", "two"]),
+        (
+            "mixpanel.token = 't'\nsources.http = {listen = '0.0.0.0:8481', bearer_token = 'x'}",
+            ["0.0.0.0:8481 and 127.0.0.1:8481", "two listeners"],
+        ),
+        (
+            "mixpanel.token = 't'\nsources.stream.listen = ['unix:a.sock', 'unix:./a.sock']",
+            ["unix:a.sock and unix:./a.sock", "two listeners"],
+        ),
         ("mixpanel.token = 't'\nsources.http.listen = 'http://127.0.0.1:8480'", ["sources.http.listen", "host:port"]),
     ],
 )
@@ -229,6 +239,23 @@ def test_a_wrong_variable_is_named(name: str, value: str, parts: list[str]) -> N
     """A variable that is ignored because of a slip would be worse than one that stops the start."""
     message = complaint(None, **{name: value})
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        ["tcp:127.0.0.1:0", "tcp:127.0.0.1:0"],
+        ["tcp:127.0.0.1:8482", "tcp:[::1]:8482"],
+        ["tcp:127.0.0.1:8482", "tcp:127.0.0.2:8482"],
+        ["tcp:127.0.0.1:8482", "tcp:[::]:8482"],
+        ["tcp:127.0.0.1:8482", "tcp:one.example:8482"],
+        ["unix:a.sock", "unix:b/a.sock", "unix:8480", "unix:8481"],
+    ],
+)
+def test_listeners_that_are_no_neighbours_are_let_be(tmp_path: Path, listen: list[str]) -> None:
+    """What only looks alike is nobody's mistake; what a name stands for isn't looked up."""
+    path = written(tmp_path, f"sources.stream = {{listen = {listen}, allow_remote = true}}")
+    assert load(path, {}).sources.stream.listen == tuple(listen)
 
 
 @pytest.mark.parametrize("name", ["BRIDGED_MIXPANEL__TOKEN", "BRIDGED_MIXPANEL_TOKEN", "BRIDGED___MIXPANEL_TOKEN"])
