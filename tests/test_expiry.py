@@ -436,6 +436,29 @@ async def test_damaged_files_do_not_stop_the_others(expired, bridged, emulator, 
     assert (code, f"can't read {folder / '1'}.ndjson.gz" in err) == (74, True)
 
 
+async def test_what_is_left_of_a_file_that_was_cut_off_can_be_sent(daemon, bridged, tmp_path):  # noqa: F811  # the fixture
+    """By what the hint says to type: it told only what archive files are, and the events before the cut stayed there.
+
+    Of one that is damaged in its midst nothing is said: what gzip makes of that may look like events and be none.
+    """
+    app = await daemon()
+    packed = gzip.compress(b"".join(ARCHIVED.replace(b'"a"', b'"%d"' % n) for n in range(30_000)), mtime=0)
+    half = len(packed) // 2
+    file, left = tmp_path / "an archive.ndjson.gz", tmp_path / "left.ndjson"
+    file.write_bytes(packed[:half] + bytes([packed[half] ^ 255]) + packed[half + 1 :])
+    assert "gzip -dc" not in (await bridged(app, "replay", file))[2]
+    file.write_bytes(packed[:half])
+    _, _, err = await bridged(app, "replay", file)
+    command = err.partition("what is left of it: ")[2].partition(";")[0]
+    typed = await asyncio.create_subprocess_shell(command, cwd=tmp_path, stderr=asyncio.subprocess.DEVNULL)
+    await typed.wait()
+    lines = left.read_bytes().splitlines(keepends=True)
+    left.write_bytes(b"".join(lines[:-1]))
+
+    assert (await bridged(app, "replay", left))[0] == 0
+    assert app.spool.accounts.total("accepted") == len(lines) - 1 > 10_000
+
+
 def test_slices_fit_a_request():
     """Events near a megabyte don't make a request that the daemon refuses; none is left out."""
     lines = [b"%d" % n + b" " * 900_000 for n in range(20)]

@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import itertools
+import shlex
 import stat
 import sys
 import zlib
@@ -117,9 +118,16 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _unreadable(path: Path, error: Exception) -> SpoolError:
-    # The service's folder is its own to enter, and root's.
-    denied = isinstance(error, PermissionError)
-    hint = "run this as root, or as who may read it" if denied else "archive files are gzip NDJSON, or NDJSON"
+    hint = "archive files are gzip NDJSON, or NDJSON"
+    if isinstance(error, PermissionError):
+        # The service's folder is its own to enter, and root's.
+        hint = "run this as root, or as who may read it"
+    elif isinstance(error, EOFError):
+        # Only then: what is unpacked of one that is damaged in its midst may look like events, and be none.
+        unpack = f"gzip -dc {shlex.quote(str(path))} > left.ndjson"
+        hint = (
+            f"it is cut off; what is left of it: {unpack}; delete the last line, which is cut off, too, and replay that"
+        )
     return SpoolError(f"can't read {path}: {error}", hint)
 
 
