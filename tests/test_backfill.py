@@ -578,6 +578,32 @@ def test_a_door_that_takes_nothing(answer, words):
         server.shutdown(socket.SHUT_RDWR)
 
 
+def test_a_door_that_says_nothing_is_told(tmp_path):
+    """A full daemon reads no more and says nothing: the same line again and again looked like a command that hangs."""
+    file = tmp_path / "events.ndjson"
+    file.write_bytes(ndjson([currents()]))
+    impatient = (
+        "import sys\nfrom bridged import cli\nfrom bridged.commands import backfill\n"
+        "backfill._SPEAK_S = backfill._SILENT_S = 0.01\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        process = subprocess.Popen(
+            [sys.executable, "-c", impatient, "backfill", file, "--to", f"tcp:127.0.0.1:{deaf.getsockname()[1]}"],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            said = next(line for line in process.stderr if "no ack for" in line)
+            process.send_signal(signal.SIGINT)
+            process.stderr.read()
+
+    assert said.startswith("events.ndjson: 0 events acked, 1 on their way")
+    assert said.endswith(" s: `bridged status` may say why\n")
+    assert process.returncode == 130
+
+
 # -- Avro --------------------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,9 @@ _CHUNK: Final = 500  # lines
 _CHUNK_BYTES: Final = 2**20
 _CONNECT_S: Final = 10.0
 _LAST_ACKS_S: Final = 5.0
+_SPEAK_S: Final = 10.0
+_SPEAK_AT_A_TERMINAL_S: Final = 1.0
+_SILENT_S: Final = 10.0
 _YEAR_S: Final = 365 * 86_400
 _SHORT_RETENTION_S: Final = 2 * _YEAR_S
 _LONG_RETENTION_S: Final = 5 * _YEAR_S
@@ -223,6 +226,7 @@ class Backfill:
         self._due = 0.0  # monotonic: when the next chunk may go
         self._began = time.monotonic()
         self._spoke = self._began
+        self._heard = self._began  # the last ack, or when the first line without one was sent
 
     def run(self, files: list[Path]) -> int:
         """Sends the files; gives the exit code. Raises BridgedError, when what was sent before has its acks or never will: at
@@ -275,6 +279,8 @@ class Backfill:
                     if self._rate is not None:
                         client.pause_until(self._due)
                         self._due = max(self._due, time.monotonic() - 0.1) + len(chunk) / self._rate
+                    if not client.unacked:
+                        self._heard = time.monotonic()
                     client.send(chunk)
             except FileError as error:
                 damage = error
@@ -288,6 +294,7 @@ class Backfill:
 
     def _on_acked(self, lines: int) -> None:
         self._acked += lines
+        self._heard = time.monotonic()
         if self._progress is not None:
             self._progress.add(lines)
 
@@ -299,12 +306,14 @@ class Backfill:
     def _speak(self) -> None:
         """Every ten seconds a line, at a terminal the same one every second."""
         now, is_terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self._spoke < (1.0 if is_terminal else 10.0) or self._progress is None:
+        if now - self._spoke < (_SPEAK_AT_A_TERMINAL_S if is_terminal else _SPEAK_S) or self._progress is None:
             return
         self._spoke = now
         per_second = self._acked / (now - self._began)
         waiting = "" if self._acked == self._read else f", {self._read - self._acked:,} on their way"
         text = f"{self._progress.path.name}: {self._acked:,} events acked{waiting}, {per_second:,.0f}/s"
+        if waiting and now - self._heard >= _SILENT_S:
+            text += f"; no ack for {now - self._heard:.0f} s: `bridged status` may say why"
         print(f"\r{text}\x1b[K" if is_terminal else text, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
 
     def _summary(self) -> None:
