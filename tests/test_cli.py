@@ -423,6 +423,20 @@ async def test_test_events_of_some_types(bridged, daemon, emulator):
     assert len((await bridged(app, "send-test-events", "--list"))[1].splitlines()) == len(EVENT_TYPES) - 1
 
 
+@pytest.mark.parametrize(
+    ("content", "warned"), [(b"[mixpanel]", True), (b"", False), (b"SQLite format 3\0", False), (None, False)]
+)
+def test_check_warns_of_a_spool_that_is_another_file(tmp_path, content, warned):
+    """A slip in spool.path: the start takes whatever is there for a damaged spool, and gives it another name."""
+    file = tmp_path / "other.file"
+    if content is not None:
+        file.write_bytes(content)
+    done = process("check", BRIDGED__MIXPANEL__TOKEN="t", BRIDGED__SPOOL__PATH=str(file))
+    words = f"warning: spool.path: {file} is no spool: the start would rename it to {file}.corrupt-<time>"
+
+    assert (done.returncode, words in done.stdout) == (0, warned), done.stderr
+
+
 # -- dead letters -----------------------------------------------------------------------------------------------------
 
 

@@ -6,10 +6,12 @@ the credential is good, and nothing is stored.
 
 import argparse
 import asyncio
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from bridged import config, event_rules, options
 from bridged.commands import check_braze
@@ -31,6 +33,9 @@ examples:
   bridged check
   bridged check --config /etc/bridged/config.toml --online
 """
+
+
+_SQLITE: Final = b"SQLite format 3\0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"saved on the page, over the configuration ({saved.path}): {', '.join(saved.values)}")
     if saved.problem:
         print(f"warning: {saved.problem}")
-    for warning in (*_warnings(settings), *check_braze.warnings(settings)):
+    for warning in (*_other_files(settings), *_warnings(settings), *check_braze.warnings(settings)):
         print(f"warning: {warning}")
     if arguments.online and settings.mixpanel.export:
         print(f"online: {_online(settings)}")
@@ -153,6 +158,17 @@ def _masked(settings: Config) -> str:
         return f"{mixpanel.service_account}, project {mixpanel.project_id}"
     secret = mixpanel.api_secret or mixpanel.token
     return f"****{secret[-4:]}" if len(secret) >= 16 else "****"
+
+
+def _other_files(settings: Config) -> Iterator[str]:
+    """What stands at the spool's place and never was one, or was damaged in its first bytes."""
+    path, head = Path(settings.spool.path), b""
+    with contextlib.suppress(OSError):  # the daemon may be another user's
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(len(_SQLITE))
+    if head and head != _SQLITE:
+        yield f"spool.path: {path} is no spool: the start would rename it to {path}.corrupt-<time>, and begin an empty one"
 
 
 def _warnings(settings: Config) -> Iterator[str]:
