@@ -28,9 +28,11 @@ from hypothesis import strategies as st
 
 from bridged import cli
 from bridged.app import App
+from bridged.backlog.dead_letters import DeadLetters
 from bridged.commands import currents_files
 from bridged.commands.backfill import Progress
 from bridged.commands.stream_client import StreamClient
+from bridged.currents.schema import is_json
 from bridged.currents.table import EVENT_TYPES, PROPERTY_TYPES
 from bridged.errors import SpoolError, UpstreamError
 
@@ -191,13 +193,22 @@ def test_what_is_no_file_of_events(tmp_path, every_pathlib):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("bad", [b'{"a":\n NaN}', b'{"a":"cut \\ud83d"}', b'{"a":"a\ttab"}', b"[" * 2000 + b"]" * 2000])
+@pytest.mark.parametrize(
+    "bad",
+    [b'{"a":\n NaN}', b'{"a":"cut \\ud83d"}', b'{"a":"a\ttab"}', b'{"a":"two\r\nlines"}', b"[" * 2000 + b"]" * 2000],
+)
 def test_an_element_that_no_parser_takes_costs_only_itself(tmp_path, bad, indent):
-    """Of an array, too: nothing of the whole file was sent. It comes on one line, and is a dead letter as at the HTTP door."""
+    """Of an array, too: nothing of the whole file was sent. It comes on one line, is a dead letter as at the HTTP door, and no
+    other event than it was: a line break within a text isn't mended by the way.
+    """
     good = json.dumps([{"n": 1}], indent=indent).encode()[1:-1]
     path = tmp_path / "events.json"
     path.write_bytes(b"\xef\xbb\xbf [%s,\r\n%s , %s,]\n" % (good, bad, good))
-    assert list(currents_files.lines(path, MAX_LINE)) == [b'{"n":1}\n', bad.replace(b"\n", b" ") + b"\n", b'{"n":1}\n']
+    first, costly, last = currents_files.lines(path, MAX_LINE)
+    assert first == last == b'{"n":1}\n'
+    assert costly.split() == bad.split()
+    assert costly.count(b"\n") == 1
+    assert not is_json(costly)
     path.write_bytes(b"[%s,%s" % (good, bad))
     with pytest.raises(SpoolError, match="begins as a JSON array and isn't one"):
         list(currents_files.lines(path, MAX_LINE))
@@ -667,6 +678,33 @@ async def test_an_export_arrives_as_the_connector_would_have_sent_it(backfill, d
     assert [name for name, _ in from_avro] == [name for name, _ in over_http]
     for ours, theirs in zip(from_avro, over_http, strict=True):
         assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ('{"a":"cut \\ud83d"}', "half of a surrogate pair"),
+        ('{\r\n "a": 1e999\n}', "out of range"),
+        ('{"a":NaN}', "malformed"),
+        ('{"a":1}, "b":{}', "custom_properties"),
+        ("no JSON at all", "custom_properties"),
+    ],
+)
+async def test_customer_made_properties_that_no_parser_takes_say_what_is_wrong(
+    backfill, daemon, emulator, tmp_path, own, reason
+):
+    """They are a text in the export: the dead letter names the place in it, as at the door, and not that it is a text. One
+    that is no object at all stays what it is, and costs its own event only.
+    """
+    app = await daemon()
+    custom = "users.behaviors.CustomEvent"
+    good, bad = flat(currents(custom, 1)), flat(currents(custom, 2)) | {"properties": own}
+    avro(tmp_path / f"event_type={custom}" / "x.avro", custom, [bad, good], "whatever")
+    code, out, err = await backfill(app, "--state", tmp_path / "state", tmp_path)
+    assert (code, "2 acked, 0 not" in out) == (0, True), err
+    assert await arrived(app, emulator, 2) == [good["id"]]
+    [group] = await DeadLetters(app.spool, app.intake.replay).groups()
+    assert reason in group.reason
 
 
 def test_an_avro_file_that_is_damaged_or_nameless(tmp_path):

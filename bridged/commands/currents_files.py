@@ -36,7 +36,8 @@ WITHOUT_FORM: Final = frozenset(
 _GZIP, _ZSTD, _AVRO = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"Obj\x01"
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
-_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+# Tabs: between members as good as a blank, and within a text no JSON either, so that nothing is mended by the way.
+_LINE_BREAKS = bytes.maketrans(b"\r\n", b"\t\t")
 _LOOK_BYTES = 1024
 _BODY = re.compile(rb'\{\s*"events"\s*:\s*\[')
 _NOT_FILES = (Path("/dev"), Path("/proc"))
@@ -267,7 +268,12 @@ def _decoded(properties: Any) -> Any:
     try:
         return msgspec.json.decode(properties)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
-        return properties
+        pass
+    # An object but for NaN, half a character or the like goes as it is written, or the letter would say that it is a text.
+    with contextlib.suppress(ValueError, RecursionError, TypeError):
+        if isinstance(json.loads(properties), dict):
+            return msgspec.Raw(properties.encode().translate(_LINE_BREAKS))
+    return properties
 
 
 def _event_type(path: Path, schema: Any) -> str:
