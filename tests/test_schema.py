@@ -235,6 +235,15 @@ def test_forms_of_a_body(form: bytes) -> None:
     assert [bytes(each) for each in decoded.originals()] == [event]
 
 
+@pytest.mark.parametrize("events", [[], None, {}, 5])
+def test_a_lone_event_is_no_probe(events: Any) -> None:
+    """Not even one with a member of its own that is called events: answered 200, it would be lost."""
+    event = msgspec.json.encode(currents() | {"events": events})
+    decoded = decoded_body(event)
+    assert [each.code for each in decoded.events] == [CODES["users.messages.email.Open"]]
+    assert [bytes(each) for each in decoded.originals()] == [event]
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -378,6 +378,16 @@ async def test_blank_lines_before_the_handshake(door, cut):
     assert await door.dead() == []
 
 
+@pytest.mark.parametrize("acks", [True, False])
+async def test_an_event_is_no_handshake(door, acks):
+    """Whatever else is in it: one that is the first line and has a member called acks was taken for a handshake, and lost."""
+    event = batch(1)[0]
+
+    assert await door.talk(ndjson([event | {"acks": acks}])) == b""
+    assert door.spool.accounts.total("accepted") == 1
+    assert await door.dead() == []
+
+
 @pytest.mark.parametrize("line", [b'{"acks":1}\n', b'{"acks":"true"}\n', ndjson(batch(1)) + ACKS])
 async def test_what_is_no_handshake_is_told_so(door, line):
     """Only the first line can be one, and only with true: else it is a dead letter that says what would be one."""

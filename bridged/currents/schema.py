@@ -90,6 +90,7 @@ class _EventType(Struct, gc=False):
 
 class _RawBody(Struct, gc=False):
     events: list[Raw] | None = None
+    event_type: Raw = Raw()
 
 
 class _LoneBody(Struct, gc=False):
@@ -194,6 +195,8 @@ class Schema:
             events = self._body.decode(data).events
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
+        if not events:  # a probe; or a lone event with a member of that name, which would be lost
+            return None
         return Decoded(events, lambda: self.elements(data) or [], [], [])
 
     def elements(self, data: bytes) -> Sequence[bytes] | None:
@@ -204,12 +207,15 @@ class Schema:
         try:
             if data[:1] == b"[":
                 return [bytes(raw) for raw in self._raw_array.decode(data)]
-            events = self._raw_body.decode(data).events
+            body = self._raw_body.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return scanned(data)
+        events = body.events
         if events is None:
             # `{}`, `{"events": null}`: a probe. Any other object is a lone event, or a dead letter.
             return [] if _PROBE.fullmatch(data) else [data]
+        if not events and bytes(body.event_type):
+            return [data]
         return [bytes(raw) for raw in events]
 
     def lone(self, data: bytes) -> bytes | None:

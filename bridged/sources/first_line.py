@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 _HTTP: Final = re.compile(rb"[A-Z]+ \S+ HTTP/\d\.\d\r?\n?")
 _MISDIRECTED: Final = (
@@ -20,6 +20,7 @@ NO_HTTP: Final = (
 
 class _Handshake(Struct):
     acks: bool
+    event_type: UnsetType = UNSET  # with one it is an event, whatever else is in it
 
 
 def handshake(lines: list[bytes]) -> bool | None:
