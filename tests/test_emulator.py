@@ -304,6 +304,19 @@ async def test_stored_events_show_what_mixpanel_does_to_them(client):
     assert client.mixpanel.summary().ignored == 1
 
 
+async def test_numbers_that_nothing_holds_are_shown_as_they_came(client):
+    """They are JSON, so they are taken; one of too many digits had nothing shown any more, one out of range became null."""
+    digits = "9" * 5000
+    for n, number in enumerate([digits, f"-{digits}", "1e999", "-1e999", "1.5", str(2**70)]):
+        body = ndjson([event(n, odd="N", nested=["N"])]).replace(b'"N"', number.encode())
+        assert (await client.post(body))[0] == 200
+    shown = [each["properties"] for each in client.mixpanel.events()]
+    assert [each["odd"] for each in shown] == [digits[:255], f"-{digits}"[:255], "1e999", "-1e999", 1.5, 2**70]
+    assert [each["nested"] for each in shown] == [[each["odd"]] for each in shown]
+    async with client.session.get(f"{client.mixpanel.url}/emulator/events") as answer:
+        assert len((await answer.read()).splitlines()) == len(shown)
+
+
 async def test_a_time_ahead_does_not_deduplicate():
     """A sender that does not clamp is found out: its retry, a second later, is another event."""
     async with emulator() as client:

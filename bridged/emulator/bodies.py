@@ -8,6 +8,7 @@ format's standard says.
 import base64
 import binascii
 import json
+import math
 from typing import Any, Final, NoReturn
 from urllib.parse import parse_qsl
 
@@ -95,16 +96,30 @@ def records(body: bytes, content_type: str) -> list[bytes]:
 def loose(record: bytes) -> Any:
     """Decode one record, forgiving bytes that are not UTF-8.
 
-    Lone surrogates stand for them, so that `check` refuses this record alone. Raises BadRequest when it is not JSON.
+    Lone surrogates stand for them, so that `check` refuses this record alone; a number that nothing of ours holds stays the
+    text that it is written as. Raises BadRequest when it is not JSON.
     """
     try:
         return _any.decode(record)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        return json.loads(record.decode("utf-8", "surrogateescape"), parse_constant=_refuse_constant)
+        text = record.decode("utf-8", "surrogateescape")
+        return json.loads(text, parse_constant=_refuse_constant, parse_int=_int, parse_float=_float)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"body is not JSON: {error}") from error
+
+
+def _int(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:  # more than 4,300 of them
+        return digits
+
+
+def _float(digits: str) -> float | str:
+    number = float(digits)
+    return number if math.isfinite(number) else digits
 
 
 def _refuse_constant(name: str) -> NoReturn:
