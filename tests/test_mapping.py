@@ -512,6 +512,21 @@ def test_all_properties_of_an_undocumented_type_are_forwarded() -> None:
     assert "none" not in properties
 
 
+def test_a_property_that_is_called_otherwise_takes_no_others_place() -> None:
+    """One whose new name the event has already gets another, in whichever order they came; neither is lost."""
+    own = {"time": 1, "braze_time": 2, "braze_braze_ip": 3, "braze_ip": 4, "ip": 5}
+    for properties in (own, dict(reversed(own.items()))):
+        mapped = properties_of(currents(OPEN, properties=properties))
+        kept = {name: value for name, value in mapped.items() if name.startswith("braze_")}
+        assert kept == {
+            "braze_braze_time": 1,
+            "braze_time": 2,
+            "braze_braze_ip": 3,
+            "braze_ip": 4,
+            "braze_braze_braze_ip": 5,
+        }
+
+
 @pytest.mark.parametrize("naming", ["seed", "current"])
 @pytest.mark.parametrize("event_type", [OPEN, "users.messages.survey.Response", UNHEARD_OF])
 def test_undocumented_types_are_spelled_as_all_that_came_later(event_type: str, naming: str) -> None:

@@ -351,7 +351,11 @@ def _open_name(name: str, beside: Mapping[str, Any]) -> str:
     spelled = CURRENT_PROPERTY_NAMES.get(name, name)
     if spelled != name and spelled not in beside:
         return spelled
-    return f"braze_{name}" if name in RESERVED_PROPERTIES else name
+    if name in RESERVED_PROPERTIES:
+        name = f"braze_{name}"
+        while name in beside:
+            name = f"braze_{name}"
+    return name
 
 
 def _properties_problem(properties: Mapping[str, Any]) -> str | None:
