@@ -14,13 +14,13 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import pytest
-from conftest import NAMES, currents
+from conftest import NAMES, currents, until
 from packaging.requirements import Requirement
 
 from bridged.backlog.segment import Batch, lines
 from bridged.backlog.spool import Intaken, Settlement, Spool, SpoolOptions
 from bridged.currents.table import EVENT_TYPES
-from bridged.errors import ListenError
+from bridged.errors import ListenError, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.sources.http import HttpOptions, HttpSource
@@ -487,6 +487,21 @@ async def test_503_when_the_commit_fails(door, client):
         status, headers, _ = await door.post(client, body(batch(1)))
         assert status == 503
         assert "Retry-After" in headers
+
+
+async def test_who_waits_for_room_is_told_that_the_writer_has_failed(door, client):
+    """At once: a daemon whose disk fails ended 5 s later than it could for a request that waited for room in vain."""
+    door.spool.room.clear()
+    waiting = asyncio.create_task(door.post(client, body(batch(1))))
+    await until(lambda: door.source._busy, "the request")
+    abort = "CREATE TRIGGER no BEFORE INSERT ON segments BEGIN SELECT RAISE(ABORT, 'disk I/O error'); END"
+    await door.spool.run(lambda db: db.execute(abort))
+    with pytest.raises(SpoolError):
+        await door.spool.append(Intaken([Batch(b"{}\n", b"\x03")]))
+    status, _, answer = await waiting
+
+    assert status == 503
+    assert b"the spool is closed" in answer
 
 
 # -- connections -------------------------------------------------------------------------------------------------------

@@ -316,11 +316,11 @@ class Spool:
         `sender` is the number of a connection. No batch may be larger than a segment. Raises SpoolFull at once when the spool
         is near its cap.
         """
+        if self._failure is not None or self._closing:
+            raise SpoolError("the spool is closed")
         if self.near_cap and not intaken.replayed:
             self.room.clear()
             raise self.refusal()
-        if self._failure is not None or self._closing:
-            raise SpoolError("the spool is closed")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._work.intaken.append(intaken)
         self._work.futures.append(future)
@@ -374,6 +374,7 @@ class Spool:
             self._failure = error
             # Nobody else will: neither for what it was committing, nor for what came meanwhile.
             _fail([*work.futures, *self._work.futures], SpoolError(f"the spool's writer has failed: {error}"))
+            self.room.set()  # there will be none: who waits for it is told
             raise
 
     async def _look_after_files(self) -> None:
