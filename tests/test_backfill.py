@@ -593,8 +593,10 @@ def test_a_door_that_says_nothing_is_told(tmp_path):
     """A full daemon reads no more and says nothing: the same line again and again looked like a command that hangs."""
     file = tmp_path / "events.ndjson"
     file.write_bytes(ndjson([currents()]))
+    # Whoever runs the tests in the background ignores SIGINT, as shells have it, and children would, too.
     impatient = (
-        "import sys\nfrom bridged import cli\nfrom bridged.commands import backfill\n"
+        "import signal, sys\nfrom bridged import cli\nfrom bridged.commands import backfill\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "backfill._SPEAK_S = backfill._SILENT_S = 0.01\nsys.exit(cli.main(sys.argv[1:]))"
     )
     with socket.create_server(("127.0.0.1", 0)) as deaf:
@@ -608,7 +610,7 @@ def test_a_door_that_says_nothing_is_told(tmp_path):
         with process:
             said = next(line for line in process.stderr if "no ack for" in line)
             process.send_signal(signal.SIGINT)
-            process.stderr.read()
+            process.communicate(timeout=60)
 
     assert said.startswith("events.ndjson: 0 events acked, 1 on their way")
     assert said.endswith(" s: `bridged status` may say why\n")
