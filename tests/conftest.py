@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -101,6 +102,16 @@ def every_pathlib(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.param == "3.14":
         for name, function in (("exists", os.path.exists), ("is_dir", os.path.isdir), ("is_file", os.path.isfile)):
             monkeypatch.setattr(Path, name, lambda path, function=function: function(path))
+
+
+@contextlib.contextmanager
+def heard(number: int) -> Iterator[None]:
+    """Whoever runs the tests may ignore a signal, as `nohup` does and a shell for the background: a child of this block hears it."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def free_port() -> int:

@@ -21,7 +21,7 @@ import fastavro
 import msgspec
 import pytest
 import trustme
-from conftest import SLOW, balanced, currents, ndjson, until
+from conftest import SLOW, balanced, currents, heard, ndjson, until
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -593,13 +593,11 @@ def test_a_door_that_says_nothing_is_told(tmp_path):
     """A full daemon reads no more and says nothing: the same line again and again looked like a command that hangs."""
     file = tmp_path / "events.ndjson"
     file.write_bytes(ndjson([currents()]))
-    # Whoever runs the tests in the background ignores SIGINT, as shells have it, and children would, too.
     impatient = (
-        "import signal, sys\nfrom bridged import cli\nfrom bridged.commands import backfill\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys\nfrom bridged import cli\nfrom bridged.commands import backfill\n"
         "backfill._SPEAK_S = backfill._SILENT_S = 0.01\nsys.exit(cli.main(sys.argv[1:]))"
     )
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
+    with socket.create_server(("127.0.0.1", 0)) as deaf, heard(signal.SIGINT):
         process = subprocess.Popen(
             [sys.executable, "-c", impatient, "backfill", file, "--to", f"tcp:127.0.0.1:{deaf.getsockname()[1]}"],
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},

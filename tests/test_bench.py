@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import heard
 
 from bench import data, floor, path
 from bench.__main__ import QUESTIONS
@@ -20,9 +21,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 def bench(*arguments, cwd, **options):
     """Starts a benchmark in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    # Whoever runs the tests may ignore it, as `nohup` does, and children would, too.
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
+    with heard(signal.SIGHUP):
         return subprocess.Popen(
             [sys.executable, "-m", "bench", *arguments],
             cwd=cwd,
@@ -32,8 +31,6 @@ def bench(*arguments, cwd, **options):
             text=True,
             **options,
         )
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
 
 
 def finished(*arguments, cwd):

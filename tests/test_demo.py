@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import msgspec
 import pytest
+from conftest import heard
 
 from bridged.admin.cohorts import CohortsStatus, WriterStatus
 from bridged.admin.status import Status
@@ -40,14 +41,10 @@ def start(tmp_path, *argv, python=()):
     env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     env |= {"BRIDGED__MIXPANEL__TOKEN": "a-real-one", "HTTP_PROXY": "http://127.0.0.1:1"}
     command = [sys.executable, *python, "-m", "bridged", "demo", *argv]
-    # Whoever runs the tests may ignore it, as `nohup` does, and children would, too.
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
+    with heard(signal.SIGHUP):
         return subprocess.Popen(
             command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
 
 
 def ours(tmp_path):
