@@ -238,12 +238,9 @@ class HttpSource:
         finally:
             self._busy -= 1
             connection.answered = True
-            came = request.content.total_bytes
-            connection.release(came)
-            usual = (
-                came > 0 and not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
-            )
-            connection.handled(came, plain=usual and response is self._ok)
+            connection.release(request.content.total_bytes)
+            usual = not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
+            connection.handled(plain=usual and response is self._ok)
         if isinstance(response, web.Response):
             response.headers["Server"] = "bridged"  # and not which Python and aiohttp
         if response is not self._ok and (response.status in _LAST or self._last(request, connection)):
@@ -449,7 +446,7 @@ class HttpSource:
 
     def accept_again(self, body: bytes, sender: int) -> "asyncio.Future[None] | None":
         """What `_accept` does with a plain body while there is room. None: it must do it, and find the right words."""
-        fits = 0 < len(body) <= self._options.max_body
+        fits = len(body) <= self._options.max_body
         if self._intake is None or self.stopping or not fits or not self._spool.room.is_set():
             return None
         try:
