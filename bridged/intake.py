@@ -74,7 +74,12 @@ class Intake:
             intaken = self._lone(data)
         if intaken is None:
             intaken = self._sliced(self._elements(data))
-        return self._append(intaken, sender)
+        if intaken.size or self._spool.pending_bytes or self._spool.near_cap:
+            return self._append(intaken, sender)
+        # A probe, while nobody waits for a commit: it makes none of its own. (One that is under way it waits for.)
+        answered = asyncio.get_running_loop().create_future()
+        answered.set_result(None)
+        return answered
 
     def _append(self, intaken: Intaken, sender: int) -> "asyncio.Future[None]":
         written = self._spool.append(intaken, sender)

@@ -19,7 +19,7 @@ from bridged.backlog.segment import lines as lines_of
 from bridged.backlog.spool import DeadLetterRow, Spool, SpoolOptions
 from bridged.currents.schema import UNDECODABLE_CODE, UNKNOWN_CODE
 from bridged.currents.table import EVENT_TYPES
-from bridged.errors import BadRequest, SpoolFull, TooLarge
+from bridged.errors import BadRequest, SpoolError, SpoolFull, TooLarge
 from bridged.intake import Intake
 from bridged.mixpanel.limits import MAX_EVENT_BYTES
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
@@ -99,11 +99,41 @@ async def test_every_event_ends_in_one_place(intake: Intake, spool: Spool, as_bo
     assert intake.reasons == {"no external_user_id": 1}
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b'{"events":[]}', b"[]"])
-async def test_a_probe_is_answered_after_a_commit(intake: Intake, spool: Spool, body: bytes) -> None:
-    """Nothing to store, but a spool that can't be written isn't one that should say yes."""
+PROBES = [b"", b"{}", b'{"events":[]}', b"[]"]
+
+
+@pytest.mark.parametrize("body", PROBES)
+async def test_a_probe_makes_no_commit(intake: Intake, spool: Spool, body: bytes) -> None:
+    """Nothing to store, and nobody who waits: thousands of them a second must not keep the writer busy."""
+    before = spool.commits
     await intake.accept_body(body)
+
+    assert spool.commits == before
     assert totals(spool) == {}
+
+
+@pytest.mark.parametrize("body", PROBES)
+async def test_a_probe_waits_for_a_commit_that_is_under_way(intake: Intake, spool: Spool, body: bytes) -> None:
+    """A spool that can't be written isn't one that should say yes."""
+    abort = "CREATE TRIGGER no BEFORE INSERT ON segments BEGIN SELECT RAISE(ABORT, 'disk I/O error'); END"
+    await spool.run(lambda db: db.execute(abort))
+    event = intake.accept_body(b'{"events":[%s]}' % msgspec.json.encode(currents(OPEN)))
+    probe = intake.accept_body(body)
+
+    assert not probe.done()
+    for each in (event, probe):
+        with pytest.raises(SpoolError):
+            await each
+    with pytest.raises(SpoolError):
+        await intake.accept_lines([msgspec.json.encode(currents(OPEN))])
+
+
+@pytest.mark.parametrize("body", PROBES)
+async def test_a_full_spool_refuses_a_probe(intake: Intake, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or Braze would be told that all is well, and its next events be refused."""
+    monkeypatch.setattr(Spool, "near_cap", property(lambda _: True))
+    with pytest.raises(SpoolFull):
+        intake.accept_body(body)
 
 
 async def test_a_body_that_is_not_json_changes_nothing(intake: Intake, spool: Spool) -> None:
