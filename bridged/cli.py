@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no letter is a reason to fail
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = _command_first(list(sys.argv[1:] if argv is None else argv))
     # argparse allows a command's options to be spelled only after it, so the first word names it.
     wanted = next((word for word in given if not word.startswith("-")), "")
     try:
@@ -100,6 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(redacted(traceback.format_exc()))
         return 1
     return code
+
+
+def _command_first(given: list[str]) -> list[str]:
+    """`bridged --config FILE status` is what many other programs want; argparse wants a command's options behind it."""
+    words = 2 if given[:1] == ["--config"] else 1 if given and given[0].startswith("--config=") else 0
+    return given[words : words + 1] + given[:words] + given[words + 1 :] if len(given) > words else given
 
 
 def _open_closed_streams() -> None:

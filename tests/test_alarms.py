@@ -203,7 +203,9 @@ def test_an_open_alarm_has_the_figures_of_now():
     texts = {each.alarm: each.text for each in clock.alarms.open}
     assert list(texts) == [alarm for alarm, _ in told] == ["halted", "expiring_50", "expiring_90", "expired"]
     assert "events are kept for 100 s (0 events waiting)" in texts["halted"]
-    assert "0 events waiting" in texts["expiring_90"]
+    assert texts["expiring_90"].startswith(
+        "Nothing is left that could expire while Mixpanel refuses us: 0 events waiting"
+    )
     assert "99 so far" in texts["expired"]
     clock.run(1, waiting=7, expired=99)
     assert {each.alarm: each.text for each in clock.alarms.open} == texts, "its cause is gone"
@@ -606,7 +608,8 @@ async def test_a_halt_is_told_everywhere(daemon, emulator, client, chat):
     await until(lambda: len(chat.got) == 2, "the end")
     raised, cleared = chat.got
     assert (raised["alarm"], raised["state"], raised["severity"]) == ("halted", "raised", "critical")
-    assert raised["text"].startswith("Alarm: bridged on ")
+    assert raised["text"].startswith(f"Alarm: bridged on {raised['host']}, {app.config.spool.path}: ")
+    assert raised["spool"] == app.config.spool.path
     assert "7 events waiting" in raised["text"]
     assert "401" in raised["text"]
     assert raised["waiting"] == 7

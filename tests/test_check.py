@@ -136,6 +136,8 @@ async def test_a_certificate_of_nobody(bridged, config, emulator):  # noqa: F811
         (Retry("network", "no answer within 15 s"), "says nothing"),
         (Retry("network", "no connection within 10 s"), "firewall"),
         (Retry("network", "ClientProxyConnectionError: ..."), "HTTPS_PROXY"),
+        (Retry("network", "ClientConnectorDNSError: Cannot connect to host proxy.lan:3128 ssl"), "HTTPS_PROXY"),
+        (Retry("network", "ClientConnectorDNSError: Cannot connect to host 127.0.0.1:443 ssl"), "find 127.0.0.1"),
         (Retry("network", "something new"), "try again"),
     ],
 )

@@ -179,6 +179,19 @@ def test_bad_configuration_is_78(tmp_path, command):
     )
 
 
+@pytest.mark.parametrize("command", [["check"], ["dead-letters", "list"]])
+@pytest.mark.parametrize("option", [["--config", "FILE"], ["--config=FILE"]])
+async def test_the_configuration_may_be_named_first(bridged, tmp_path, command, option):
+    """As other programs have it: to be told that "FILE" is no command helps nobody."""
+    file = tmp_path / "bad.toml"
+    file.write_text('[mixpanel]\ntokn = "x"\n')
+    given = [word.replace("FILE", str(file)) for word in option]
+    code, _, err = await bridged(None, *given, *command)
+
+    assert (code, "has no key 'tokn'" in err) == (78, True)
+    assert (await bridged(None, *given))[0] == 2
+
+
 @pytest.mark.parametrize(
     "argv", [["status"], ["dead-letters", "list"], ["dead-letters", "export", "-"], ["send-test-events"]]
 )

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import gzip
+import itertools
 import os
 import random
 from pathlib import Path
@@ -23,6 +24,7 @@ from bridged.delivery import delivery as module
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.delivery.transport import Transport
+from bridged.errors import SpoolFull
 from bridged.mixpanel.requests import Credentials, Target
 
 CODE = 3
@@ -373,6 +375,28 @@ async def test_only_a_file_of_its_own_is_put_aside(daemon, bridged, tmp_path):  
 
     found = {path.name: path.read_bytes() for path in tmp_path.glob("*.replayed*")}
     assert found == {"file.replayed": ARCHIVED, "file.2.replayed": ARCHIVED * 2}
+
+
+async def test_a_replay_that_is_stopped_says_how_far_it_came(daemon, bridged, tmp_path, monkeypatch):  # noqa: F811  # the fixture
+    """Whoever goes on with it knows what is there already; the file keeps its name."""
+    app = await daemon()
+    file = tmp_path / "file"
+    file.write_bytes(ARCHIVED * 5)
+    monkeypatch.setattr(replay, "_SLICE", 2)
+    take, calls = type(app.intake).accept_archived, itertools.count()
+
+    def full_at_last(*given):
+        if next(calls) == 2:
+            raise SpoolFull("the spool is full", "make room")
+        return take(*given)
+
+    monkeypatch.setattr(type(app.intake), "accept_archived", full_at_last)
+    code, _, err = await bridged(app, "replay", file)
+
+    assert code != 0
+    assert "the spool is full" in err
+    assert f"{file}: 4 of its 5 events were replayed; replaying it again is harmless" in err
+    assert file.exists()
 
 
 async def test_a_file_that_cannot_be_renamed_is_told(daemon, bridged, tmp_path, monkeypatch):  # noqa: F811  # the fixture

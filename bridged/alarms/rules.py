@@ -213,16 +213,14 @@ def _expiring(percent: int, severity: Severity) -> _Rule:
         expires, age_s = facts.halted and facts.expires, facts.oldest_age_s or 0.0
         return _said(expires and age_s >= percent / 100 * facts.max_age_s, not expires)
 
-    return _Rule(
-        name=f"expiring_{percent}",
-        severity=severity,
-        says=says,
-        text=lambda facts, _: (
-            f"{(facts.oldest_age_s or 0.0) / max(facts.max_age_s, 1.0):.0%} of retention.max_age ({_duration(facts.max_age_s)}) "
-            f"is over while Mixpanel refuses us: {_waiting(facts)}. Repair the credential, or events expire. {facts.halt_reason}"
-        ),
-        end="Nothing expires any more",
-    )
+    def text(facts: Facts, memory: _Memory) -> str:
+        share = (facts.oldest_age_s or 0.0) / max(facts.max_age_s, 1.0)
+        over = f"{share:.0%} of retention.max_age ({_duration(facts.max_age_s)}) is over"
+        said = f"{over if facts.waiting else 'Nothing is left that could expire'} while Mixpanel refuses us: {_waiting(facts)}"
+        return f"{said}. Repair the credential, or events expire. {facts.halt_reason}"
+
+    end = "Nothing expires any more"
+    return _Rule(name=f"expiring_{percent}", severity=severity, says=says, text=text, end=end)
 
 
 RULES: Final = (

@@ -37,6 +37,7 @@ class Watch:
         self._folder = Path(spool_path).resolve().parent
         self._measured = asyncio.Event()  # the disk's free bytes, once at least
         self._host = socket.gethostname()
+        self._spool = str(Path(spool_path).absolute())  # which of the daemons there
         self._failed = False
         self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
         self._kept = Path(f"{spool_path}.alarms")
@@ -123,9 +124,10 @@ class Watch:
         mark = "Resolved" if notice.state == "cleared" else "Alarm" if notice.severity == "critical" else "Warning"
         at = datetime.now(UTC).isoformat(timespec="seconds")
         return {
-            "text": f"{mark}: bridged on {self._host}: {notice.text}",
+            "text": f"{mark}: bridged on {self._host}, {self._spool}: {notice.text}",
             "source": "bridged",
             "host": self._host,
+            "spool": self._spool,
             "alarm": notice.alarm,
             "state": notice.state,
             "severity": notice.severity,

@@ -50,12 +50,14 @@ def main(arguments: argparse.Namespace) -> int:
         except SpoolError as error:
             bad.append(error)
             continue
-        refused = 0
+        taken = refused = 0
         try:
             for events in _slices(lines):
                 refused += daemon.order("/api/replay", {"events": events}, dict[str, int]).get("refused", 0)
+                taken += len(events)
         except BridgedError as error:
-            error.hint = error.hint or f"{path} was replayed in part; replaying it again is harmless"
+            part = f"{path}: {taken} of its {len(lines)} events were replayed; replaying it again is harmless"
+            error.hint = f"{error.hint}; {part}" if error.hint else part
             raise
         said = f", {refused} refused: see bridged dead-letters list" if refused else ""
         print(f"{path}: {len(lines) - refused} events back in the spool{said}")

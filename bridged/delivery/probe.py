@@ -116,6 +116,8 @@ def _unreachable(target: Target, verdict: Retry) -> tuple[Problem, str]:
             "upstream",
             "something answers, but it isn't well, or isn't Mixpanel: try again; is a proxy or portal in the way?",
         )
+    if "DNS" in verdict.reason and f" {host}:" not in verdict.reason:
+        return "network", "this machine can't find the proxy in HTTPS_PROXY or HTTP_PROXY: is its name right?"
     for sign, advice in _NETWORK:
         if sign in verdict.reason:
             return "network", advice.format(host=host)
