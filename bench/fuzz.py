@@ -135,6 +135,7 @@ class Ledger:
     """Takes the place of the spool: what a commit would hold, without the disk."""
 
     near_cap = False
+    pending_bytes = 1  # somebody waits for a commit: what holds no event comes here, too
     max_segment_bytes = 2_000_000
 
     def __init__(self) -> None:

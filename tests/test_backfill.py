@@ -186,6 +186,8 @@ def test_what_is_no_file_of_events(tmp_path, every_pathlib):
     packed.write_bytes(b"\x28\xb5\x2f\xfd....")
     with pytest.raises(SpoolError, match="zstd -d"):
         list(currents_files.lines(packed, MAX_LINE))
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".ndjson") as in_memory:  # where the test is about it
+        assert currents_files.found([Path(in_memory.name)]) == [Path(in_memory.name)]
     # As /dev/stdin can be, when it is a file without a name: beside it nothing may be written.
     (tmp_path / "link.ndjson").symlink_to("/proc/version")
     with pytest.raises(SpoolError, match="has no place of its own"):
@@ -195,7 +197,13 @@ def test_what_is_no_file_of_events(tmp_path, every_pathlib):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize(
     "bad",
-    [b'{"a":\n NaN}', b'{"a":"cut \\ud83d"}', b'{"a":"a\ttab"}', b'{"a":"two\r\nlines"}', b"[" * 2000 + b"]" * 2000],
+    [
+        b'{"a":\n NaN}',
+        b'{"a":"cut \\ud83d"}',
+        b'{"a":"a\ttab"}',
+        b'{"a":"two\r\nlines"}',
+        b"[" * 20_000 + b"]" * 20_000,
+    ],
 )
 def test_an_element_that_no_parser_takes_costs_only_itself(tmp_path, bad, indent):
     """Of an array, too: nothing of the whole file was sent. It comes on one line, is a dead letter as at the HTTP door, and no
