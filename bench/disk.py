@@ -27,6 +27,7 @@ from bench.ledger import Faults, Load, Subject, Tee, Totals, verdict
 from bench.processes import BenchError, ended_by_signals, folder, get
 
 _EXIT_IO: Final = 74
+_ROOMY_MIB = 1024  # for the lives that an error ends
 _PER_VERDICT = 20
 # So long a life may last until the call that fails has come, and end after it.
 _LIFE_S = 20.0
@@ -83,6 +84,11 @@ def small_disk(where: Path, mib: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+def _make_roomy(disk: Path) -> None:
+    """Else what waits fills it in the lives with an outage, and nothing more is written: the k-th write never comes."""
+    subprocess.run(["mount", "-o", f"remount,size={_ROOMY_MIB}m", str(disk)], check=True)
+
+
 def fill(disk: Path) -> None:
     """Takes what is free, to the last byte."""
     with (disk / "filler").open("ab", buffering=0) as file:
@@ -106,6 +112,7 @@ async def torment(where: Path, *, rounds: int, calls: dict[str, int], seed: int,
                 try:
                     async with load.running():
                         await _full(subject, tee, load, disk, summary, rounds, dice)
+                        _make_roomy(disk)
                         await _failing(subject, tee, load, summary, calls, dice)
                 finally:
                     if subject.daemon is not None:
