@@ -250,6 +250,50 @@ async def test_the_rest_of_a_head_is_no_head(door):
     assert await door.events() == ids(0, 1)
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+async def test_the_first_bytes_apart(door, cut):
+    """However few of a head come first: what came behind them is none by itself, though it is all that came at once."""
+    data = request(body(0))
+    await door.send(data[:cut])
+    await until(lambda: door.source.connections.held == cut)
+    assert await door.ask(data[cut:]) == 200
+    assert await door.ask(request(body(1))[cut:]) == 400
+
+    assert await door.events() == ids(0)
+
+
+@pytest.mark.parametrize("shorter", range(5))
+async def test_a_piece_of_a_head_as_long_as_the_body_before(door, shorter):
+    """Whatever lengths a client chooses, what came is never measured by the body of a request before it."""
+    begins = f"POST /v1/currents HTTP/1.1\r\nHost: x\r\n{GOOD}\r\nX-Quotes: ".encode()
+
+    def rest(seed):
+        """Neither our method nor our token, as if it were a request by itself."""
+        return request(body(seed), "X: y", method="GET", path="/nowhere").replace(b"Host: x\r\n", b"")
+
+    assert await door.ask(request(b"[]".ljust(len(begins) - shorter))) == 200
+    await door.send(begins)
+    await until(lambda: door.source.connections.held)
+    assert await door.ask(rest(0)) == 200
+    assert await door.ask(rest(1)) == 400
+
+    assert await door.events() == ids(0)
+
+
+@pytest.mark.parametrize("apart", [0, 5])
+async def test_a_body_that_comes_apart_from_its_head(door, apart):
+    """Many clients send two packets, and a large body is many: the head is known afterwards all the same."""
+    for n in range(4):
+        data = request(body(n))
+        at = data.index(b"{") + apart
+        await door.send(data[:at])
+        await until(lambda: door.source.connections.held)
+        assert await door.ask(data[at:]) == 200
+
+    assert door.by_parser == 1
+    assert await door.events() == ids(0, 1, 2, 3)
+
+
 async def test_a_repeat_that_is_refused(door):
     """No JSON, too large, empty: the words, and the connection's fate, are those of a first request."""
     assert await door.ask(request(body(0))) == 200

@@ -172,7 +172,7 @@ class HttpConnection(RequestHandler):
     """One client."""
 
     __slots__ = (
-        *("_behind", "_coming", "_committing", "_half_closed", "_head", "_known", "_missing", "_received"),
+        *("_before", "_behind", "_coming", "_committing", "_half_closed", "_head", "_known", "_missing", "_received"),
         *("_client", "_room", "_unwanted", "answered", "held", "payload", "since"),
     )
 
@@ -198,6 +198,7 @@ class HttpConnection(RequestHandler):
         self._unwanted = 0  # bytes of a refused body
         self._head = b""  # of the request that the parser was given last
         self._received = 0  # bytes of that request, and of what came behind it
+        self._before = -1  # requests, at its first byte
         self._known: KnownHead | None = None  # the last request's
         self._coming: list[bytes] = []  # a repeated head and what there is of its body
         self._missing = 0  # bytes of that body
@@ -287,18 +288,18 @@ class HttpConnection(RequestHandler):
 
     def _feed(self, data: bytes) -> None:
         if data and self._between_requests():
-            self._head, self._received = data[: data.find(b"\r\n\r\n") + 4], 0
+            self._head, self._received, self._before = data[: data.find(b"\r\n\r\n") + 4], 0, self._request_count
         self._received += len(data)
         super().data_received(data)
 
     def _between_requests(self) -> bool:
-        """Whether the parser's last request ended where the bytes did that it was given.
+        """Whether the parser found one request in what it was given since it stood there last, and that ended with it.
 
-        Never, once it came in pieces, or by chunks, or something behind it: where the next one begins is the parser's
-        knowledge alone then. (A head, even one that is cut off, is never longer than what it is cut from.)
+        Never again, once a head came in pieces, a body by chunks, or something behind it: then it alone knows where it stands.
         """
         payload = self._messages[-1][1] if self._messages else self.payload
-        return self._received == len(self._head) + payload.total_bytes
+        whole = self._request_count == self._before + 1 and payload.is_eof()
+        return whole and self._received == len(self._head) + payload.total_bytes
 
     def _end(self, data: bytes, at: int) -> int:
         """Where in `data` the request ends that goes on, or begins, at `at`. A guess: the parser takes its bytes in any pieces.
