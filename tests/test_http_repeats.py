@@ -19,7 +19,7 @@ from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping, MappingSettings
 from bridged.sources import http
 from bridged.sources.http import HttpOptions, HttpSource
-from bridged.sources.http_connections import HttpLimits
+from bridged.sources.http_connections import HttpConnection, HttpLimits
 
 TOKEN = "a-token-of-this-test"
 GOOD = f"Authorization: Bearer {TOKEN}"
@@ -278,6 +278,25 @@ async def test_a_piece_of_a_head_as_long_as_the_body_before(door, shorter):
     assert await door.ask(rest(1)) == 400
 
     assert await door.events() == ids(0)
+
+
+async def test_a_piece_of_a_head_between_an_answer_and_the_wait_for_the_next(door, monkeypatch):
+    """It is held, and what follows belongs to it: not to the head that was known when it came."""
+    handled = HttpConnection.handled
+
+    def handled_once(connection, *, plain):
+        """And before aiohttp waits for the next request, the beginning of one comes."""
+        monkeypatch.undo()
+        handled(connection, plain=plain)
+        asyncio.get_running_loop().call_soon(connection.data_received, b"POST /v1/currents HTTP/1.1\r\nX-Quotes: ")
+
+    monkeypatch.setattr(HttpConnection, "handled", handled_once)
+    assert await door.ask(request(body(0))) == 200
+    assert await door.ask(request(body(1))) == 200
+    assert door.by_parser == 2
+    assert await door.ask(request(body(2), GOOD, method="GET", path="/nowhere")) == 404
+
+    assert await door.events() == ids(0, 1)
 
 
 @pytest.mark.parametrize("apart", [0, 5])

@@ -261,7 +261,7 @@ class HttpConnection(RequestHandler):
         count = self._request_count
         if not self.held:
             self.since = self._room.now
-        if self.answered and self._waiter is None and not self._messages:
+        if self.answered and self._waiter is None and not (self._messages or self.payload.is_eof()):
             # The rest of a body that has its answer already: it is read, so that the answer arrives, and dropped.
             self._unwanted += len(data)
             if self._unwanted > _MAX_UNWANTED_BYTES:
