@@ -6,7 +6,9 @@ import contextlib
 import gzip
 import os
 import random
+import socket
 import sqlite3
+import struct
 import tomllib
 import zlib
 from pathlib import Path
@@ -583,6 +585,28 @@ async def test_a_client_that_leaves(door, client):
         writer.close()
     assert (await door.post(client, body(batch(1))))[0] == 200
     assert await door.events() == ids(batch(1))
+
+
+@pytest.mark.parametrize("by_reset", [False, True])
+async def test_a_client_that_leaves_before_the_rest_of_a_refused_body(locked, by_reset):
+    """It is forgotten at once: waited for, as for one who is there, it would keep 10 kB and, unless it was reset, one of
+    the connections that there may be, for half a minute. It needs no token for that.
+    """
+    data = request(body(batch(1)))
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", locked.source.port)
+        writer.write(data[:-9])
+        assert b" 401 " in await asyncio.wait_for(reader.readuntil(b"}"), 20)
+        if by_reset:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.close()
+
+    async with asyncio.timeout(5):
+        while locked.source.connections.connections:
+            await asyncio.sleep(0.01)
+    assert not locked.source.connections.alive
+    assert locked.source.answers == {401: 20}
 
 
 async def test_fifty_clients_one_of_them_broken(door):

@@ -362,7 +362,7 @@ class HttpConnection(RequestHandler):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio lets it answer; aiohttp always closes
         """A client that has said all it wants to say still wants its answers. (TLS knows no half-closed connections.)"""
-        asked = bool(self._messages) or not self._waits_for_a_head()
+        asked = bool(self._messages) or not (self._waits_for_a_head() or (self.answered and not self.payload.is_eof()))
         if not asked or self._body_is_coming() or self.ssl_context is not None:
             return None
         self._half_closed = True
@@ -411,11 +411,9 @@ class HttpConnection(RequestHandler):
         self._coming.append(data)
         self._missing -= len(data)
         if self._missing <= 0:
-            whole, pieces = b"".join(self._coming), self._coming
-            self._coming = []
+            whole, self._coming = b"".join(self._coming), []
             self.release(len(whole))
             body_at = whole.find(b"\r\n\r\n") + 4
-            del pieces
             if not self._take(whole, body_at, len(whole) + self._missing):
                 self._known = None  # else it would be tried again
                 self.data_received(whole)
@@ -504,6 +502,8 @@ class HttpConnection(RequestHandler):
             # Nobody will read it, and aiohttp holds it until the next collection of garbage.
             if payload is not EMPTY_PAYLOAD:
                 payload._buffer.clear()  # noqa: SLF001  # nothing public drops what a reader holds
+        if self.answered:
+            self.payload.feed_eof()  # else aiohttp waits for the rest of what was refused, though nobody can send it
         self.payload = EMPTY_PAYLOAD  # it knows the connection
         self._coming.clear()
         self._behind.clear()
