@@ -1,17 +1,24 @@
 """Crash images: whatever part of the unsynced writes a power cut keeps, the spool opens and holds what was acked."""
 
 import asyncio
+import contextlib
 import os
 import random
+import shutil
 import signal
 import sqlite3
 from pathlib import Path
 
 import pytest
+from conftest import NAMES, until
 from test_bench import bench, finished
+from test_spool import batch, options, stored
 
 from bench import images
 from bench.images import Machine, Op
+from bridged.backlog.pages import Pages
+from bridged.backlog.spool import Intaken, Settlement, Spool
+from bridged.backlog.tables import PAGE_BYTES, checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,40 @@ def test_what_is_synced_stays_and_the_rest_may_go():
     assert seen == {old + old, old + half, half + old, half + half}
     machine.step(Op("sync", "spool.db"))
     assert {machine.image(dice)["spool.db"] for _ in range(50)} == {new}
+
+
+async def test_the_head_of_a_frame_over_an_older_page(tmp_path):
+    """A cut that keeps the heads of a new WAL's frames and not their pages: what an older WAL left there was settled."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    wal, frame = tmp_path / "a" / "spool.db-wal", 24 + PAGE_BYTES
+    async with Spool(options(tmp_path / "a"), NAMES) as spool:
+        await spool.run(lambda db: checkpoint(db, "RESTART"))
+        await spool.append(Intaken([batch(f"old{n}") for n in range(3)]))
+        segments, _ = await spool.read_after(0, 2**30)
+        spool.settle(Settlement(segments, delivered=b"".join(segment.codes for segment in segments)))
+        await until(lambda: not spool.unsettled_bytes)
+        await spool.run(lambda db: checkpoint(db, "RESTART"))
+        shutil.copy(tmp_path / "a" / "spool.db", tmp_path / "b")
+        old = wal.read_bytes()
+        await spool.append(Intaken([batch("new")]))
+        new = wal.read_bytes()
+    salts = new[16:24]
+    assert len(new) == len(old)
+    assert salts != old[16:24], "the WAL began anew: else this shows nothing"
+    heads = [at for at in range(32, len(new), frame) if new[at + 8 : at + 16] == salts]
+    torn = bytearray(old)
+    torn[:32] = new[:32]
+    for at in heads:
+        torn[at : at + 24] = new[at : at + 24]
+    (tmp_path / "b" / "spool.db-wal").write_bytes(torn)
+    with contextlib.closing(Pages(tmp_path / "b" / "spool.db")) as read:
+        there = [table for at in heads for table, _ in read._rows_of(torn[at + 24 : at + frame], 2)]
+    assert "segments" in there, "the old rows aren't behind a new head: this shows nothing"
+
+    async with Spool(options(tmp_path / "b"), NAMES) as spool:
+        assert await stored(spool) == []
+        assert (spool.accounts.total("accepted"), spool.accounts.total("delivered")) == (3, 3)
 
 
 def test_a_file_that_was_removed_may_be_back():

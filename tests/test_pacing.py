@@ -399,6 +399,14 @@ def test_link_gives_what_is_expected(path: Path, seed: int) -> None:
         assert low <= getattr(outcome, name) <= high, f"{name}: {outcome}"
 
 
+@pytest.mark.parametrize("seed", [20, 42, 53, 82])
+def test_a_limit_that_came_back_is_found_out_although_the_window_holds_an_echo(seed: int) -> None:
+    """What leaves the window leaves as fast as the raised rate fills it: more is sent then, or it would stay below W."""
+    simulation = Simulation(load(LINKS / "s3_limit_drops.toml"), seed)
+    simulation.run()
+    assert simulation.outcome().recovery_s <= 30
+
+
 # -- any link ----------------------------------------------------------------------------------------------------------------
 
 HEALTHY_AT_S = 150.0

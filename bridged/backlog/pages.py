@@ -168,7 +168,13 @@ class Pages:
                 yield from self._rows_of(self.page(number), number)
 
     def strays(self) -> tuple[list[Segment], list[Row]]:
-        """Segments and dead letters in the frames that SQLite doesn't read: the state before them stays what it is."""
+        """Segments and dead letters in the frames that SQLite doesn't read: the state before them stays what it is.
+
+        A power cut may have kept the head of a frame and not its page: then an older WAL's page stands there, with rows that
+        may have been settled since. Nobody was told of that commit, so nothing of such a frame is taken; where something
+        was damaged that had been committed, all that is intact in it is.
+        """
+        certain = self.wal.certain
         segments: list[Segment] = []
         letters: list[Row] = []
         images: dict[int, list[_Frame]] = {}
@@ -179,6 +185,8 @@ class Pages:
         seen: set[tuple[str, int]] = set()
         for page, frames in images.items():
             for frame in reversed(frames):
+                if not (frame.intact or certain):
+                    continue
                 for table, row in self._rows_of(self.wal.data[frame.at : frame.at + PAGE_BYTES], page):
                     if (table, row[0]) not in seen and table == "segments":
                         segments.append(Segment(*row))

@@ -7,7 +7,8 @@ window has turned. A 429 tells the limit: W, the smaller of the rate and what wa
 falls to 0.9 W and follows a cubic back to W and a little above it, plus a constant, but no further: a faster rate only
 burns the room that was left in the window. A window that holds more than W and brings no 429 is the proof that the
 limit has grown, or another client has gone; then, or after a whole window without a 429, the rate hunts upward by a
-fifth per second.
+fifth per second. A rate that only replaces what leaves the window, the echo of a minute ago, never gets to that proof:
+late on the curve it is a fifth of W above what leaves.
 
 The *concurrency gate* answers what an overloaded server does: latency grows, then requests fail. Slow start, then
 additive increase while the limit is what holds us back; a decrease for an attempt whose latency leaves the band of its
@@ -26,6 +27,7 @@ Each constant was chosen on the simulated links in tests/links, where its neighb
 import math
 import random
 from collections import deque
+from itertools import takewhile
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -46,6 +48,9 @@ OVERSHOOT: Final = 1.1
 ADDED_EVENTS_PER_SECOND: Final = 1200.0
 ADDED_SHARE: Final = 0.25  # of W, at most
 ADDED_AFTER_S: Final = 16.0
+REFILL_AFTER_S: Final = 13.0  # late on the curve: the window gets more than leaves it, so that it comes to W
+REFILL_SHARE: Final = 0.2  # of W, so much more
+REFILL_AT_MOST: Final = 1.6  # of W; a burst of a minute ago isn't repeated
 EVIDENCE_AFTER_S: Final = 5.0  # what the window holds right after a cut is no news
 HUNT_PER_S: Final = 1.2
 FLOOR_EVENTS_PER_SECOND: Final = 600.0  # no cut goes below it; a real limit below it is kept by the backoff alone
@@ -303,6 +308,9 @@ class _RateGate:
         cubic = 1.0 + (1.0 - CUT) * ((grown_s - PLATEAU_S) / PLATEAU_S) ** 3
         added = min(ADDED_EVENTS_PER_SECOND, ADDED_SHARE * self._plateau) * min(grown_s / ADDED_AFTER_S, 1.0)
         rate = self._plateau * min(cubic, OVERSHOOT) + added
+        if grown_s >= REFILL_AFTER_S:
+            refill = self.window.leaving_per_second(now) + REFILL_SHARE * self._plateau
+            rate = max(rate, min(refill, REFILL_AT_MOST * self._plateau))
         if self._hunt_from_s is not None:
             # The bound keeps the power finite; long before it every ceiling is passed.
             rate *= HUNT_PER_S ** min(age_s - self._hunt_from_s, 1000.0)
@@ -468,6 +476,7 @@ class _Window:
     """Our own count of Mixpanel's window: events of the last 60 seconds, in slots of a quarter of a second."""
 
     _SLOT_S: Final = 0.25
+    _LEAVING_S: Final = 2.0
 
     def __init__(self) -> None:
         self._slots: deque[tuple[int, int]] = deque()
@@ -492,6 +501,12 @@ class _Window:
     def per_second(self, now: float) -> float:
         self._expire(now)
         return self._total / WINDOW_S
+
+    def leaving_per_second(self, now: float) -> float:
+        """Events per second that leave it in the next two seconds."""
+        self._expire(now)
+        last = math.floor((now + self._LEAVING_S - WINDOW_S) / self._SLOT_S)
+        return sum(events for _, events in takewhile(lambda slot: slot[0] <= last, self._slots)) / self._LEAVING_S
 
     def room_in_s(self, now: float, events: float) -> float:
         """Seconds until so many events have left the window; 0 when there are fewer in it."""
