@@ -216,6 +216,47 @@ class Simulation:
         return math.inf
 
 
+class Neighbours:
+    """Two daemons on one project, who know nothing of each other: the second starts when the first has all of the limit."""
+
+    def __init__(self, link: Link, seed: int) -> None:
+        self.link = link
+        self.delivered: list[list[float]] = [[], []]
+        self._server = Server(link, random.Random(seed))
+        self._paces = [Pace(link.limits, random.Random(2 * seed + n)) for n in range(2)]
+        self._asks_at = [0.0, link.warm_up_s]  # the pace again, unless an answer comes before
+        self._answers: list[tuple[float, int, int, Attempt, Verdict]] = []
+        self._number = count()
+
+    def run(self) -> None:
+        """Goes through the link's time."""
+        while True:
+            which = min(range(2), key=lambda n: self._asks_at[n])
+            now = self._asks_at[which]
+            if self._answers and self._answers[0][0] <= now:
+                now, _, which, attempt, verdict = heapq.heappop(self._answers)
+                self._paces[which].judged(now, attempt, verdict)
+                if isinstance(verdict, Delivered):
+                    self.delivered[which].append(now)
+            if now >= self.link.duration_s:
+                return
+            self._send(which, now)
+
+    def _send(self, which: int, now: float) -> None:
+        pace, bytes_ = self._paces[which], BATCH * self.link.bytes_per_event
+        while (wait_s := pace.wait_s(now, BATCH, bytes_)) == 0.0:
+            attempt = pace.sent(now, BATCH, bytes_)
+            latency_s, verdict = self._server.answer(now)
+            heapq.heappush(self._answers, (now + latency_s, next(self._number), which, attempt, verdict))
+        self._asks_at[which] = now + wait_s
+
+    def smaller_share(self, after_s: float = 300.0) -> float:
+        """What the one with less got of what would be its half, from so long after the second's start on."""
+        begin = self.link.warm_up_s + after_s
+        shares = [sum(at >= begin for at in delivered) for delivered in self.delivered]
+        return min(shares) / (sum(shares) / 2)
+
+
 def load(path: Path) -> Link:
     """Read one link; a key that doesn't exist is an error."""
     return msgspec.convert(tomllib.loads(path.read_text()), Link)

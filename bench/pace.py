@@ -3,7 +3,7 @@
 Nothing is measured: the pace is the daemon's own, Mixpanel and the clock are a model (see `bench.link`), so a run of
 ten minutes takes a tenth of a second, and the same seed gives the same figures on any machine. S1 to S7 are the
 documented limit alone, a hidden limit, one that falls and comes back, another client, a brown-out, refused requests
-that count, and an outage.
+that count, and an outage. And two daemons on one project, which know nothing of each other.
 """
 
 import statistics
@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct, to_builtins
 
 from bench import path, report
-from bench.link import LINKS, Link, Outcome, Simulation, load
+from bench.link import LINKS, Link, Neighbours, Outcome, Simulation, load
 
 
 class Goal(Struct, frozen=True):
@@ -52,6 +52,13 @@ def outcomes(link: Link, seeds: int) -> list[Outcome]:
     return found
 
 
+def smaller_share(seed: int) -> float:
+    """Of two daemons on one project, where the documented limit is all there is."""
+    neighbours = Neighbours(msgspec.structs.replace(load(LINKS / "s1_alone.toml"), duration_s=900.0), seed)
+    neighbours.run()
+    return neighbours.smaller_share()
+
+
 def main(argv: Sequence[str]) -> int:
     """Prints a line a scenario, and the goals. 1 when a run left the ranges that its link allows."""
     parser = report.options("pace", __doc__, runs=100)
@@ -71,6 +78,10 @@ def main(argv: Sequence[str]) -> int:
             outside = [seed for seed, o in enumerate(found[file.stem]) if not low <= getattr(o, name) <= high]
             if outside:
                 failures.append(f"{file.stem}: {name} outside {low:g}-{high:g} on seeds {outside}")
+    shares = []
+    if not arguments.links:
+        path.say("two daemons")
+        shares = [smaller_share(seed) for seed in range(arguments.runs)]
     path.say("")
     print(f"{arguments.runs} seeds; median (min-max)\n")
     rows = []
@@ -88,9 +99,19 @@ def main(argv: Sequence[str]) -> int:
             if scenario.startswith(goal.scenarios):
                 worst = goal.worst([getattr(outcome, goal.field) for outcome in every])
                 print(f"{scenario}: {goal.words}: {worst:.4g}: {'met' if goal.met(worst) else 'MISSED'}")
+    if shares:
+        share = statistics.median(shares)
+        words = "what the one with less gets of its half, after five minutes: >= 80 %, median"
+        print(f"two daemons: {words}: {share:.4g} (from {min(shares):.4g}): {'met' if share >= 0.8 else 'MISSED'}")
     for failure in failures:
         print(f"OUTSIDE {failure}")
-    figures = {"machine": report.machine(), "runs": arguments.runs, "outcomes": to_builtins(found), "outside": failures}
+    figures = {
+        "machine": report.machine(),
+        "runs": arguments.runs,
+        "outcomes": to_builtins(found),
+        "outside": failures,
+        "smaller_shares": shares,
+    }
     report.write(arguments.json, msgspec.to_builtins(figures))
     return 1 if failures else 0
 

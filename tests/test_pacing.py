@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.link import BATCH, FAILED, LINKS, RATE_LIMITED, Link, Phase, Simulation, load
+from bench.pace import smaller_share
 from bridged.delivery.pacing import Attempt, Pace, PaceLimits, PaceSnapshot
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, Verdict
 
@@ -405,6 +407,11 @@ def test_a_limit_that_came_back_is_found_out_although_the_window_holds_an_echo(s
     simulation = Simulation(load(LINKS / "s3_limit_drops.toml"), seed)
     simulation.run()
     assert simulation.outcome().recovery_s <= 30
+
+
+def test_two_daemons_on_one_project_come_to_share_its_limit() -> None:
+    """The second finds the window full, and the one with less gains more on the way up: after five minutes they are even."""
+    assert statistics.median(smaller_share(seed) for seed in range(5)) >= 0.8
 
 
 # -- any link ----------------------------------------------------------------------------------------------------------------
