@@ -74,7 +74,8 @@ class Intake:
             intaken = self._lone(data)
         if intaken is None:
             intaken = self._sliced(self._elements(data))
-        if intaken.size or self._spool.pending_bytes or self._spool.near_cap:
+        spool = self._spool
+        if intaken.size or spool.pending_bytes or spool.near_cap or spool.failed:
             return self._append(intaken, sender)
         # A probe, while nobody waits for a commit: it makes none of its own. (One that is under way it waits for.)
         answered = asyncio.get_running_loop().create_future()

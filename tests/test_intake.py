@@ -126,6 +126,8 @@ async def test_a_probe_waits_for_a_commit_that_is_under_way(intake: Intake, spoo
             await each
     with pytest.raises(SpoolError):
         await intake.accept_lines([msgspec.json.encode(currents(OPEN))])
+    with pytest.raises(SpoolError):  # until the process has ended
+        await intake.accept_body(body)
 
 
 @pytest.mark.parametrize("body", PROBES)
