@@ -174,19 +174,17 @@ class Pages:
         may have been settled since. Nobody was told of that commit, so nothing of such a frame is taken; where something
         was damaged that had been committed, all that is intact in it is.
         """
-        certain = self.wal.certain
+        tail = self.wal.tail if self.wal.certain else [frame for frame in self.wal.tail if frame.intact]
         segments: list[Segment] = []
         letters: list[Row] = []
         images: dict[int, list[_Frame]] = {}
-        for frame in self.wal.tail:
+        for frame in tail:
             images.setdefault(frame.page, []).append(frame)
         known = dict(self._of_wal)
         self._of_wal.update({page: frames[-1].at for page, frames in images.items()})
         seen: set[tuple[str, int]] = set()
         for page, frames in images.items():
             for frame in reversed(frames):
-                if not (frame.intact or certain):
-                    continue
                 for table, row in self._rows_of(self.wal.data[frame.at : frame.at + PAGE_BYTES], page):
                     if (table, row[0]) not in seen and table == "segments":
                         segments.append(Segment(*row))

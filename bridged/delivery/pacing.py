@@ -294,7 +294,7 @@ class _RateGate:
         self._plateau = min(self._plateau, self.ceiling)
 
     def rate(self, now: float) -> float:
-        """Events per second that are allowed now: a function of the time since the last cut."""
+        """Events per second that are allowed now, by the time since the last cut and by what the window holds."""
         if self._is_frozen:
             return max(CUT * self._plateau, self._floor)
         if self._began is None:
