@@ -294,15 +294,16 @@ def test_secrets_that_change_all_the_time(monkeypatch):
     configuration that names nothing new costs nothing.
     """
     always = {"BRIDGED__ADMIN__TOKEN": "the-token-that-stays"}
+    monkeypatch.setattr(redaction, "MOST", 20)
     redaction.hide(["the-one-in-force"], in_force=True)
-    for n in range(300):
+    for n in range(60):
         config.load(None, always | {"BRIDGED__MIXPANEL__TOKEN": f"the-token-number-{n:03}"})
-    for secret in ("the-token-number-299", "the-token-that-stays", "the-one-in-force"):
+    for secret in ("the-token-number-059", "the-token-that-stays", "the-one-in-force"):
         assert redaction.redacted(secret) == redaction.MASK
     assert len(redaction._forms) <= redaction.MOST
 
     compiled = redaction._pattern
-    config.load(None, always | {"BRIDGED__MIXPANEL__TOKEN": "the-token-number-299"})
+    config.load(None, always | {"BRIDGED__MIXPANEL__TOKEN": "the-token-number-059"})
     assert redaction._pattern is compiled
 
 
