@@ -21,7 +21,7 @@ from msgspec import Struct
 from bench import data, floor, report
 from bench.floor import Floor
 from bench.loader import Report as LoaderReport
-from bench.processes import BenchError, Daemon, Emulator, Loader, Meter, Sink, ended_by_signals, folder, get
+from bench.processes import BareDaemon, BenchError, Daemon, Emulator, Loader, Meter, Sink, ended_by_signals, folder, get
 from bench.sink import Report as SinkReport
 
 PEAK_MB: Final = 120.0
@@ -44,6 +44,7 @@ class Cell(Struct, frozen=True, kw_only=True):
     goal: float = 0  # events/s
     goal_us: float = 0  # of daemon CPU an event
     goal_floors: float = 0  # the same, in multiples of the floor
+    bare: bool = False  # the bare daemon in bridged's place: what the promises cost is what is above it
 
 
 # What is measured when no loads are named.
@@ -63,6 +64,10 @@ CELLS: Final = (
         f"http-{size}x{n}": Cell(door="http", connections=n, per_request=size)
         for size in (1000, 100, 10, 1)
         for n in CONNECTIONS
+    }
+    | {
+        f"{name}-bare": Cell(door=cell.door, connections=cell.connections, per_request=cell.per_request, bare=True)
+        for name, cell in USUAL.items()
     }
 )
 
@@ -107,7 +112,8 @@ def measure(
         sink: Sink | Emulator = Emulator(temporary) if emulator else Sink(temporary, check=check)
         stack.enter_context(sink)
         sink.ready()
-        daemon = stack.enter_context(Daemon(temporary, sink.port))
+        daemon = BareDaemon(temporary, sink.port) if cell.bare else Daemon(temporary, sink.port)
+        stack.enter_context(daemon)
         daemon.ready()
         options = loader_options(cell, daemon, events_file, seconds=seconds, events=events)
         loader = stack.enter_context(Loader(temporary, options))
@@ -120,17 +126,24 @@ def measure(
         arrived = arrivals(sink, daemon, wanted(loaded.events))
         (daemon_cpu_s, _, _), other_cores = meter.used()
         peak_mb = daemon.memory_mb("VmHWM")
-        books = msgspec.json.decode(get(daemon.admin_port, "/api/status"))["events"]
-        daemon.stop()
+        books = None
+        if isinstance(daemon, Daemon):
+            books = msgspec.json.decode(get(daemon.admin_port, "/api/status"))["events"]
+            daemon.stop()
+        else:
+            daemon.process.terminate()
+            daemon.process.wait()
         run = _figures(loaded, arrived, sink_before, daemon_cpu_s)
         run.idle_mb, run.peak_mb, run.other_cores = idle_mb, peak_mb, other_cores
         # After the daemon's end: whatever it was going to send twice, it has sent.
-        run.failure = _failure(sink.report(), wanted(loaded.events), check=check) or _unbalanced(books, loaded.events)
+        run.failure = _failure(sink.report(), wanted(loaded.events), check=check)
+        if books is not None:
+            run.failure = run.failure or _unbalanced(books, loaded.events)
         return run
 
 
 def loader_options(
-    cell: Cell, daemon: Daemon, events_file: Path, *, seconds: float = 0.0, events: int = 0
+    cell: Cell, daemon: Daemon | BareDaemon, events_file: Path, *, seconds: float = 0.0, events: int = 0
 ) -> list[str]:
     """What tells a loader to load a daemon like this."""
     port = daemon.stream_port if cell.door == "stream" else daemon.http_port
@@ -139,7 +152,7 @@ def loader_options(
     return [*options, *(["--events", str(events)] if events else ["--seconds", str(seconds)])]
 
 
-def arrivals(sink: Sink | Emulator, daemon: Daemon, events: int) -> SinkReport:
+def arrivals(sink: Sink | Emulator, daemon: Daemon | BareDaemon, events: int) -> SinkReport:
     """Waits until the sink has got everything, or nothing more comes."""
     arrived = sink.report()
     quiet_since = time.monotonic()
@@ -331,8 +344,19 @@ def _show_goals(results: Results) -> None:
             if floors := CELLS[name].goal_floors:
                 ratio = middle / statistics.median(floor_.total for floor_ in results.floors)
                 print(f"{name}: {ratio:.2f} times the floor, goal {floors:g}: {_met(ratio, floors)}")
-    peak = max(statistics.median(run.peak_mb for run in runs) for runs in good.values() if runs)
-    idle = statistics.median(run.idle_mb for run in every)
+        bare = good.get(f"{name}-bare")
+        if runs and bare:
+            times = [
+                statistics.median(getattr(run, key) for run in runs)
+                / statistics.median(getattr(run, key) for run in bare)
+                for key in ("daemon_us", "delivered_per_s")
+            ]
+            print(f"{name}: {times[0]:.2f} times the CPU of the bare daemon, {times[1]:.2f} of its events/s")
+    ours = {name: runs for name, runs in good.items() if runs and not CELLS[name].bare}
+    if not ours:
+        return
+    peak = max(statistics.median(run.peak_mb for run in runs) for runs in ours.values())
+    idle = statistics.median(run.idle_mb for runs in ours.values() for run in runs)
     print(f"peak RSS: {peak:.0f} MB, goal {PEAK_MB:g}: {_met(peak, PEAK_MB)}")
     print(f"idle RSS: {idle:.0f} MB, goal {IDLE_MB:g}: {_met(idle, IDLE_MB)}")
 
@@ -365,8 +389,8 @@ def main(argv: Sequence[str]) -> int:
         metavar="NAME,...",
         type=_cells,
         default=list(USUAL),
-        help=f"default {','.join(USUAL)}; also stream-16, stream-64, and http-NxC, C connections with N events a request: "
-        f"N of 1000, 100, 10, 1, C of {', '.join(map(str, CONNECTIONS))}",
+        help=f"default {','.join(USUAL)}; each also as NAME-bare, on a daemon that keeps no promises; stream-16, stream-64; "
+        f"http-NxC, C connections with N events a request: N of 1000, 100, 10, 1, C of {', '.join(map(str, CONNECTIONS))}",
     )
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a run, default %(default)g")
     parser.add_argument("--events", type=int, help="a run ends after so many events instead")

@@ -283,6 +283,19 @@ format = "json"
             raise BenchError(f"the daemon ended with exit code {code}:\n{self.last_words()}")
 
 
+class BareDaemon(Child):
+    """bench.bare_daemon, in the daemon's place."""
+
+    def __init__(self, folder: Path, sink_port: int) -> None:
+        self.http_port, self.stream_port = free_ports(2)
+        ports = [str(port) for port in (self.http_port, self.stream_port, sink_port)]
+        super().__init__("bare daemon", ["-m", "bench.bare_daemon", *ports], folder)
+
+    def ready(self) -> None:
+        """Returns when both doors are open."""
+        self.hear(_START_S)
+
+
 def get(port: int, path: str) -> bytes:
     """The body of a page. Raises BenchError for anything but 200."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)

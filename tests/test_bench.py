@@ -45,16 +45,18 @@ def finished(*arguments, cwd):
 
 
 def test_path_delivers_every_event_and_prints_a_table(tmp_path):
-    """Loader, daemon and sink as processes: nothing is lost or doubled, and nothing is left behind."""
+    """Loader, daemon and sink as processes: nothing is lost or doubled, and nothing is left behind. The bare daemon, too."""
+    cells = ["stream", "http-100", "stream-bare", "http-100-bare"]
     code, out, err = finished(
-        *("path", "--events", "2000", "--runs", "1", "--cells", "stream,http-100", "--json", "figures.json"),
+        *("path", "--events", "2000", "--runs", "1", "--cells", ",".join(cells), "--json", "figures.json"),
         cwd=tmp_path,
     )
     assert code == 0, out + err
-    assert "verified, nothing lost and nothing doubled: stream, http-100" in out
+    assert f"verified, nothing lost and nothing doubled: {', '.join(cells)}" in out
+    assert "times the CPU of the bare daemon" in out
     assert "floor:" in out
     figures = json.loads((tmp_path / "figures.json").read_text())
-    for cell in ("stream", "http-100"):
+    for cell in cells:
         (run,) = figures["cells"][cell]
         assert run["failure"] == ""
         assert run["events"] == 2000
