@@ -126,19 +126,16 @@ def measure(
         arrived = arrivals(sink, daemon, wanted(loaded.events))
         (daemon_cpu_s, _, _), other_cores = meter.used()
         peak_mb = daemon.memory_mb("VmHWM")
-        books = None
-        if isinstance(daemon, Daemon):
-            books = msgspec.json.decode(get(daemon.admin_port, "/api/status"))["events"]
-            daemon.stop()
-        else:
-            daemon.process.terminate()
-            daemon.process.wait()
+        # The bare daemon keeps none.
+        books = (
+            msgspec.json.decode(get(daemon.admin_port, "/api/status"))["events"] if isinstance(daemon, Daemon) else None
+        )
+        daemon.stop()
         run = _figures(loaded, arrived, sink_before, daemon_cpu_s)
         run.idle_mb, run.peak_mb, run.other_cores = idle_mb, peak_mb, other_cores
         # After the daemon's end: whatever it was going to send twice, it has sent.
         run.failure = _failure(sink.report(), wanted(loaded.events), check=check)
-        if books is not None:
-            run.failure = run.failure or _unbalanced(books, loaded.events)
+        run.failure = run.failure or ("" if books is None else _unbalanced(books, loaded.events))
         return run
 
 

@@ -295,6 +295,11 @@ class BareDaemon(Child):
         """Returns when both doors are open."""
         self.hear(_START_S)
 
+    def stop(self) -> None:
+        """SIGTERM, which it doesn't listen to."""
+        self.process.terminate()
+        self.process.wait(_END_S)
+
 
 def get(port: int, path: str) -> bytes:
     """The body of a page. Raises BenchError for anything but 200."""

@@ -43,6 +43,7 @@ from bridged.settings import Config
 SLOW = float(os.environ.get("BRIDGED_TEST_SLOW", "1"))
 NAMES = dict(iter_types(EVENT_TYPES))
 ROWS = {row.event_type: row for row in EVENT_TYPES}
+_LONGEST = "test_stalls.py"  # of the files
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first: no worker is left alone with it when the others are done."""
-    items.sort(key=lambda item: item.path.name != "test_stalls.py")
+    items.sort(key=lambda item: item.path.name != _LONGEST)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,7 +69,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
     (pytest-cov has a mark for it, which does nothing in a worker of xdist: beneath the one that it pauses is another counter.)
     """
-    if item.path.name != "test_stalls.py" and not item.get_closest_marker("hypothesis"):
+    if item.path.name != _LONGEST and not item.get_closest_marker("hypothesis"):
         return (yield)
     here, in_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(None)

@@ -6,7 +6,7 @@ import threading
 
 import msgspec
 import pytest
-from conftest import NAMES, balanced, currents, until
+from conftest import NAMES, SLOW, balanced, currents, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridged.admin import health
@@ -490,11 +490,13 @@ async def test_what_is_kept_aside_is_told(daemon, client, emulator):
     await post(client, app, [currents(seed=1)])
     await until(lambda: app.delivery.set_aside == 1, "the event")
     # Now and then it is tried again, and isn't aside meanwhile: each is asked until it was asked between two tries.
-    while "kept aside    1 single events" not in (text := await status_lines(client, app)):
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(30 * SLOW):
+        while "kept aside    1 single events" not in (text := await status_lines(client, app)):
+            await asyncio.sleep(0.01)
     assert "warning: 1 single event(s) are refused for a reason that can't be understood" in text
-    while (await metrics(client, app))["bridged_events_set_aside"] != 1:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(30 * SLOW):
+        while (await metrics(client, app))["bridged_events_set_aside"] != 1:
+            await asyncio.sleep(0.01)
 
     emulator.script([])
     await post(client, app, [currents(seed=2)])
