@@ -23,6 +23,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from bridged.backlog.placement import Placement
 from bridged.backlog.segment import Batch, Packer, Segment, cut, request_body
 from bridged.currents.schema import Event, event_struct, properties_struct
 from bridged.currents.table import CUSTOM_MEMBERS, EVENT_TYPES
@@ -67,6 +68,7 @@ class Path:
         self._work: queue.SimpleQueue[tuple[Batch, Callable[[], None]] | list[int]] = queue.SimpleQueue()
         self._committed: asyncio.Queue[Segment] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        self._placement, self._pending_bytes = Placement(), 0
         threading.Thread(target=self._write, daemon=True).start()
 
     def take(self, events: Sequence[Any], acknowledge: Callable[[], None]) -> None:
@@ -79,10 +81,14 @@ class Path:
             properties.time = event.time
             properties.token = _TOKEN
             forms.append(self._forms[type(event)](properties))
-        self._work.put((Batch(self._encode_lines(forms), bytes(len(forms))), acknowledge))
+        batch = Batch(self._encode_lines(forms), bytes(len(forms)))
+        self._pending_bytes += len(batch.ndjson)
+        self._placement.place(self._pending_bytes)
+        self._work.put((batch, acknowledge))
 
     def _write(self) -> None:
         """The writer's thread: all there is in one commit."""
+        self._placement.adopt()
         db = sqlite3.connect("bare.db", isolation_level=None)
         db.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE segments (id INTEGER PRIMARY KEY, block)"
@@ -108,6 +114,7 @@ class Path:
         for each in acknowledge:
             each()
         for segment in segments:
+            self._pending_bytes -= segment.raw_bytes
             self._committed.put_nowait(segment)
 
     async def send(self, session: aiohttp.ClientSession) -> None:

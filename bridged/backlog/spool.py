@@ -28,6 +28,7 @@ from msgspec import Struct, structs
 from bridged.backlog import salvage, tables
 from bridged.backlog.accounts import Accounts, changes
 from bridged.backlog.company import Company
+from bridged.backlog.placement import Placement
 from bridged.backlog.records import DeadLetter, DeadLetterRow, Intaken, Settlement, Stage, Work
 from bridged.backlog.reserve import Reserve, reserve_of, within_file_limit
 from bridged.backlog.segment import Batch, Packer, Segment, cut
@@ -89,6 +90,7 @@ class Spool:
         self.settled: Callable[[], None] = lambda: None  # settlements were committed
         self.commits = 0
         self._company = Company()
+        self._placement = Placement()
         self._gathered: asyncio.Future[None] | None = None  # what the writer waits for before a commit
         self.commit_seconds = 0.0
         self.damaged = 0  # segments that were set aside because their checksum was wrong
@@ -200,6 +202,7 @@ class Spool:
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Makes or checks the file and reads what it holds. Runs in the connection's thread, before anything else."""
         options, path = self._options, Path(self._options.path)
+        self._placement.adopt()
         tables.set_up(db, options.synchronous, options.max_bytes, self._reserve.wal_bytes)
         tables.migrate(db, path, self._names, tables.MIGRATIONS)
         if self._found.damaged_rows or self._found.strays or self._found.letters:
@@ -433,6 +436,7 @@ class Spool:
             if work.settlements:
                 await self._commit(Work([], [], work.settlements))
             return
+        self._placement.place(size)
         try:
             committed = await self.run(self._transact, work, batches)
         except sqlite3.Error as error:
