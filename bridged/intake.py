@@ -263,9 +263,9 @@ class Intake:
         if not self._sampled_until - _SAMPLE_S <= now_s < self._sampled_until:
             self._sampled.clear()
             self._sampled_until = now_s + _SAMPLE_S
-        fresh = set(codes) - self._sampled
-        if not fresh:
+        if self._sampled.issuperset(codes):
             return
+        fresh = set(codes) - self._sampled
         self._sampled |= fresh
         originals = decoded.originals()
         for event, original in zip(decoded.events, originals, strict=False):

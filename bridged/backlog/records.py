@@ -55,11 +55,12 @@ class Intaken(Struct, gc=False):
     # Dead letters that this replays: they leave their table in the same commit, and are no new events.
     replayed: list[DeadLetterRow] = []
 
-    @property
-    def size(self) -> int:
-        """What it will take on disk, or takes in memory until then, at most, in bytes."""
-        size = sum(len(b.ndjson) for b in self.batches) + sum(d.size for d in self.dead_letters)
-        return size + _SKIPPED_BYTES * len(self.skipped)
+    size: int = 0  # what it will take on disk, or takes in memory until then, at most, in bytes
+
+    def __post_init__(self) -> None:
+        self.size = sum([len(batch.ndjson) for batch in self.batches]) + _SKIPPED_BYTES * len(self.skipped)
+        if self.dead_letters:
+            self.size += sum([letter.size for letter in self.dead_letters])
 
 
 class Settlement(Struct, gc=False):

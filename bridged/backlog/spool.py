@@ -105,6 +105,7 @@ class Spool:
         self.room = asyncio.Event()  # set: the doors may read on
         self.room.set()
         self._options = options = structs.replace(options, max_bytes=within_file_limit(options.max_bytes))
+        self._new_up_to_bytes = options.max_bytes - reserve_of(options.max_bytes)  # beyond it nothing new is taken
         self._names = names
         self._clock = clock
         self._max_segment_bytes = options.max_segment_bytes
@@ -288,8 +289,8 @@ class Spool:
         """Whether new events are refused, so that there is always room to settle the old ones: in the file and on the disk."""
         if self._unsaved is not None:
             return True
-        limit = self._options.max_bytes - reserve_of(self._options.max_bytes)
-        return self.used_bytes + self.pending_bytes >= limit or self._reserve.short(self.pending_bytes)
+        expected = self.used_bytes + self.pending_bytes
+        return expected >= self._new_up_to_bytes or self._reserve.short(self.pending_bytes)
 
     @property
     def free_bytes(self) -> int:

@@ -74,7 +74,7 @@ class UnknownEvent(Event, gc=False):
     code = UNKNOWN_CODE
 
 
-class Decoded(NamedTuple):
+class Decoded(Struct, gc=False):
     """What one read or body held."""
 
     events: list[Event]

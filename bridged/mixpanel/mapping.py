@@ -93,7 +93,7 @@ class Skip(NamedTuple):
     reason: str
 
 
-class Mapped(NamedTuple):
+class Mapped(Struct, gc=False):
     """A batch ready to be encoded: `forms[i]` is the Mixpanel event of type `codes[i]`."""
 
     forms: list[Struct]
