@@ -9,6 +9,7 @@ QUESTIONS = {
     "all": "everything about speed, one after the other, some ten minutes; then the page",
     "report": "the page of results, with plots, from what the others wrote with --json",
     "path": "events/s through the whole daemon, and what one costs: loader, daemon and sink as three processes",
+    "compare": "another checkout, or the bare daemon, beside this one: both alive, loaded in turns; ratios of pairs",
     "profile": "where the daemon's CPU goes, by thread and part, at full speed and at Mixpanel's ceiling (perf)",
     "latency": "how long an ack and a delivery take at a given rate: open loop, as installed",
     "backlog": "millions of events waiting: time to ready, drain rate, memory, size of the file",

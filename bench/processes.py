@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -38,15 +38,23 @@ class Child:
     """A process in a session of its own (Ctrl-C reaches the benchmark alone, which then ends its children in order)."""
 
     def __init__(
-        self, name: str, arguments: Sequence[str], folder: Path, *, program: str = sys.executable, **extra: str
+        self,
+        name: str,
+        arguments: Sequence[str],
+        folder: Path,
+        *,
+        program: str = sys.executable,
+        extra: Mapping[str, str] = {},
+        project: Path = PROJECT,
     ) -> None:
+        """`extra`: variables of its environment; `project`: the checkout that it comes from."""
         self.name = name
         self.folder = folder
         self._log = folder / f"{name}.log"
         # A stray configuration in the environment must not change what is measured.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("BRIDGED_")}
         environment |= extra
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH", "")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH", "")]))
         with self._log.open("wb") as log, _signals_held():
             self.process = subprocess.Popen(
                 [program, *arguments],
@@ -222,8 +230,9 @@ class Daemon(Child):
         probe_interval: str = "60s",
         max_connections: int = 8000,
         more: str = "",
+        project: Path = PROJECT,
     ) -> None:
-        """`python`: options of the interpreter; `more`: further tables of the configuration."""
+        """`python`: options of the interpreter; `more`: further tables of the configuration; `project`: whose daemon it is."""
         self.http_port, self.stream_port, self.admin_port = free_ports(3)
         config = folder / "config.toml"
         # As installed but for: no rate ceiling, and a run's last, unfilled batch doesn't wait a whole second for more.
@@ -252,7 +261,8 @@ format = "json"
 """,
             encoding="utf-8",
         )
-        super().__init__("daemon", [*python, "-m", "bridged", "run", "--config", str(config)], folder)
+        command = [*python, "-m", "bridged", "run", "--config", str(config)]
+        super().__init__("daemon", command, folder, project=project)
 
     def ready(self, every_s: float = 0.02) -> None:
         """Returns when /readyz says so and both doors are open."""

@@ -77,6 +77,24 @@ def test_who_presses_ctrl_c_until_it_ends_gets_the_same_exit_code():
     assert process.returncode == 128 + signal.SIGINT
 
 
+def test_compare_puts_another_checkout_beside_this_one(tmp_path):
+    """Both daemons get every burst whole; what is no checkout is told before anything is started."""
+    for other in (str(PROJECT), "bare"):
+        code, out, err = finished(
+            *("compare", other, "--runs", "1", "--seconds", "0.1", "--cells", "stream,http-10", "--json", "pairs.json"),
+            cwd=tmp_path,
+        )
+        assert code == 0, out + err
+        assert f"this checkout beside {other}" in out
+        pairs = json.loads((tmp_path / "pairs.json").read_text())["bursts"]
+        assert all(burst["committed_per_s"] > 0 < burst["daemon_us"] for load in pairs.values() for burst in load[0])
+        assert list(pairs) == ["stream", "http-10"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pairs.json"]
+    code, _, err = finished("compare", str(tmp_path), cwd=tmp_path)
+    assert code == 2
+    assert "is no checkout of bridged" in err
+
+
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT] * 3], ids=str)
 def test_path_ends_its_processes_at_a_signal(tmp_path, numbers):
     """A benchmark that is told to stop, or whose terminal is closed, leaves no daemon and no folder; also when Ctrl-C is

@@ -27,7 +27,7 @@ class Program(Child):
         self._door = peer.door
         (folder / "ready").unlink(missing_ok=True)
         command = peer.command(folder, self.port, sink_port)
-        super().__init__("peer", command.arguments, folder, program=command.program, **command.environment)
+        super().__init__("peer", command.arguments, folder, program=command.program, extra=command.environment)
 
     def ready(self) -> None:
         """Returns when somebody listens, or reads. No connection is made: some peers begin with their first one."""
