@@ -77,6 +77,14 @@ def test_where_it_is_forbidden_nothing_changes(thread, monkeypatch):
     assert len(os.sched_getaffinity(number)) == 1
 
 
+def test_who_is_not_told_which_cpu_it_is_goes_on(thread):
+    """Some sandboxes have no such system call: -1, and no commit may fail of it."""
+    placement, number = thread
+    placement._where = lambda: -1
+    placement.place(SMALL)
+    assert os.sched_getaffinity(number) == os.sched_getaffinity(0)
+
+
 def test_without_sched_getcpu_nothing_is_placed(thread, monkeypatch):
     """Another system, or another libc."""
     monkeypatch.setattr("ctypes.PyDLL", lambda _name: object())

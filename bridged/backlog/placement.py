@@ -40,7 +40,8 @@ class Placement:
         cpu = self._where() if size < _LARGE_BYTES else None
         if cpu == self._cpu:
             return
-        with contextlib.suppress(OSError):  # a filter of system calls forbids it, or that CPU was taken away just now
+        # A filter of system calls forbids it, or that CPU was taken away just now; -1, a ValueError: nobody tells which it is.
+        with contextlib.suppress(OSError, ValueError):
             # Any: whatever the loop's thread may run on today.
             os.sched_setaffinity(self._thread, os.sched_getaffinity(0) if cpu is None else {cpu})
             self._cpu = cpu
