@@ -387,7 +387,7 @@ def folder() -> Iterator[Path]:
         yield path
     finally:
         # Those whose `with` a signal came before.
-        for child in [child for child in _running if child.folder == path]:
+        for child in [child for child in _running if child.folder.is_relative_to(path)]:
             child.end()
         shutil.rmtree(path, ignore_errors=True)
 

@@ -69,8 +69,9 @@ def mapped(*events: Any, by: EventMapping = DEFAULT, as_body: bool = False) -> O
     raw = [event if isinstance(event, bytes) else msgspec.json.encode(event) for event in events]
     decoded = body_of(by.schema, b'{"events":[%s]}' % b",".join(raw)) if as_body else by.schema.lines(raw)
     assert decoded is not None
-    forms, codes, skips, refusals = by.map(decoded, NOW_S)
-    return Outcome([msgspec.json.encode(form) for form in forms], codes, skips, refusals)
+    found = by.map(decoded, NOW_S)
+    forms = [msgspec.json.encode(form) for form in found.forms]
+    return Outcome(forms, found.codes, found.skips, found.refusals)
 
 
 def properties_of(event: dict[str, Any], by: EventMapping = DEFAULT) -> Any:

@@ -146,6 +146,13 @@ def test_a_service_is_hardened(installed, name):
     assert "Overall exposure level" in result.stdout
 
 
+def test_the_writer_may_be_placed():
+    """The one system call that it takes comes back last: systemd reads these lines in order."""
+    for name in ("bridged.service", "bridged@.service"):
+        filters = Unit(ROOT / "systemd" / name).several("SystemCallFilter")
+        assert filters == ["@system-service", "~@privileged @resources", "sched_setaffinity"]
+
+
 def test_an_instance_is_the_service_with_a_name():
     """The template is the service, but for what an instance has of its own: configuration, secrets, spool, description."""
     plain = (ROOT / "systemd/bridged.service").read_text().partition("[Unit]")[2]

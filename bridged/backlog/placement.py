@@ -3,9 +3,10 @@
 The two take turns with the interpreter's lock, many times a commit, and while one waits for it the other wakes it in vain for
 each socket that it reads. Between two CPUs each of these is an interrupt, which on a virtual machine costs more than what the
 turn is for; on one it costs hardly anything. A large commit is compressed for milliseconds without the lock, which is worth
-a CPU of its own. (Measured on two virtual CPUs, with 10 events a request: a sixth less CPU, a fifth more events a second.)
+a CPU of its own. (Measured on two virtual CPUs, with 10 events a request: a fifth less CPU, a fifth more events a second.)
 
-The loop itself stays where the kernel wants it, and the writer follows it. Where that isn't allowed all is as it would be.
+The loop itself stays where the kernel wants it, and the writer follows it, from commit to commit. Where a filter of system
+calls answers with an error all is as it would be.
 """
 
 import contextlib
@@ -20,28 +21,29 @@ _LARGE_BYTES: Final = 2**20
 
 
 class Placement:
-    """Of one thread. Told to the kernel by the loop before each commit."""
+    """Of one thread, by whoever hands it its work."""
 
     def __init__(self) -> None:
-        self._thread = 0  # not known yet
-        self._cpu: int | None = None  # the only one it may run on; None: on any
+        self._thread: int | None = None  # None: nobody is placed
+        self._cpu: int | None = None  # the only one that it may run on; None: on any
         self._where: Callable[[], int] | None = None
-        with contextlib.suppress(AttributeError):  # another system, or another libc
+        with contextlib.suppress(AttributeError, OSError):  # another system, another libc, a static interpreter
             self._where = ctypes.PyDLL(None).sched_getcpu  # of its caller; PyDLL: the lock is kept for so short a call
 
     def adopt(self) -> None:
         """It is the calling thread that is placed."""
-        self._thread = threading.get_native_id()
+        if self._where is not None and hasattr(os, "sched_setaffinity"):
+            self._thread = threading.get_native_id()
 
     def place(self, size: int) -> None:
-        """Where it shall run for a commit of so many bytes."""
-        if self._where is None:
+        """Where it shall run for a commit of so many bytes. The kernel is told when that changes."""
+        if self._thread is None or self._where is None:
             return
         cpu = self._where() if size < _LARGE_BYTES else None
         if cpu == self._cpu:
             return
         # A filter of system calls forbids it, or that CPU was taken away just now; -1, a ValueError: nobody tells which it is.
         with contextlib.suppress(OSError, ValueError):
-            # Any: whatever the loop's thread may run on today.
+            # Any: all that the loop's thread may run on.
             os.sched_setaffinity(self._thread, os.sched_getaffinity(0) if cpu is None else {cpu})
             self._cpu = cpu

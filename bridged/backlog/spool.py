@@ -105,7 +105,6 @@ class Spool:
         self.room = asyncio.Event()  # set: the doors may read on
         self.room.set()
         self._options = options = structs.replace(options, max_bytes=within_file_limit(options.max_bytes))
-        self._new_up_to_bytes = options.max_bytes - reserve_of(options.max_bytes)  # beyond it nothing new is taken
         self._names = names
         self._clock = clock
         self._max_segment_bytes = options.max_segment_bytes
@@ -289,8 +288,8 @@ class Spool:
         """Whether new events are refused, so that there is always room to settle the old ones: in the file and on the disk."""
         if self._unsaved is not None:
             return True
-        expected = self.used_bytes + self.pending_bytes
-        return expected >= self._new_up_to_bytes or self._reserve.short(self.pending_bytes)
+        limit = self._options.max_bytes - reserve_of(self._options.max_bytes)
+        return self.used_bytes + self.pending_bytes >= limit or self._reserve.short(self.pending_bytes)
 
     @property
     def free_bytes(self) -> int:
@@ -437,7 +436,7 @@ class Spool:
             if work.settlements:
                 await self._commit(Work([], [], work.settlements))
             return
-        self._placement.place(size)
+        self._placement.place(size + sum([settlement.came_bytes for settlement in work.settlements]))
         try:
             committed = await self.run(self._transact, work, batches)
         except sqlite3.Error as error:
