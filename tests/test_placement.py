@@ -2,7 +2,11 @@
 
 import contextlib
 import os
+import platform
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -66,9 +70,9 @@ def test_large_commits_run_anywhere(placement, kernel):
     assert kernel.told == [(ME(), {2}), (ME(), {0, 1, 2, 3}), (ME(), {2})]
 
 
-@pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), ValueError("negative CPU number")])
-def test_where_it_is_forbidden_nothing_happens(placement, kernel, error):
-    """A filter of system calls answers EPERM, a sandbox -1 for the CPU: no commit fails of it, and the next one asks again."""
+@pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), ValueError("negative CPU number")])
+def test_no_commit_fails_of_it(placement, kernel, error):
+    """A CPU that was taken away just now, a sandbox that says -1 for it: the next commit asks again."""
     kernel.error = error
     placement.place(SMALL)
     kernel.error = None
@@ -94,6 +98,36 @@ def test_without_sched_getcpu_nobody_is_placed(kernel, monkeypatch, error):
     placement.adopt()
     placement.place(SMALL)
     assert kernel.told == []
+
+
+# A filter of system calls, as systemd and container runtimes set them: `answer` for sched_setaffinity, and all others pass.
+FILTERED = """
+import ctypes, platform, struct, sys
+number = {"x86_64": 203, "aarch64": 122}[platform.machine()]
+program = b"".join(struct.pack("HBBI", *step) for step in (
+    (0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, int(sys.argv[1], 0)), (0x06, 0, 0, 0x7FFF0000)))
+steps = ctypes.create_string_buffer(program)
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_void_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+for call in ((38, 1, 0, 0, 0), (22, 2, ctypes.byref(Program(4, ctypes.addressof(steps))))):
+    assert libc.prctl(*call) == 0, ctypes.get_errno()
+from bridged.backlog.placement import Placement
+placement = Placement()
+placement.adopt()
+placement.place(1000)
+print("placed" if placement._cpu is not None else "not placed")
+"""
+KILL, EPERM, ALLOW = "0x80000000", "0x00050001", "0x7fff0000"
+
+
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "aarch64"}, reason="the filter is written for these")
+@pytest.mark.parametrize(("answer", "said"), [(KILL, "not placed"), (EPERM, "not placed"), (ALLOW, "placed")])
+def test_a_filter_of_system_calls_is_asked_by_a_child(answer, said):
+    """One that ends whoever places a thread must not end the daemon at its first commit; one that allows it changes nothing."""
+    command = [sys.executable, "-c", FILTERED, answer]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert (result.returncode, result.stdout.strip()) == (0, said), result.stderr
 
 
 async def test_the_spools_writer_is_placed_by_its_commits(tmp_path):
