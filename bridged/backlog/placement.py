@@ -58,9 +58,8 @@ class Placement:
         self._where: Callable[[], int] | None = None
         with contextlib.suppress(AttributeError, OSError):  # another system, another libc, a static interpreter
             if _allowed():
-                self._where = ctypes.PyDLL(
-                    None
-                ).sched_getcpu  # of its caller; PyDLL: the lock is kept for so short a call
+                # Of its caller. PyDLL: the lock is kept for so short a call.
+                self._where = ctypes.PyDLL(None).sched_getcpu
 
     def adopt(self) -> None:
         """It is the calling thread that is placed."""
