@@ -51,23 +51,24 @@ def placement(kernel):
     return made
 
 
-ME = threading.get_native_id
-
-
 def test_small_commits_run_where_the_loop_runs(placement, kernel):
     """And follow it from commit to commit; the kernel is told only of changes."""
     placement.place(SMALL)
     placement.place(SMALL)
     kernel.cpu = 3
     placement.place(LARGE - 1)
-    assert kernel.told == [(ME(), {2}), (ME(), {3})]
+    assert kernel.told == [(threading.get_native_id(), {2}), (threading.get_native_id(), {3})]
 
 
 def test_large_commits_run_anywhere(placement, kernel):
     """What is worth a CPU of its own gets any that the loop itself may use; and the next small one is beside it again."""
     for size in (LARGE, SMALL, LARGE, LARGE, SMALL):
         placement.place(size)
-    assert kernel.told == [(ME(), {2}), (ME(), {0, 1, 2, 3}), (ME(), {2})]
+    assert kernel.told == [
+        (threading.get_native_id(), {2}),
+        (threading.get_native_id(), {0, 1, 2, 3}),
+        (threading.get_native_id(), {2}),
+    ]
 
 
 @pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), ValueError("negative CPU number")])
@@ -77,7 +78,7 @@ def test_no_commit_fails_of_it(placement, kernel, error):
     placement.place(SMALL)
     kernel.error = None
     placement.place(SMALL)
-    assert kernel.told == [(ME(), {2})]
+    assert kernel.told == [(threading.get_native_id(), {2})]
 
 
 def test_nobody_is_placed_before_there_is_a_thread(kernel):

@@ -53,9 +53,9 @@ class Placement:
     """Of one thread, by whoever hands it its work."""
 
     def __init__(self) -> None:
-        self._thread: int | None = None  # None: nobody is placed
+        self._thread: int | None = None  # None: not known yet
         self._cpu: int | None = None  # the only one that it may run on; None: on any
-        self._where: Callable[[], int] | None = None
+        self._where: Callable[[], int] | None = None  # None: nobody can be placed
         with contextlib.suppress(AttributeError, OSError):  # another system, another libc, a static interpreter
             if _allowed():
                 # Of its caller. PyDLL: the lock is kept for so short a call.
@@ -63,8 +63,7 @@ class Placement:
 
     def adopt(self) -> None:
         """It is the calling thread that is placed."""
-        if self._where is not None:
-            self._thread = threading.get_native_id()
+        self._thread = threading.get_native_id()
 
     def place(self, size: int) -> None:
         """Where it shall run for a commit of so many bytes. The kernel is told when that changes."""
