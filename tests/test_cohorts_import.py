@@ -14,6 +14,7 @@ import pytest
 from conftest import Daemon, until
 
 from bridged.app import App
+from bridged.cohorts.strikes import STRIKE_S
 from bridged.emulator.braze import BrazeConfig, BrazeEmulator
 from bridged.errors import MembershipDamaged, MembershipError
 
@@ -212,7 +213,8 @@ async def test_a_refusal_of_everybody_halts(
     assert "reserved" in app.cohort_writer.problem
     assert app.membership.figures.rejected < 200
     braze.script([])
-    await until(lambda: not app.membership.figures.due)
+    # Who was refused by an answer that was under way at the halt rests for a minute.
+    await until(lambda: not app.membership.figures.due, seconds=STRIKE_S + 30)
     await app.membership.resync(rejected_only=True)
     await until(lambda: app.membership.rows[0].in_braze == 1000)
 
