@@ -118,8 +118,8 @@ def test_a_benchmark_ends_its_processes_at_a_signal(tmp_path, name, numbers):
         for number in numbers:
             process.send_signal(number)
             time.sleep(0.1)  # two at once may be one
-        process.communicate(timeout=120)
-    assert process.returncode == 128 + numbers[0]
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + numbers[0], err
     assert len(children) >= 3
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert list(tmp_path.iterdir()) == []

@@ -13,40 +13,36 @@ import contextlib
 import ctypes
 import functools
 import os
+import subprocess
+import sys
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 # Uncompressed: some 1,500 events, which take 1 to 2 ms to compress.
 _LARGE_BYTES: Final = 2**20
-_PR_SET_DUMPABLE: Final = 4  # of Linux's prctl.h
+# What a child asks the kernel. prctl's PR_SET_DUMPABLE first: its end is worth no core.
+_ASK: Final = "import ctypes, os; ctypes.CDLL(None).prctl(4, 0); os.sched_setaffinity(0, os.sched_getaffinity(0))"
+_ASK_S: Final = 5.0
 
 
 @functools.cache
 def _allowed() -> bool:
     """Whether a thread may be placed, by this process.
 
-    A filter of system calls may answer by ending whoever asks (systemd's does, unless it is told an error), so a child asks.
+    A filter of system calls may answer by ending whoever asks (systemd's does, unless it is told an error), so a child asks:
+    a fresh interpreter, as what is forked from threads may wait for ever for a lock that none of them gives back.
     """
     try:
         # As proc(5) has it: 0, none; 2, a filter.
         if "\nSeccomp:\t0" in Path("/proc/self/status").read_text(encoding="ascii", errors="replace"):
             return hasattr(os, "sched_setaffinity")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads whose locks it may need: it needs none
-            child = os.fork()
-        if not child:
-            try:
-                ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # its end is worth no core
-                os.sched_setaffinity(0, os.sched_getaffinity(0))
-                os._exit(0)
-            finally:
-                os._exit(1)
-        return os.waitpid(child, 0)[1] == 0
-    except OSError:  # no fork, or nobody can wait for it
+        command = [sys.executable, "-I", "-S", "-c", _ASK]
+        asked = subprocess.run(command, capture_output=True, check=False, timeout=_ASK_S)  # noqa: S603  # ours alone
+    except (OSError, ValueError, subprocess.SubprocessError):  # no child, no interpreter's name, or no answer
         return False
+    return asked.returncode == 0
 
 
 class Placement:
