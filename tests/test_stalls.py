@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from test_backlog_model import START_S, Loop
 
 from bridged.backlog.archive import Archive
-from bridged.backlog.backlog import Backlog
-from bridged.backlog.segment import Batch
+from bridged.backlog.backlog import Backlog, Parcel
+from bridged.backlog.segment import Batch, Segment
 from bridged.backlog.spool import Intaken, Spool, SpoolOptions
 from bridged.clock import Clock
+from bridged.delivery.blame import Blame
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split
@@ -340,6 +341,33 @@ def test_many_events_that_always_fail_stop_nobody(play, tmp_path, share):
             await asyncio.sleep(5)
             assert road.mixpanel.got == set(range(6000)) - bad | set(range(10_000, 11_800))
             assert road.books() == {"accepted": 7800, "delivered": 7800 - len(bad), "waiting": len(bad)}
+
+    play(scene())
+
+
+def test_an_outage_that_pauses_for_a_moment_is_one_outage(play, tmp_path):
+    """A few requests come through a Mixpanel that is down, and are parts of what had failed: no proof against all the others.
+    They wait like before, whole, and no limit is learned.
+    """
+
+    async def scene():
+        down = Retry("server", "503")
+        async with Road(tmp_path, lambda _: down) as road:
+            for at in range(0, 12_000, 100):
+                await road.put(*range(at, at + 100))
+            await road.at(30)
+            answers = [Delivered()] * 3
+            road.mixpanel.answer = lambda _: answers.pop() if answers else down
+            while answers:
+                await asyncio.sleep(0.1)
+            requests = road.mixpanel.requests
+            await asyncio.sleep(60)
+            assert road.mixpanel.requests < requests + 100
+            assert road.spool.segments < 240
+            assert road.delivery.learned_batch_bytes is None
+            road.mixpanel.answer = lambda _: Delivered()
+            await road.at(HOUR_S)
+            assert road.books() == {"accepted": 12_000, "delivered": 12_000}
 
     play(scene())
 
@@ -769,6 +797,17 @@ def test_a_limit_that_is_smaller_than_a_request_stops_nothing(play, tmp_path, li
             assert road.books() == {"accepted": 6000, "delivered": 6000}
 
     play(scene())
+
+
+@pytest.mark.parametrize("other", [Retry("server", "503"), Split("400"), Halt(403, "a rule")])
+def test_a_429_between_other_failures_is_no_sign_of_a_limit(other):
+    """Only minutes of 429 and nothing else say that a request is larger than the limit allows: then segments are cut, to see."""
+    blame, limited = Blame(), Retry("rate", "429")
+    parcels = [Parcel([Segment(id_, 0.0, 10_000, 0, bytes([CODE] * 100), b"")]) for id_ in (1, 2)]
+    assert blame.fate(parcels[0], limited, 1.0, halted=False) == "again"
+    blame.fate(parcels[1], other, 100.0, halted=False)
+    assert blame.fate(parcels[0], limited, 200.0, halted=False) == "again"
+    assert blame.fate(parcels[0], limited, 390.0, halted=False) == "split"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])

@@ -34,6 +34,7 @@ _LATEST: Final = 0.05  # how much the latest answer counts among those before it
 _REFUSALS_TO_GIVE_UP: Final = 6
 _FAILURES_TO_SPLIT: Final = 5  # in a row
 _FAILURES_TO_CUT: Final = 20
+_FAILURES_IN_AN_OUTAGE: Final = 40
 # Of requests in a row. A poison event among 2,000 is alone after some 22, half of which are understood in between; but after a
 # restart some hundreds that are set aside may stand side by side, and are told apart anew.
 _REFUSALS_OF_ALL: Final = 500
@@ -77,8 +78,11 @@ class Blame:
             self._apart_at = now
 
     def _tells_apart(self, verdict: Verdict, now: float) -> bool:
-        """Whether what failed is split at once. Not what hangs: that is sooner told with many others than each for itself."""
-        answered = isinstance(verdict, Retry) and verdict.kind == "server"
+        """Whether what failed is split at once. Not what hangs: that is sooner told with many others than each for itself.
+
+        Nor when so many have failed in a row: what came through meanwhile was a gap in an outage.
+        """
+        answered = isinstance(verdict, Retry) and verdict.kind == "server" and self._failures < _FAILURES_IN_AN_OUTAGE
         return answered and now - self._apart_at < _APART_S and self._passing < _BY_CHANCE
 
     def _strikes_to_split(self) -> int:
@@ -118,6 +122,8 @@ class Blame:
             if now - self._limited_since < _LIMITED_S:
                 return "again"
             self._failures = max(self._failures, _FAILURES_TO_CUT)
+        else:
+            self._limited_since = None
         if self._is_its_own(parcel, verdict):
             parcel.strikes += 1
             parcel.refusals += not isinstance(verdict, Retry)
