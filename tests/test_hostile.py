@@ -6,6 +6,7 @@ import gc
 import gzip
 import itertools
 import os
+import random
 import re
 import socket
 import ssl
@@ -353,6 +354,70 @@ async def test_what_is_held_is_let_go(doors):
     assert doors.http.connections.held == 0
 
 
+async def test_who_sends_ahead_holds_what_has_no_answer_yet(tmp_path):
+    """A client that always has a few requests under way, whose bodies expand to a mebibyte: what was answered counts no more."""
+    async with opened(tmp_path, limits=HttpLimits(max_in_flight=8 * MIB), max_body=2 * MIB) as doors:
+        packed = gzip.compress(msgspec.json.encode({"events": [], "more": random.Random(1).randbytes(MIB // 2).hex()}))
+        reader, writer = await doors.connect()
+        for number in range(40):
+            writer.write(request(packed, "Content-Encoding: gzip", close=False))
+            if number >= 3:
+                assert statuses(await reader.readuntil(b"}\n")) == [200]
+                assert doors.http.connections.held < 4 * (len(packed) + MIB) + MIB
+        writer.transport.abort()
+
+
+async def test_what_comes_behind_a_request_is_held(tmp_path):
+    """The beginning of another body, in the same burst as a whole request: its bytes are counted when that one is answered."""
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        part = request(b" " * 190_000, close=False)[:150_000]
+        clients = [await doors.connect() for _ in range(5)]
+        for number, (_, writer) in enumerate(clients):
+            writer.write(request(body(20, number * 20), close=False) + part)
+        for reader, _ in clients:
+            assert statuses(await reader.readuntil(b"}\n")) == [200]
+        await until(lambda: doors.http.connections.held >= 5 * len(part), "all of it")
+        assert doors.http.connections.held < 5 * len(part) + 5 * 10_000
+        for _, writer in clients:
+            writer.transport.abort()
+        await until(lambda: not doors.http.connections.alive)
+        assert doors.http.connections.held == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_each_byte_that_is_held_is_somebodys(tmp_path, seed):
+    """Requests of every kind, one behind the other and cut anywhere: what is held is what came and has no answer, and in the
+    end it is nothing.
+    """
+    rng = random.Random(seed)
+    packed = gzip.compress(body(30))
+    kinds = [
+        request(body(5), close=False),
+        request(packed, "Content-Encoding: gzip", close=False),
+        request(b"x" * 5000, target="/nowhere", close=False),
+        request(b"{", close=False),
+        b"POST /v1/currents HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    ]
+    async with opened(tmp_path, limits=HttpLimits()) as doors:
+        reader, writer = await doors.connect()
+        await until(lambda: doors.http.connections.alive)
+        [connection] = doors.http.connections.alive
+        sent = [rng.choice(kinds) for _ in range(200)]
+        left, answered = b"".join(sent), 0
+        while answered < len(sent):
+            cut = rng.choice([1, 100, 3000, 20_000])
+            writer.write(left[:cut])
+            left = left[cut:]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.001 if left else None):
+                    answered += len(statuses(await reader.read(65536)))
+            assert connection.held == connection._size + sum(connection._sizes) + connection._tail
+            assert doors.http.connections.held == connection.held >= 0
+        assert doors.http.answers.total() == doors.http.requests == answered == len(sent)
+        assert connection.held == 0
+        writer.transport.abort()
+
+
 async def test_what_ends_leaves_no_garbage(doors):
     """A connection that is refused or goes away is freed at once, with all its bytes; it doesn't wait for the collector."""
     head = b"POST /v1/currents HTTP/1.1\r\nHost: x\r\n"
@@ -423,6 +488,38 @@ async def test_a_head_that_proxies_have_added_to(doors):
     assert statuses(await doors.raw(request(body(), "X-Forwarded-Client-Cert: " + "a" * 17_000))) == [431]
     assert statuses(await doors.raw(request(body(), *[f"X-Envoy-{number}: y" for number in range(200)]))) == [431]
     assert await doors.events() == 2
+
+
+@pytest.mark.parametrize("field", ["User-Agent: a", "Content-Type: application/json", "ETag: x"])
+async def test_a_field_that_a_proxy_has_added_twice(doors, field):
+    """Whatever HTTP says, the events are good, and for a 400 Braze would drop them: it shall keep them, and the answer names it."""
+    answer = await doors.raw(request(body(), field, field))
+    assert statuses(answer) == [503]
+    assert f"has {field.partition(':')[0].lower()} twice".encode() in answer.lower()
+    twice = await doors.raw(request(body(), "Host: y"))
+    assert statuses(twice) == [400]
+    assert b"Duplicate 'Host' header" in twice
+
+
+async def test_a_body_coded_on_its_way_is_told_so(doors):
+    """Nobody codes transfers but by chunks; who does hears that it is this, and not that his events are no JSON."""
+    start = b"POST /v1/currents HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+    packed = gzip.compress(body())
+    answer = await doors.raw(start + b"%x\r\n" % len(packed) + packed + b"\r\n0\r\n\r\n")
+    assert statuses(answer) == [501]
+    assert await doors.events() == 0
+
+
+async def test_who_is_one_too_many_is_counted(tmp_path):
+    """Each answer is in the figures, whoever writes it; and there are as many requests."""
+    async with opened(tmp_path, limits=HttpLimits(max_connections=1)) as doors:
+        _, writer = await doors.connect()
+        writer.write(request(body(), close=False))
+        await until(lambda: doors.http.answers[200])
+        assert statuses(await doors.raw(b"")) == [503]
+        assert doors.http.answers == {200: 1, 503: 1}
+        assert doors.http.requests == 2
+        writer.transport.abort()
 
 
 async def test_a_complete_head_that_is_too_large_is_refused(doors):
@@ -989,9 +1086,10 @@ async def test_what_comes_behind_a_request_costs_only_itself(tmp_path, good, jun
 # -- what is logged ----------------------------------------------------------------------------------------------------
 
 
-async def test_no_byte_of_a_request_is_logged(doors, capsys):
+async def test_no_byte_of_a_request_is_logged(doors, capsys, monkeypatch):
     """Whatever is malformed, in a head, a chunk or a trailer, and whoever leaves in between: no log line quotes it."""
     logs.setup("debug", "json")
+    monkeypatch.setattr(clients, "log", structlog.get_logger())  # it is kept with the stream that it first wrote to
     try:
         secret = b"Authorization: Bearer hunter2-canary"
         start = b"POST /v1/currents HTTP/1.1\r\nHost: x\r\n"
@@ -1022,6 +1120,7 @@ async def test_no_byte_of_a_request_is_logged(doors, capsys):
     told = capsys.readouterr()
     assert "hunter2" not in told.err + told.out
     assert "Traceback" not in told.err
+    assert "requests_refused" in told.err
 
 
 def reset(writer):

@@ -424,6 +424,13 @@ async def test_codings_that_are_none(door, client, coding, status):
     assert (await door.post(client, gzip.compress(body(batch(1))), Content_Encoding=coding))[0] == status
 
 
+async def test_codings_on_several_lines(door):
+    """They are one list, as of every such field."""
+    for first, second in (("identity", "gzip"), ("gzip", "identity")):
+        sent = request(gzip.compress(body(batch(1))), f"Content-Encoding: {first}", f"Content-Encoding: {second}")
+        assert (await door.raw(sent)).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("coding", ["", "identity, identity"])
 async def test_a_body_that_is_not_compressed_after_all(door, client, coding):
     """With such a header it is read as it is."""

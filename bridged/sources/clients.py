@@ -1,4 +1,4 @@
-"""How many connections each client has: one alone must not take every place at a door.
+"""How many connections each client has, and what is refused: one alone must not take every place at a door.
 
 A client is an IPv4 address or an IPv6 network of 64 bits. Whoever is on this machine (loopback, a Unix socket) isn't
 counted: a proxy in front of the door brings everybody from there.
@@ -80,3 +80,28 @@ class Refusals:
                 " (a proxy's, if there is one before it)",
             )
             self._told, self._told_at = refused, now
+
+
+class BadRequests:
+    """Tells in the log, a line a minute, that requests are answered 400: nothing of them is kept, so nothing else tells."""
+
+    def __init__(self) -> None:
+        self._untold = 0
+        self._why = ""  # of the last one; nothing of what came is in it
+        self._told_at = -math.inf
+
+    def note(self, why: str) -> None:
+        """One more."""
+        self._untold, self._why = self._untold + 1, why
+
+    def look(self, now: float) -> None:
+        """Says what hasn't been said, if it is time."""
+        if self._untold and now - self._told_at >= _TELL_S:
+            log.warning(
+                "requests_refused",
+                status=400,
+                requests=self._untold,
+                last=self._why,
+                hint="an event that is alone in such a request is dropped by Braze; a proxy in between may spoil them",
+            )
+            self._untold, self._told_at = 0, now

@@ -3,7 +3,8 @@
 Answers, in Braze's terms (what the connector does with each is in its documentation):
 
     200  every event is on disk: in a segment, as a dead letter, or skipped by choice. Also for no events: a credentials probe
-    400  the body is not JSON at all. Braze then sends its events one by one and drops those that are answered 400 again
+    400  the body is not JSON at all, or the head no HTTP. Braze then sends its events one by one, and drops those that are
+         answered 400 again
     401  no token or a wrong one
     404, 405  not this address, not this method
     408  the head or the body didn't come in time
@@ -11,7 +12,9 @@ Answers, in Braze's terms (what the connector does with each is in its documenta
     413  larger than max_body, or compressed more than a hundredfold. Braze splits the batch
     415  compressed with anything but gzip or deflate
     431  the head is too large
-    503  no room in the spool, or too much at once, or mixpanel.export is false. Braze keeps the events and tries again
+    501  a Transfer-Encoding other than chunked
+    503  no room in the spool, or a writer that is behind; too many connections, or too much at once; mixpanel.export is false;
+         or a field twice that the head may have once, which is a proxy's doing. Braze keeps the events and tries again
 """
 
 import asyncio
@@ -60,7 +63,7 @@ _UNUSUAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade")
 # Of a compressed body. What expands to nothing takes its time too: a piece of it several ms.
 _PIECES_AT_ONCE = 4
 # Answers to heads that we would rather not see again.
-_LAST = (411, 431)
+_LAST = (411, 431, 501)
 # How long a request waits for a writer that is behind, before Braze is asked to come again.
 _ROOM_S = 5.0
 # So long a probe, which says no length, waits for its answer: who sends a body to it does so at once.
@@ -165,7 +168,6 @@ class HttpSource:
 
         `intake` None: no events are taken.
         """
-        self.requests = 0
         self.answers: Counter[int] = Counter()  # by status
         self.port = options.port
         self._options = options
@@ -179,6 +181,11 @@ class HttpSource:
         self._busy = 0  # requests that have no answer yet
         self.stopping = False
         self._servers: list[asyncio.Server] = []
+
+    @property
+    def requests(self) -> int:
+        """How many were answered, whatever by, or will be."""
+        return self.answers.total() + self._busy
 
     def use(self, bearer_token: str) -> None:
         """Another token from the next request on."""
@@ -228,7 +235,6 @@ class HttpSource:
         tls.load_again(self._tls, "sources.http", self._options.tls_cert, self._options.tls_key)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.requests += 1
         self._busy += 1
         connection: HttpConnection = request.protocol  # type: ignore[assignment]  # its server makes no other
         credential = self._credential
@@ -238,7 +244,7 @@ class HttpSource:
         finally:
             self._busy -= 1
             connection.answered = True
-            connection.release(request.content.total_bytes)
+            connection.release()
             usual = not any(name in request.headers for name in _UNUSUAL) and credential is self._credential
             connection.handled(plain=usual and response is self._ok)
         if isinstance(response, web.Response):
@@ -317,7 +323,7 @@ class HttpSource:
         written = self._intake.accept_body(body, id(connection))
         # The spool holds the events now.
         del body
-        connection.release(request.content.total_bytes)
+        connection.release()
         await written
 
     async def _accept_cohort(
@@ -351,6 +357,9 @@ class HttpSource:
         return body
 
     async def _read(self, request: web.BaseRequest, connection: HttpConnection) -> bytes:
+        coding = ", ".join(request.headers.getall("Transfer-Encoding", [])).strip(", ").lower()
+        if coding not in ("", "chunked"):
+            raise web.HTTPNotImplemented(text=f"Transfer-Encoding {coding[:40]!r}: chunked is understood")
         if not request.can_read_body:
             if "Content-Length" not in request.headers:
                 await self._demand_nothing_behind(connection)
@@ -376,7 +385,7 @@ class HttpSource:
 
     async def _decoded(self, request: web.BaseRequest, connection: HttpConnection, body: bytes) -> bytes:
         """The body without its Content-Encoding; never more of it in memory than max_body."""
-        codings = [each.strip() for each in request.headers.get("Content-Encoding", "").lower().split(",")]
+        codings = [each.strip() for each in ",".join(request.headers.getall("Content-Encoding")).lower().split(",")]
         coding = ", ".join(each for each in codings if each not in ("", "identity"))
         if not coding or not body:
             return body
@@ -396,7 +405,7 @@ class HttpSource:
         whole = bytearray()
         async with self._large:
             for piece in expanded(body, WINDOW_BITS[coding], self._options.max_body):
-                if not connection.hold(len(piece)):
+                if not connection.hold_expanded(len(piece)):
                     whole.clear()
                     raise ConnectionResetError
                 whole += piece
@@ -431,6 +440,8 @@ class HttpSource:
 
     def _refusal(self, error: BridgedError) -> web.Response:
         self.answers[error.http_status] += 1
+        if error.http_status == 400:
+            self.connections.bad.note(redacted(error.args[0]))
         headers = self._headers_of(error, 'Bearer realm="bridged"')
         return web.Response(
             body=_said(error), content_type="application/json", status=error.http_status, headers=headers
@@ -454,7 +465,6 @@ class HttpSource:
         except Exception:
             # A refusal, or a bug of ours: that is answered by 500 where it happens again.
             return None
-        self.requests += 1
         self._busy += 1
         return written
 

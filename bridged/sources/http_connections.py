@@ -17,7 +17,7 @@ commit: a request with one event costs 35 us instead of 60.
 
 import asyncio
 import re
-from collections import Counter
+from collections import Counter, deque
 from typing import Any, Final, Protocol
 
 from aiohttp import web
@@ -27,7 +27,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from msgspec import Struct, json
 
 from bridged import memory
-from bridged.sources.clients import Clients, Refusals
+from bridged.sources.clients import BadRequests, Clients, Refusals
 from bridged.sources.known_head import KnownHead
 
 # Who came just now isn't slow.
@@ -41,6 +41,8 @@ _MUCH_BYTES: Final = 8 * 2**20
 MAX_HEAD_BYTES: Final = 16 * 2**10
 _MAX_BEHIND_BYTES: Final = 128 * 2**10  # a repeat, while it is being committed: then reading pauses
 _MAX_UNWANTED_BYTES: Final = 64 * 2**20
+_TWICE: Final = re.compile(r"Duplicate '([\w-]+)' header")  # as aiohttp says it
+_MAX_WHY: Final = 200
 _LENGTH: Final = re.compile(rb"\n[Cc]ontent-[Ll]ength:[ \t]*(\d{1,12})[ \t]*\r")
 
 
@@ -85,6 +87,7 @@ class HttpConnections(web.Server):
         self.holding: dict[HttpConnection, None] = {}  # those of which something came that isn't handed on
         self.held = 0
         self.refused = 0  # connections, for want of room
+        self.bad = BadRequests()
         self._refusals = Refusals("sources.http")
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time()
@@ -96,6 +99,7 @@ class HttpConnections(web.Server):
         """The protocol of a new connection."""
         if len(self.alive) >= self.limits.max_connections and not self._spare_one():
             self.refused += 1
+            self.answers[503] += 1
             return _Refusal(self.refusals[503])
         connection = HttpConnection(self, self._loop)
         connection.since = self._loop.time()  # the last look may be long ago: it would be forgotten before it is made
@@ -104,7 +108,7 @@ class HttpConnections(web.Server):
 
     def _make_request(self, message: Any, payload: Any, protocol: Any, *rest: Any) -> web.BaseRequest:
         """Called when a request leaves the queue; until its handler's task begins, nothing else tells of it."""
-        protocol.payload, protocol.answered = payload, False
+        protocol.begin(payload)
         return super()._make_request(message, payload, protocol, *rest)
 
     def _spare_one(self) -> bool:
@@ -144,6 +148,7 @@ class HttpConnections(web.Server):
     def _look_at_all(self) -> None:
         self.now = self._loop.time()
         self._refusals.look(self.refused, self.now)
+        self.bad.look(self.now)
         if self.held > _MUCH_BYTES:
             memory.give_back_holes()
         turns = max(1, -(-len(self.alive) // _LOOKED_AT_ONCE))
@@ -173,7 +178,7 @@ class HttpConnection(RequestHandler):
 
     __slots__ = (
         *("_before", "_behind", "_coming", "_committing", "_half_closed", "_head", "_known", "_missing", "_received"),
-        *("_client", "_room", "_unwanted", "answered", "held", "payload", "since"),
+        *("_client", "_room", "_size", "_sizes", "_tail", "_unwanted", "answered", "held", "payload", "since"),
     )
 
     def __init__(self, room: HttpConnections, loop: asyncio.AbstractEventLoop) -> None:
@@ -189,6 +194,8 @@ class HttpConnection(RequestHandler):
             max_field_size=MAX_HEAD_BYTES,
         )
         self.held = 0  # bytes that came, or were expanded, and aren't handed on
+        # Of `held`: what the request in hand takes, the ones that wait behind it, and what may be the head of another.
+        self._size, self._sizes, self._tail = 0, deque[int](), 0
         self.since = room.now  # connected, or the first byte of a head, or its last, as of the last look
         self._room = room
         self._client: str | None = None  # whose it is
@@ -204,6 +211,11 @@ class HttpConnection(RequestHandler):
         self._missing = 0  # bytes of that body
         self._committing = False  # a repeat has no answer yet
         self._behind: list[bytes] = []  # what came meanwhile
+
+    def begin(self, payload: StreamReader) -> None:
+        """A request leaves the queue."""
+        self.payload, self.answered = payload, False
+        self._size += self._sizes.popleft() if self._sizes else 0
 
     @property
     def unused(self) -> bool:
@@ -261,7 +273,8 @@ class HttpConnection(RequestHandler):
         count = self._request_count
         if not self.held:
             self.since = self._room.now
-        if self.answered and self._waiter is None and not (self._messages or self.payload.is_eof()):
+        wanted = not self.answered or self._waiter is not None or self._messages or self.payload.is_eof()
+        if not wanted:
             # The rest of a body that has its answer already: it is read, so that the answer arrives, and dropped.
             self._unwanted += len(data)
             if self._unwanted > _MAX_UNWANTED_BYTES:
@@ -269,7 +282,7 @@ class HttpConnection(RequestHandler):
                 return
         elif not self.hold(len(data)):
             return
-        self._parse(data)
+        self._parse(data, counted=bool(wanted))
         if self._request_count != count:
             self._room.unused.pop(self, None)
             self.since = self._room.now
@@ -277,20 +290,40 @@ class HttpConnection(RequestHandler):
         elif self.held > MAX_HEAD_BYTES and self._waits_for_a_head():
             self.refuse(431)
 
-    def _parse(self, data: bytes) -> None:
+    def _parse(self, data: bytes, *, counted: bool) -> None:
         """A request at a time: where the parser fails, it forgets those that it has completed in the same call."""
         to = self._end(data, 0)
-        self._feed(data[:to])
+        self._feed(data[:to], counted=counted)
         while to < len(data) and not self._broken_off():
             at, to = to, self._end(data, to)
-            self._feed(data[at:to])
+            self._feed(data[at:to], counted=counted)
         self._broken_off()
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: bytes, *, counted: bool) -> None:
         if data and self._between_requests():
             self._head, self._received, self._before = data[: data.find(b"\r\n\r\n") + 4], 0, self._request_count
         self._received += len(data)
+        in_body = self._body_is_coming()
         super().data_received(data)
+        if counted:
+            self._attribute(len(data), in_body=in_body)
+
+    def _attribute(self, size: int, *, in_body: bool) -> None:
+        """Whose the bytes are that the parser was given: the newest request's, or nobody's yet.
+
+        Where several came at once, or one in between by aiohttp's own hand, they may be its neighbour's: the sum is right.
+        """
+        new = len(self._messages) - len(self._sizes)
+        if new > 0:
+            self._sizes.extend([0] * new)
+            size, self._tail = size + self._tail, 0
+        elif not in_body:
+            self._tail += size
+            return
+        if self._sizes:
+            self._sizes[-1] += size
+        else:
+            self._size += size
 
     def _between_requests(self) -> bool:
         """Whether the parser found one request in what it was given since it stood there last, and that ended with it.
@@ -332,6 +365,7 @@ class HttpConnection(RequestHandler):
         payload = self._messages[-2][1] if len(self._messages) > 1 else self.payload
         if not payload.is_eof():
             del self._messages[-1]
+            self._size += self._sizes.pop() if len(self._sizes) > len(self._messages) else 0
             if self.answered and not self._messages:
                 payload.feed_eof()
             else:
@@ -352,9 +386,21 @@ class HttpConnection(RequestHandler):
             return False
         return room.held <= room.limits.max_in_flight or room.make_room(self)
 
-    def release(self, size: int) -> None:
-        """A request is done with: `size` bytes are gone, and if no other has come behind it, all are."""
-        size = min(self.held, size) if self._messages else self.held
+    def hold_expanded(self, size: int) -> bool:
+        """The same, of what the body of the request in hand expands to."""
+        self._size += size
+        return self.hold(size)
+
+    def release(self) -> None:
+        """The request in hand is done with: what came of it is gone, and if no other has come behind it, all is."""
+        if self._messages:
+            self._let_go(min(self._size, self.held))
+        else:
+            self._let_go(self.held)
+            self._tail = 0
+        self._size = 0
+
+    def _let_go(self, size: int) -> None:
         self.held -= size
         self._room.held -= size
         if not self.held:
@@ -412,7 +458,7 @@ class HttpConnection(RequestHandler):
         self._missing -= len(data)
         if self._missing <= 0:
             whole, self._coming = b"".join(self._coming), []
-            self.release(len(whole))
+            self._let_go(self.held)
             body_at = whole.find(b"\r\n\r\n") + 4
             if not self._take(whole, body_at, len(whole) + self._missing):
                 self._known = None  # else it would be tried again
@@ -448,7 +494,7 @@ class HttpConnection(RequestHandler):
             self.force_close()
             self._forget()
         elif behind:
-            self.release(self.held)
+            self._let_go(self.held)
             if self._buffer_paused:
                 self._resume_reading_for_buffer()
             self.data_received(b"".join(behind))
@@ -507,6 +553,8 @@ class HttpConnection(RequestHandler):
         self.payload = EMPTY_PAYLOAD  # it knows the connection
         self._coming.clear()
         self._behind.clear()
+        self._sizes.clear()
+        self._size = self._tail = 0
         self._room.held -= self.held
         self.held = 0
         self._room.holding.pop(self, None)
@@ -517,19 +565,27 @@ class HttpConnection(RequestHandler):
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """The answer to what is no HTTP, or to a bug of ours. aiohttp would log and repeat the bytes of the former."""
-        what = "this is not HTTP as it should be"
-        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
-            # Of a good request that a proxy has added to: for a 400 Braze would drop its events.
-            status, what = 431, "the request's head is too large"
-        self._room.answers[status] += 1
         if status >= 500:
+            self._room.answers[status] += 1
             response = super().handle_error(request, status, exc, message)
+            response.headers["Server"] = "bridged"
+            return response
+        # The lines below the first one quote what came.
+        why = str(getattr(exc, "message", "")).partition("\n")[0].rstrip(":")[:_MAX_WHY] or type(exc).__name__
+        what = "this is not HTTP as it should be"
+        # Of a good request that a proxy has added to: for a 400 Braze would drop its events.
+        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
+            status, what = 431, "the request's head is too large"
+        elif (twice := _TWICE.search(why)) and twice[1].lower() != "host":
+            status, what = 503, f"the head has {twice[1]} twice: something in between adds it"
         else:
-            # Its traceback holds the connection, which holds it, until the next collection of garbage.
-            exc = exc and exc.with_traceback(None)
-            said = json.encode({"error": what, "hint": type(exc).__name__}) + b"\n"
-            response = web.Response(status=status, body=said, content_type="application/json")
-            response.force_close()
+            self._room.bad.note(f"{what}: {type(exc).__name__}")
+        self._room.answers[status] += 1
+        # Its traceback holds the connection, which holds it, until the next collection of garbage.
+        exc = exc and exc.with_traceback(None)
+        said = json.encode({"error": what, "hint": why}) + b"\n"
+        response = web.Response(status=status, body=said, content_type="application/json")
+        response.force_close()
         response.headers["Server"] = "bridged"
         return response
 
