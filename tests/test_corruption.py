@@ -17,6 +17,7 @@ from test_spool import OPEN, balances_by_type, batch, file_of, letter, options, 
 
 from bench import corrupt
 from bridged.backlog import pages, salvage
+from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Intaken, Settlement, Spool
 from bridged.errors import SpoolError
 
@@ -250,6 +251,42 @@ async def test_a_wal_without_its_file(tmp_path):
         assert await stored(spool) == ["e0", "e1", "e2", "e3"]
         assert balances_by_type(spool)
         assert len(spool.set_aside) == 1
+
+
+@pytest.mark.parametrize("codes", [b"\x03\x05\x03", b"\x03", b"\x03" * 9, b"\xff\xff\xff", b""], ids=repr)
+async def test_a_row_that_is_damaged_while_the_daemon_runs(tmp_path, codes):
+    """What the disk gives back may be wrong where it says which events the row holds: the books know, and go on balancing."""
+    async with Spool(options(tmp_path), NAMES) as spool:
+        backlog = Backlog(spool, 1)  # nothing fits into the ring: all is read back
+        await spool.append(Intaken([batch("a", "b", "c")]))
+        await spool.append(Intaken([batch("d")]))
+        await spool.append(Intaken([batch("e", "f")]))
+        await spool.run(lambda db: damage(db, 1, codes))
+        parcel = await asyncio.wait_for(backlog.take(1, 10**6, 0), 5)
+        await until(lambda: not spool.unsettled_bytes)
+        assert spool.damaged == 1
+        assert balances_by_type(spool)
+        assert [parcel.events, spool.segments] == [1, 2]
+        found = {kind: spool.accounts.total(kind) for kind in ("accepted", "dead_lettered", "waiting")}
+        assert found == {"accepted": 6, "dead_lettered": 3, "waiting": 3}
+        assert spool.dead_letters == 3
+        # A second one, before the first commit after it is done.
+        await spool.run(lambda db: damage(db, 3, codes))
+        backlog.settle(Settlement(parcel.segments, delivered=parcel.codes))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(backlog.take(1, 10**6, 0), 0.2)
+        await until(lambda: not spool.unsettled_bytes)
+        assert balances_by_type(spool)
+    async with Spool(options(tmp_path), NAMES) as spool:
+        assert balances_by_type(spool)
+        found = {kind: spool.accounts.total(kind) for kind in ("accepted", "delivered", "dead_lettered", "waiting")}
+        assert found == {"accepted": 6, "delivered": 1, "dead_lettered": 5, "waiting": 0}
+        assert await spool.run(lambda db: db.execute("SELECT count(*) FROM dead_letters").fetchone()) == (5,)
+
+
+def damage(db, id_, codes):
+    """What a disk may do."""
+    db.execute("UPDATE segments SET codes = ? WHERE id = ?", (codes, id_))
 
 
 async def test_commits_that_were_cut_off_are_noticed(tmp_path):

@@ -92,7 +92,7 @@ class Accounts:
 
 
 def changes(intaken: Sequence[Intaken], settlements: Sequence[Settlement]) -> Accounts:
-    """What a commit changes in the books, but for what is replayed."""
+    """What a commit changes in the books, but for what is replayed, and for what was damaged: that is recounted."""
     change = Accounts()
     taken = b"".join([batch.codes for one in intaken for batch in one.batches])
     refused = bytes([letter.code for one in intaken for letter in one.dead_letters])
@@ -102,6 +102,8 @@ def changes(intaken: Sequence[Intaken], settlements: Sequence[Settlement]) -> Ac
     change.add("dead_lettered", refused)
     change.add("skipped", skipped)
     for settlement in settlements:
+        if settlement.damaged:
+            continue
         change.remove("waiting", b"".join([segment.codes for segment in settlement.segments]))
         for part in settlement.parts:
             change.add("waiting", part.codes)

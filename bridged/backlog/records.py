@@ -72,13 +72,16 @@ class Settlement(Struct, gc=False):
     dead_letters: Sequence[DeadLetter] = ()
     parts: Sequence[Batch] = ()  # of one segment that was refused as a whole; they are as old as it is
     whole: Any = None  # what they are parts of, for whoever gets them
+    damaged: bool = False  # the disk gave it back changed: what was in it isn't known, nor what it was
 
     size: int = 0  # what it keeps in memory until it is committed, in bytes
     came_bytes: int = 0  # of that, what takes the segments' place on disk, at most
 
     def __post_init__(self) -> None:
         self.size = sum([segment.size for segment in self.segments])
-        if self.dead_letters or self.parts:
+        if self.damaged:
+            self.came_bytes = self.size
+        elif self.dead_letters or self.parts:
             self.came_bytes = sum(letter.size for letter in self.dead_letters) + sum(len(p.ndjson) for p in self.parts)
             self.size += self.came_bytes
 

@@ -26,6 +26,7 @@ from bridged import durable
 from bridged.backlog import tables
 from bridged.backlog.accounts import ENDS, Accounts
 from bridged.backlog.pages import Pages, Row
+from bridged.backlog.records import DeadLetter
 from bridged.backlog.reserve import room_to_open
 from bridged.backlog.segment import Segment
 from bridged.backlog.tables import MIGRATIONS, PAGE_BYTES, SEGMENT_COLUMNS
@@ -403,6 +404,22 @@ def repair(db: sqlite3.Connection, found: Found) -> None:
     if strays or letters:
         log.warning("torn_commit_recovered", segments=len(strays), dead_letters=len(letters))
     found.damaged += len(blocks)
+
+
+def recount(
+    db: sqlite3.Connection, accounts: Accounts, damaged: Sequence[Segment], names: Mapping[int, str]
+) -> list[DeadLetter]:
+    """Of rows that were found damaged while the daemon runs, and are gone by now: a dead letter for each event that is lost.
+
+    Their codes may be what was damaged: what waits is counted anew, and the books are made to balance.
+    """
+    counts = {kind: Counter(of) for kind, of in accounts.counts.items()} | {"waiting": Counter[int]()}
+    accounts.counts = counts  # its own: the books may share theirs with those that are in force if this fails
+    for (codes,) in db.execute("SELECT CAST(codes AS BLOB) FROM segments"):
+        accounts.add("waiting", codes or b"")
+    lost, _ = correct(accounts)
+    rows = _letters_of([(each.id, each.block, each.codes) for each in damaged], list(lost.elements()), names, 0.0)
+    return [DeadLetter(code, name, "mixpanel", reason, event) for *_, code, name, reason, event in rows]
 
 
 def _letters_of(blocks: Sequence[Row], codes: list[int], names: Mapping[int, str], now: float) -> list[Row]:

@@ -530,11 +530,10 @@ class Spool:
         ]
         letters = [letter for intaken in work.intaken for letter in intaken.dead_letters]
         letters += [letter for settlement in work.settlements for letter in settlement.dead_letters]
+        damaged = [segment for settlement in work.settlements if settlement.damaged for segment in settlement.segments]
         gone = [segment for settlement in work.settlements for segment in settlement.segments]
         replayed = {row.id: row for intaken in work.intaken for row in intaken.replayed}
         change = changes(work.intaken, work.settlements)
-        letter_bytes = sum(letter.size for letter in letters)
-        came_bytes = sum(segment.size for segment in segments) + letter_bytes
         went, settled = NONE, 0
 
         with tables.transaction(db):
@@ -548,10 +547,13 @@ class Spool:
                 change.remove("accepted", again)
                 change.remove("dead_lettered", again)
             tables.insert_segments(db, segments)
+            accounts = self.accounts.after(change)
+            letters += salvage.recount(db, accounts, damaged, self._names) if damaged else ()
+            letter_bytes = sum(letter.size for letter in letters)
+            came_bytes = sum(segment.size for segment in segments) + letter_bytes
             rows = [(now, now, 1, d.stage, d.code, d.event_type, d.reason[:1000], d.event) for d in letters]
             kept = self._letters.less(went).more(Letters(len(letters), letter_bytes))
             dropped = tables.keep_letters(db, rows, kept, self._letters_room())
-            accounts = self.accounts.after(change)
             tables.write_books(db, accounts.dump(self._names), self._types_checksum)
             went_bytes = sum(segment.size for segment in gone) + went.bytes + dropped.bytes
             moved_bytes = came_bytes + went_bytes
@@ -665,12 +667,7 @@ class Spool:
         """A row that the disk gave back changed: its events are lost, and are counted as dead letters that say so."""
         self.damaged += 1
         log.error("segment_damaged", segment=segment.id, events=segment.events, spool=self._options.path)
-        reason = f"segment {segment.id} was damaged on disk"
-        names = self._names
-        letters = [DeadLetter(code, names.get(code, ""), "mixpanel", reason, b"") for code in segment.codes]
-        if letters:
-            letters[0].event = segment.block
-        self.settle(Settlement([segment], dead_letters=letters))
+        self.settle(Settlement([segment], damaged=True))
 
     async def purge(self, condition: str, values: Sequence[Any]) -> int:
         """Deletes the dead letters that meet a condition; gives their number. The books keep them as dead-lettered."""
