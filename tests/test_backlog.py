@@ -230,6 +230,34 @@ async def test_parts_are_not_joined_again(spool, clock, ring_bytes):
     assert rest == ["e0", "e1", "e2", "e3", "e4", "last"]
 
 
+async def test_parts_are_as_old_after_a_restart(tmp_path, clock):
+    """They come behind what is newer, and are told of, and expire, by their own age; what is younger stays."""
+    options, hour_s = SpoolOptions(path=str(tmp_path / "spool.db")), 3600.0
+    async with Spool(options, NAMES, clock) as spool:
+        backlog = Backlog(spool, 10**6, clock)
+        await put(spool, batch("a1", "a2"))
+        accepted_at = clock.now
+        clock.now += 40 * hour_s
+        await put(spool, batch("b"), batch("c"))
+        parcel = await take(backlog, max_events=2)
+        backlog.settle(Settlement(parcel.segments, parts=[batch("a1"), batch("a2")], whole=parcel))
+        await until(lambda: not spool.unsettled_bytes)
+    clock.now += 10 * hour_s
+    async with Spool(options, NAMES, clock) as spool:
+        backlog = Backlog(spool, 10**6, clock)
+        first = await backlog.take(1, 10**6, 0, halted=True)
+        assert backlog.oldest_at() == accepted_at
+        expired = []
+        while (old := await backlog.exchange(first, clock.now - 48 * hour_s, 2000, 10**6)) is not None:
+            expired += names(old)
+            backlog.settle(Settlement(old.segments, expired=old.codes))
+            first = await take(backlog)
+        assert expired == ["a1", "a2"]
+        assert backlog.oldest_at() == accepted_at + 40 * hour_s
+        left = [*names(first), *[name for _ in range(backlog.ring.segments) for name in names(await take(backlog))]]
+        assert sorted(left) == ["b", "c"]
+
+
 async def test_parts_have_the_history_of_what_they_are_parts_of(spool, clock):
     """Also when a full disk makes the writer try settlements in another order."""
     backlog = Backlog(spool, 10**6, clock)
@@ -412,6 +440,9 @@ async def test_whatever_was_put_back_is_given_again_and_nothing_twice(spool, clo
             case "exchange" if out and taking is None and not out[-1].scout:
                 parcel = out.pop()
                 out.append(await backlog.exchange(parcel, clock.now - 5, 3, 10**6) or parcel)
+        ages = [each.created_at for each in (*backlog._ring, *backlog._leased.values())]
+        ages += [backlog._left_at] if backlog.left else []
+        assert backlog.oldest_at() == min(ages, default=None)
     halted = False
     async with asyncio.timeout(20):
         while backlog.events:

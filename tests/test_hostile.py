@@ -411,7 +411,7 @@ async def test_each_byte_that_is_held_is_somebodys(tmp_path, seed):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.001 if left else None):
                     answered += len(statuses(await reader.read(65536)))
-            assert connection.held == connection._size + sum(connection._sizes) + connection._tail
+            assert connection.held == connection._shares.total
             assert doors.http.connections.held == connection.held >= 0
         assert doors.http.answers.total() == doors.http.requests == answered == len(sent)
         assert connection.held == 0

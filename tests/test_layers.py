@@ -127,6 +127,7 @@ PURE = [
     ROOT / "backlog" / "segment.py",
     ROOT / "backlog" / "accounts.py",
     ROOT / "delivery" / "pacing.py",
+    ROOT / "sources" / "shares.py",
     ROOT / "cohorts" / "webhook.py",
     ROOT / "cohorts" / "records.py",
     ROOT / "cohorts" / "pace.py",
@@ -157,7 +158,7 @@ LONGER = {
         600,
         "a connection and what all connections share: who owns which byte reads best in one place",
     ),
-    "sources/http_connections.py": (545, "the same for the HTTP door"),
+    "sources/http_connections.py": (575, "the same for the HTTP door"),
     "app.py": (500, "knows everyone: opening, reloading and closing mirror each other"),
     "config.py": (
         525,

@@ -91,6 +91,9 @@ class Backlog:
         self._ring_size = 0  # bytes
         self._ring_events = 0
         self._ring_raw_bytes = 0
+        # Parts have new ids, and are as old as what they are parts of: those in the ring that are older than others before them.
+        self._older: dict[int, Segment] = {}
+        self._newest_at = -math.inf  # in the ring
         # The newest segment that is, or was, in the ring: what comes after it is on disk only.
         self._read_to = 0
         self._leased: dict[int, Segment] = {}
@@ -139,7 +142,7 @@ class Backlog:
         """When the oldest waiting event was accepted, wall clock; None if nothing waits or it isn't known yet."""
         heads = [segment.created_at for segment in self._leased.values()]
         if self._ring:
-            heads.append(self._ring[0].created_at)
+            heads.append(self._oldest_in_ring().created_at)
         if self.left:
             heads.append(self._left_at)
         return min(heads, default=None)
@@ -173,6 +176,15 @@ class Backlog:
         self._ring_size += sign * segment.size
         self._ring_events += sign * len(segment.codes)
         self._ring_raw_bytes += sign * segment.raw_bytes
+        if sign < 0:
+            self._older.pop(segment.id, None)
+        elif segment.created_at < self._newest_at:
+            self._older[segment.id] = segment
+        else:
+            self._newest_at = segment.created_at
+
+    def _oldest_in_ring(self) -> Segment:
+        return min((self._ring[0], *self._older.values()), key=lambda segment: segment.created_at)
 
     def _pop(self, at: int) -> Segment:
         segment = self._ring[at]
@@ -321,11 +333,14 @@ class Backlog:
             await self._refill()
         self._in_order()
         oldest = min((parcel, *self._again, *self._in_vain), key=_accepted_at)
-        in_ring_at = self._ring[0].created_at if self._ring else math.inf
+        in_ring = self._oldest_in_ring() if self._ring else None
+        in_ring_at = math.inf if in_ring is None else in_ring.created_at
         if min(in_ring_at, _accepted_at(oldest)) >= before:
             return None
-        if in_ring_at < _accepted_at(oldest):
-            oldest = self._lease(max_events, max_bytes, scout=False)
+        if in_ring is not None and in_ring_at < _accepted_at(oldest):
+            is_first = in_ring is self._ring[0]
+            alone = None if is_first else Parcel([self._pop(self._ring.index(in_ring))])
+            oldest = alone or self._lease(max_events, max_bytes, scout=False)
         elif oldest is parcel:
             return parcel
         else:
@@ -354,6 +369,8 @@ class Backlog:
             first = min(self._left_from, *(segment.id for segment in self._ring), self._read_to + 1)
             self._ring.clear()
             self._ring_size = self._ring_events = self._ring_raw_bytes = 0
+            self._older.clear()
+            self._newest_at = -math.inf
             self._turned = self._returning = False
             self._read_to = int(first) - 1
             self._ahead = set(self._leased)

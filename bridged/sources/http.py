@@ -23,8 +23,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from email.utils import formatdate
-from http import HTTPStatus
 from itertools import chain
 from typing import Any, Self
 
@@ -51,13 +49,12 @@ from bridged.redaction import redacted
 from bridged.sources import cohorts, tls
 from bridged.sources.cohorts import CohortSource
 from bridged.sources.expansion import PIECE_BYTES, WINDOW_BITS, expanded
+from bridged.sources.http_answers import REFUSALS, RETRY_AFTER_S, TAKEN, Nobody, Ok, said, whole
 from bridged.sources.http_connections import MAX_HEAD_BYTES, HttpConnection, HttpConnections, HttpLimits
 
 log = structlog.get_logger()
 
 PATH = "/v1/currents"
-_OK = b'{"status":"ok"}\n'
-_RETRY_AFTER_S = 30
 # What makes a body, or its answer, more than plain bytes.
 _UNUSUAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade")
 # Of a compressed body. What expands to nothing takes its time too: a piece of it several ms.
@@ -83,72 +80,6 @@ class HttpOptions(Struct, frozen=True, kw_only=True):
     tls_cert: str = ""
     tls_key: str = ""
     limits: HttpLimits = HttpLimits()
-
-
-class _Ok(web.StreamResponse):
-    """The 200 of HTTP/1.1 and a connection that stays: the same bytes for everybody, written at once.
-
-    Stateless, so one serves all requests. Measured: with one event a request, a tenth of what the daemon spends.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._answer = b""
-        self._made_at = -1.0  # monotonic, whole seconds
-
-    @property
-    def keep_alive(self) -> bool:
-        """It does."""
-        return True
-
-    def whole(self) -> bytes:
-        """Head and body."""
-        now_s = time.monotonic() // 1
-        if now_s != self._made_at:
-            self._made_at = now_s
-            self._answer = _bytes(200, _OK, {"Date": formatdate(usegmt=True)})
-        return self._answer
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Writes all of it."""
-        if request.transport is not None:
-            request.transport.write(self.whole())
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to be written."""
-
-
-def _bytes(status: int, body: bytes, headers: dict[str, str]) -> bytes:
-    """A whole answer, written without aiohttp."""
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json", "Server: bridged"]
-    lines += [f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-    return "\r\n".join(lines).encode() + body
-
-
-def _refusal(status: int, why: str) -> bytes:
-    """The answer to what isn't there to be handled: too slow, too large, too much. It is a connection's last one."""
-    retry = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else {}
-    body = msgspec.json.encode({"error": why, "hint": ""}) + b"\n"
-    return _bytes(status, body, {**retry, "Connection": "close"})
-
-
-_REFUSALS = {
-    status: _refusal(status, why)
-    for status, why in (
-        (408, "the request didn't come in time"),
-        (413, "the request is larger than can be taken"),
-        (431, "the request's head is too large"),
-        (503, "too much is coming in at once"),
-    )
-}
-
-
-class _Nobody(web.StreamResponse):
-    """The answer when the client is gone, or was refused: there is none, and its connection ends."""
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """What aiohttp takes for what it is. Thrown by the handler, it would be kept with all that the request held."""
-        raise ConnectionResetError
 
 
 class HttpSource:
@@ -177,7 +108,7 @@ class HttpSource:
         self._sockets = sockets
         self._large = asyncio.Semaphore()  # who expands a large body
         self._credential = options.bearer_token.encode() or None
-        self._ok = _Ok()
+        self._ok = Ok()
         self._busy = 0  # requests that have no answer yet
         self.stopping = False
         self._servers: list[asyncio.Server] = []
@@ -200,7 +131,7 @@ class HttpSource:
         # As it came and expanded, and some for the head and the sizes of chunks. What is more than all may be never fits.
         most = min(2 * options.max_body + 2**21, options.limits.max_in_flight)
         limits = msgspec.structs.replace(options.limits, max_request=most)
-        self.connections = HttpConnections(self._handle, self, limits, self.answers, _REFUSALS)
+        self.connections = HttpConnections(self._handle, self, limits, self.answers, REFUSALS)
         wheres: list[dict[str, Any]] = [{"sock": sock} for sock in self._sockets]
         try:
             hosts = [] if wheres else await of_this_machine(options.host)
@@ -267,14 +198,14 @@ class HttpSource:
                 plain = request.keep_alive and request.version == HttpVersion11 and not connection.writing_paused
                 response = self._ok
                 if not plain or self._last(request, connection):
-                    response = web.Response(body=_OK, content_type="application/json")
+                    response = web.Response(body=TAKEN, content_type="application/json")
         except (ConnectionError, RuntimeError) as error:
             # Who reads from a connection that is gone already is told so by a RuntimeError.
             if isinstance(error, RuntimeError) and connection.transport is not None:
                 raise
             # aiohttp keeps it with its traceback, and so with the connection, until the next collection of garbage.
             error.__traceback__ = None
-            return _Nobody()
+            return Nobody()
         except BridgedError as error:
             return self._refusal(error)
         except web.HTTPException as error:
@@ -444,11 +375,11 @@ class HttpSource:
             self.connections.bad.note(redacted(error.args[0]))
         headers = self._headers_of(error, 'Bearer realm="bridged"')
         return web.Response(
-            body=_said(error), content_type="application/json", status=error.http_status, headers=headers
+            body=said(error), content_type="application/json", status=error.http_status, headers=headers
         )
 
     def _headers_of(self, error: BridgedError, challenge: str) -> dict[str, str]:
-        headers = {"Retry-After": str(_RETRY_AFTER_S)} if error.http_status == 503 else {}
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else {}
         if error.http_status == 401:
             headers["WWW-Authenticate"] = challenge
         return headers
@@ -474,14 +405,10 @@ class HttpSource:
         error = SpoolError("the spool was closed") if written.cancelled() else written.exception()
         if error is None:
             self.answers[200] += 1
-            return self._ok.whole() if not self.stopping else _bytes(200, _OK, {"Connection": "close"}), self.stopping
+            return self._ok.whole() if not self.stopping else whole(200, TAKEN, {"Connection": "close"}), self.stopping
         if not isinstance(error, BridgedError):
             log.error("request_failed", exc_info=error)
             error = BridgedError("a bug of the bridge", "its log says more")
         self.answers[error.http_status] += 1
         headers = {"Connection": "close", **self._headers_of(error, "")}
-        return _bytes(error.http_status, _said(error), headers), True
-
-
-def _said(error: BridgedError) -> bytes:
-    return msgspec.json.encode({"error": redacted(error.args[0]), "hint": redacted(error.hint)})
+        return whole(error.http_status, said(error), headers), True

@@ -17,18 +17,19 @@ commit: a request with one event costs 35 us instead of 60.
 
 import asyncio
 import re
-from collections import Counter, deque
+from collections import Counter
 from typing import Any, Final, Protocol
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from msgspec import Struct, json
 
 from bridged import memory
 from bridged.sources.clients import BadRequests, Clients, Refusals
+from bridged.sources.http_answers import malformed
 from bridged.sources.known_head import KnownHead
+from bridged.sources.shares import Shares
 
 # Who came just now isn't slow.
 _NEW_S: Final = 1.0
@@ -41,8 +42,6 @@ _MUCH_BYTES: Final = 8 * 2**20
 MAX_HEAD_BYTES: Final = 16 * 2**10
 _MAX_BEHIND_BYTES: Final = 128 * 2**10  # a repeat, while it is being committed: then reading pauses
 _MAX_UNWANTED_BYTES: Final = 64 * 2**20
-_TWICE: Final = re.compile(r"Duplicate '([\w-]+)' header")  # as aiohttp says it
-_MAX_WHY: Final = 200
 _LENGTH: Final = re.compile(rb"\n[Cc]ontent-[Ll]ength:[ \t]*(\d{1,12})[ \t]*\r")
 
 
@@ -178,7 +177,7 @@ class HttpConnection(RequestHandler):
 
     __slots__ = (
         *("_before", "_behind", "_coming", "_committing", "_half_closed", "_head", "_known", "_missing", "_received"),
-        *("_client", "_room", "_size", "_sizes", "_tail", "_unwanted", "answered", "held", "payload", "since"),
+        *("_client", "_room", "_shares", "_unwanted", "answered", "held", "payload", "since"),
     )
 
     def __init__(self, room: HttpConnections, loop: asyncio.AbstractEventLoop) -> None:
@@ -194,8 +193,7 @@ class HttpConnection(RequestHandler):
             max_field_size=MAX_HEAD_BYTES,
         )
         self.held = 0  # bytes that came, or were expanded, and aren't handed on
-        # Of `held`: what the request in hand takes, the ones that wait behind it, and what may be the head of another.
-        self._size, self._sizes, self._tail = 0, deque[int](), 0
+        self._shares = Shares()  # of `held`
         self.since = room.now  # connected, or the first byte of a head, or its last, as of the last look
         self._room = room
         self._client: str | None = None  # whose it is
@@ -215,7 +213,7 @@ class HttpConnection(RequestHandler):
     def begin(self, payload: StreamReader) -> None:
         """A request leaves the queue."""
         self.payload, self.answered = payload, False
-        self._size += self._sizes.popleft() if self._sizes else 0
+        self._shares.begin()
 
     @property
     def unused(self) -> bool:
@@ -306,24 +304,7 @@ class HttpConnection(RequestHandler):
         in_body = self._body_is_coming()
         super().data_received(data)
         if counted:
-            self._attribute(len(data), in_body=in_body)
-
-    def _attribute(self, size: int, *, in_body: bool) -> None:
-        """Whose the bytes are that the parser was given: the newest request's, or nobody's yet.
-
-        Where several came at once, or one in between by aiohttp's own hand, they may be its neighbour's: the sum is right.
-        """
-        new = len(self._messages) - len(self._sizes)
-        if new > 0:
-            self._sizes.extend([0] * new)
-            size, self._tail = size + self._tail, 0
-        elif not in_body:
-            self._tail += size
-            return
-        if self._sizes:
-            self._sizes[-1] += size
-        else:
-            self._size += size
+            self._shares.came(len(data), len(self._messages), in_body=in_body)
 
     def _between_requests(self) -> bool:
         """Whether the parser found one request in what it was given since it stood there last, and that ended with it.
@@ -365,7 +346,7 @@ class HttpConnection(RequestHandler):
         payload = self._messages[-2][1] if len(self._messages) > 1 else self.payload
         if not payload.is_eof():
             del self._messages[-1]
-            self._size += self._sizes.pop() if len(self._sizes) > len(self._messages) else 0
+            self._shares.merge(len(self._messages))
             if self.answered and not self._messages:
                 payload.feed_eof()
             else:
@@ -388,17 +369,17 @@ class HttpConnection(RequestHandler):
 
     def hold_expanded(self, size: int) -> bool:
         """The same, of what the body of the request in hand expands to."""
-        self._size += size
+        self._shares.in_hand += size
         return self.hold(size)
 
     def release(self) -> None:
         """The request in hand is done with: what came of it is gone, and if no other has come behind it, all is."""
+        done = self._shares.end()
         if self._messages:
-            self._let_go(min(self._size, self.held))
+            self._let_go(min(done, self.held))
         else:
             self._let_go(self.held)
-            self._tail = 0
-        self._size = 0
+            self._shares.clear()
 
     def _let_go(self, size: int) -> None:
         self.held -= size
@@ -553,8 +534,7 @@ class HttpConnection(RequestHandler):
         self.payload = EMPTY_PAYLOAD  # it knows the connection
         self._coming.clear()
         self._behind.clear()
-        self._sizes.clear()
-        self._size = self._tail = 0
+        self._shares.clear()
         self._room.held -= self.held
         self.held = 0
         self._room.holding.pop(self, None)
@@ -570,15 +550,8 @@ class HttpConnection(RequestHandler):
             response = super().handle_error(request, status, exc, message)
             response.headers["Server"] = "bridged"
             return response
-        # The lines below the first one quote what came.
-        why = str(getattr(exc, "message", "")).partition("\n")[0].rstrip(":")[:_MAX_WHY] or type(exc).__name__
-        what = "this is not HTTP as it should be"
-        # Of a good request that a proxy has added to: for a 400 Braze would drop its events.
-        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
-            status, what = 431, "the request's head is too large"
-        elif (twice := _TWICE.search(why)) and twice[1].lower() != "host":
-            status, what = 503, f"the head has {twice[1]} twice: something in between adds it"
-        else:
+        status, what, why = malformed(exc)
+        if status == 400:
             self._room.bad.note(f"{what}: {type(exc).__name__}")
         self._room.answers[status] += 1
         # Its traceback holds the connection, which holds it, until the next collection of garbage.
