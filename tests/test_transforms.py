@@ -137,6 +137,31 @@ def test_golden(event_type, rules, changes, expected):
     assert sent.keys() == plain.keys()
 
 
+@pytest.mark.parametrize("rule", ["remove", "hash"])
+@pytest.mark.parametrize("value", [{"ada@x.com": [1, {"k": "v"}], "n": None}, [{"ada@x.com": True}], {"ada@x.com": {}}])
+def test_nothing_of_an_object_is_left(rule, value):
+    """Its names may be as telling as its values, and so may how many there are: it is one value, and goes as one."""
+    event = currents("users.behaviors.CustomEvent") | {"time": NOW - 9}
+    event["properties"] = {"name": "n", "custom_properties": {"secret": value, "kept": value}}
+    sent = mapped(event, transform={"users.behaviors.CustomEvent": {"properties.secret": rule}})["properties"]
+    assert sent["[Custom event property] kept"] == value
+    found = sent["[Custom event property] secret"]
+    assert "ada" not in str(found)
+    if rule == "remove":
+        assert found == REMOVED
+    else:
+        text = msgspec.json.encode(value[0] if isinstance(value, list) else value, order="sorted").decode()
+        assert found == ([hashed(text)] if isinstance(value, list) else hashed(text))
+
+
+def test_a_list_is_removed_whole():
+    """As all that is removed; hashed it keeps its elements, each of which stays recognisable."""
+    event = currents("users.behaviors.CustomEvent") | {"time": NOW - 9}
+    event["properties"] = {"name": "n", "custom_properties": {"tags": ["a", "b"]}}
+    sent = mapped(event, transform={"users.behaviors.CustomEvent": {"properties.tags": "remove"}})["properties"]
+    assert sent["[Custom event property] tags"] == REMOVED
+
+
 def test_an_anonymous_user_is_a_device():
     """With `anonymous = "device"` the id of the device is in the distinct_id: its rule holds there, too, always as a hash."""
     event = currents("users.messages.email.Send") | {"time": NOW - 9, "user": {"device_id": "abc"}}

@@ -38,7 +38,7 @@ _GAUGES = {
     "waiting": "Events that are on disk and not delivered yet.",
 }
 _VERDICTS: Final = tuple(verdict.__name__.lower() for verdict in (Delivered, Retry, Split, Reject, Halt))
-_ANSWERS: Final = (200, 400, 401, 404, 405, 408, 411, 413, 415, 431, 503)
+_ANSWERS: Final = (200, 400, 401, 404, 405, 408, 411, 413, 415, 431, 501, 503)
 
 
 class Metrics:

@@ -121,7 +121,7 @@ def _closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
 _CURRENTS: Final = operation(
     "Takes Currents events. 200: every one of them is on disk, as an event that waits, a dead letter, or skipped by choice.",
     json_content(object_of(status={"const": "ok"})),
-    *(400, 401, 404, 405, 408, 411, 413, 415, 431, 503),
+    *(400, 401, 404, 405, 408, 411, 413, 415, 431, 501, 503),
     body={
         "description": 'Braze\'s body {"events": [...]}; an array of events or one event will do, and nothing is a probe.',
         "required": False,
@@ -141,7 +141,7 @@ _CURRENTS: Final = operation(
 _COHORT_PAGE: Final = operation(
     "Takes a page of a cohort from Mixpanel's custom webhook. 200: it is on disk.",
     json_content(ref("CohortAnswer")),
-    *(400, 401, 404, 405, 408, 411, 413, 415, 431, 503),
+    *(400, 401, 404, 405, 408, 411, 413, 415, 431, 501, 503),
     body={
         "description": "Mixpanel's body. What isn't named here is not looked at, and what is may be a number or a string.",
         "required": True,

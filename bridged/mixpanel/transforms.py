@@ -3,7 +3,8 @@
     remove   the value becomes the string "[REDACTED]"
     hash     the value becomes its SHA-256 in hex, of its UTF-8, without a salt: the same value stays recognisable
 
-Hashed are strings, and each string of a list; removed can be anything. What is absent or null stays so. A field is named as
+Removed can be anything, and goes whole. Of a list each element is hashed; of an object its JSON, with its names in order, of a
+number or a yes or no what JSON has for it. What is absent or null stays so. A field is named as
 Braze names it; "external_user_id" is the user's (and so `distinct_id`), "device_id" the device's, "properties.NAME" a property
 of a custom event or a purchase.
 
@@ -13,6 +14,7 @@ refuses, what waits and what is archived was mapped, and so transformed.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Literal
 
@@ -33,17 +35,17 @@ def hashed(value: str) -> str:
 
 
 def transformed(value: Any, rule: Rule) -> Any:
-    """What is sent in a value's place; what is no string stays, but for what a list or an object holds."""
+    """What is sent in a value's place."""
+    if value is None:
+        return None
+    if rule == "remove":
+        return REMOVED
     if isinstance(value, str):
-        return REMOVED if rule == "remove" else hashed(value)
+        return hashed(value)
     if isinstance(value, list):
         return [transformed(one, rule) for one in value]
-    if isinstance(value, dict):
-        return {name: transformed(one, rule) for name, one in value.items()}
-    if rule == "remove" and value is not None:
-        return REMOVED
-    # A number of the customer's own can be as telling as a string; the hash of a typed one is never asked for.
-    return value if value is None else hashed(str(value).lower() if isinstance(value, bool) else str(value))
+    # A number of the customer's own can be as telling as a string, and so can an object's names, and how many there are.
+    return hashed(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
 def identity(value: str | None, device_id: str | None, rules: Rules) -> str | None:
