@@ -495,6 +495,7 @@ async def test_a_field_that_a_proxy_has_added_twice(doors, field):
     """Whatever HTTP says, the events are good, and for a 400 Braze would drop them: it shall keep them, and the answer names it."""
     answer = await doors.raw(request(body(), field, field))
     assert statuses(answer) == [503]
+    assert b"\r\nRetry-After: 30\r\n" in answer
     assert f"has {field.partition(':')[0].lower()} twice".encode() in answer.lower()
     twice = await doors.raw(request(body(), "Host: y"))
     assert statuses(twice) == [400]

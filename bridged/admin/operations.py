@@ -17,6 +17,7 @@ STATUSES: Final = {
     421: "Under a name that is none of ours: see [admin] hosts.",
     429: "Too many wrong tokens: come again after Retry-After seconds.",
     431: "The head is too large.",
+    501: "A Transfer-Encoding other than chunked.",
     503: "Not now. At the HTTP door: keep the events and come again after Retry-After seconds.",
 }
 

@@ -27,7 +27,7 @@ from msgspec import Struct, json
 
 from bridged import memory
 from bridged.sources.clients import BadRequests, Clients, Refusals
-from bridged.sources.http_answers import malformed
+from bridged.sources.http_answers import RETRY_AFTER_S, malformed
 from bridged.sources.known_head import KnownHead
 from bridged.sources.shares import Shares
 
@@ -560,6 +560,8 @@ class HttpConnection(RequestHandler):
         response = web.Response(status=status, body=said, content_type="application/json")
         response.force_close()
         response.headers["Server"] = "bridged"
+        if status == 503:
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
         return response
 
 
