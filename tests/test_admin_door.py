@@ -50,6 +50,25 @@ async def test_a_name_of_ours(daemon, client):
         assert (await answer(client, app, "GET", "/api/status", {"Host": host})) == (200, ""), host
 
 
+@pytest.mark.parametrize("count", [1, 2])
+async def test_who_has_said_all_gets_his_answer(daemon, count):
+    """`printf ... | nc -N`, as a check of health may be: half-closed, it is answered, and then closed."""
+    app = await daemon()
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * count)
+    writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 1.5 * SLOW)
+    assert answer.count(b"HTTP/1.1 200 OK") == count
+    writer.close()
+    # Who has said nothing is waited for by nobody, and neither is who listens to a stream of events.
+    for asked in (b"", b"GET /api/live HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.admin.port)
+        writer.write(asked)
+        writer.write_eof()
+        await asyncio.wait_for(reader.read(), 10 * SLOW)
+        writer.close()
+
+
 async def test_a_name_that_is_not_ours(daemon, client):
     """A page that makes its own name point at this machine (DNS rebinding) learns nothing; the answer names the key."""
     app = await daemon()

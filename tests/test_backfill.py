@@ -597,6 +597,27 @@ def test_a_door_that_takes_nothing(answer, words):
         server.shutdown(socket.SHUT_RDWR)
 
 
+def test_another_door_is_told_at_once():
+    """The HTTP door's port, by a slip: there is nothing to wait for, and nothing that would be better another time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+                connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        client = StreamClient(
+            lambda: socket.create_connection(server.getsockname()[:2]), lambda _: None, lambda: None, patience_s=3600
+        )
+        with pytest.raises(UpstreamError, match="isn't bridged's stream door") as told:
+            client.drain(client.send([b"{}\n"]))
+        assert "sources.stream" in told.value.hint
+        client.close()
+
+
 def test_a_door_that_says_nothing_is_told(tmp_path):
     """A full daemon reads no more and says nothing: the same line again and again looked like a command that hangs."""
     file = tmp_path / "events.ndjson"

@@ -46,6 +46,7 @@ _MAX_LOGIN_BYTES: Final = 4096
 _BODY_S: Final = 30.0
 # The rest of a body that was refused is read for so long, so that the answer arrives.
 _LINGER_S: Final = 2.0
+_LAST_ANSWER_S: Final = 2.0  # to who has closed his sending side
 _HEAD_S: Final = 30.0  # from the connecting, or the last answer
 _HANDSHAKE_S: Final = 10.0  # as at the doors, and so is a client's goodbye after ours
 _GOODBYE_S: Final = 1.0
@@ -61,11 +62,12 @@ _HEADERS: Final = {
 class _Connection(web.RequestHandler):
     """aiohttp's, but for its answer to what is no HTTP: that would repeat the bytes, and a credential with them."""
 
-    __slots__ = ("_server", "is_known")
+    __slots__ = ("_server", "half_closed", "is_known")
 
     def __init__(self, server: "_Server", **options: Any) -> None:
         super().__init__(server, **options)
         self._server = server
+        self.half_closed = False  # nothing more will be asked on it
         self.is_known = False  # something was asked on it by somebody who may
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -78,6 +80,20 @@ class _Connection(web.RequestHandler):
         """Its place is free."""
         self._server.alive.pop(self, None)
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio lets it answer; aiohttp always closes
+        """Who has said all still wants the answer, as `nc -N` does. (A stream of events is none that could end.)"""
+        asked = bool(self._messages) or (self._request_count > 0 and self._waiter is None)
+        if self.transport is None or not asked or self.ssl_context is not None:
+            return None  # aiohttp's: it is closed
+        self.half_closed = True
+        self._loop.call_later(_LAST_ANSWER_S, self.transport.close)
+        return True
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request in hand is the last one."""
+        return self.half_closed and not self._messages
 
     def end(self) -> None:
         """At once: what a stranger doesn't read is waited for by nobody."""
@@ -272,6 +288,8 @@ class AdminServer:
         answer.headers["Server"] = "bridged"  # and not which Python and aiohttp, who have said it already
         for name, value in _HEADERS.items():
             answer.headers.setdefault(name, value)
+        if isinstance(request.protocol, _Connection) and request.protocol.is_last:
+            answer.force_close()
 
     @web.middleware
     async def _body(self, request: web.Request, handler: _Handler) -> web.StreamResponse:

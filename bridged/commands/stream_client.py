@@ -26,6 +26,10 @@ class _Lost(Exception):
     """The connection is of no use any more."""
 
 
+class _Stranger(_Lost):
+    """What answers never was the stream door."""
+
+
 class StreamClient:
     """Sends lines, counts acks. Owns the connection and the lines without an ack."""
 
@@ -46,6 +50,7 @@ class StreamClient:
         self._unacked: deque[bytes] = deque()
         self._unacked_bytes = 0
         self._told = 0  # lines of this connection that were acked
+        self._ever_acked = False
         self._out = bytearray()  # not handed to the kernel yet
         self._in = bytearray()  # the beginning of an answer
         self._sock: socket.socket | None = None
@@ -136,7 +141,8 @@ class StreamClient:
         try:
             said = msgspec.json.decode(answer, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise _Lost(f"what answers isn't bridged's stream door: {answer[:100]!r}") from error
+            kind = _Lost if self._ever_acked else _Stranger
+            raise kind(f"what answers isn't bridged's stream door: {answer[:100]!r}") from error
         if "error" in said:
             raise _Lost(str(said["error"]))
         fresh = int(said.get("acked", 0)) - self._told
@@ -147,6 +153,7 @@ class StreamClient:
             self._unacked_bytes -= len(self._unacked.popleft())
         if fresh:
             self._give_up_at = None
+            self._ever_acked = True
             self._acked(fresh)
 
     def _lose(self, error: Exception) -> None:
@@ -154,6 +161,10 @@ class StreamClient:
         now = time.monotonic()
         if self._give_up_at is None:
             self._give_up_at = now + self._patience_s
+        if isinstance(error, _Stranger):
+            raise UpstreamError(
+                f"no events were taken: {error}", "it is the address of [sources.stream] listen that is wanted"
+            ) from error
         if now >= self._give_up_at:
             raise UpstreamError(
                 f"the daemon takes no more events: {error}", "see `bridged status`; then run the same command again"
