@@ -156,6 +156,8 @@ class Saved:
         wanted, wrong = self.checked(given)
         wrong |= {name: "there is no such key, or it can't be changed here" for name in remove if name not in EDITABLE}
         wrong |= {name: "both set and removed" for name in remove if name in given}
+        for name, value in wanted.items():  # the next start shall not be refused for it
+            wrong |= _understood(tomllib.loads(toml({name: value})))[2]
         if wrong:
             raise BadSettings("; ".join(f"{name}: {problem}" for name, problem in wrong.items()), wrong)
         return {name: value for name, value in {**self.values, **wanted}.items() if name not in remove}

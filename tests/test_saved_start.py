@@ -18,7 +18,7 @@ from bridged.app import App
 from bridged.commands.config import read_for
 from bridged.config import load, replaced
 from bridged.errors import ConfigError
-from bridged.saved import Saved, checked
+from bridged.saved import EDITABLE, BadSettings, Saved, checked
 
 SEND = "users.messages.email.Send"
 FAX = "users.messages.fax.Send"  # of a Braze to come
@@ -304,6 +304,41 @@ def test_anything_that_another_version_may_have_saved(tmp_path_factory, raw):
         tomllib.loads(again.path.read_text())
     )
     assert again.values == {"mixpanel.region": "eu", "events.exclude": (SEND,)}
+
+
+# -- what is saved can be read -----------------------------------------------------------------------------------------
+
+
+@given(
+    name=st.sampled_from([name for name in EDITABLE if name.startswith(("delivery.", "retention.max", "alerts."))]),
+    number=st.integers(0, 10**20) | st.floats(0, 1e20),
+    unit=st.sampled_from(["", "B", "kB", "TB", "TiB", "ms", "s", "h", "d"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_saved_starts(tmp_path_factory, name, number, unit):
+    """A value that the page takes is one that the next start reads: else it would be refused, and nobody had touched the file."""
+    file = Saved(str(tmp_path_factory.getbasetemp() / "starts.db"))
+    for value in (number, f"{number}{unit}"):
+        try:
+            values = file.with_changes({name: value}, [])
+        except BadSettings:
+            continue
+        file.write(values)
+        again = Saved(str(tmp_path_factory.getbasetemp() / "starts.db"))
+        again.read()
+        assert list(again.values) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("retention.max_age", "999999999999999999d"), ("delivery.max_bytes_per_minute", 10**18 + 1)],
+)
+async def test_a_value_that_could_not_be_read_again_is_not_saved(daemon, client, name, value):
+    """It is written in another unit, with more digits than are read: the next start would be refused."""
+    app = await daemon()
+    status, told = await put(client, app, set={name: value})
+    assert (status, list(told["keys"])) == (400, [name]), told
+    assert not app.saved.path.exists()
 
 
 async def test_a_hashed_address_stays_hashed(daemon, client, emulator):
