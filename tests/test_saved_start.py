@@ -11,7 +11,7 @@ from conftest import currents, free_port, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import _Configured, bridged  # noqa: F401  # a fixture
-from test_lifecycle import Process, process  # noqa: F401  # a fixture
+from test_lifecycle import process  # noqa: F401  # a fixture
 from test_page_settings import post, put, say
 
 from bridged.app import App
