@@ -69,11 +69,11 @@ class App:
 
     def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
         self.saved = Saved(str(Path(config.spool.path).absolute()))  # on the page: goes before the configuration
-        self.saved.read(set_aside=True)
+        self.saved.read()
         self.base = config  # what the file and the environment last said
         config = self.saved.in_force(config)
         if self.saved.problem:
-            log.error("saved_settings_unusable", problem=self.saved.problem, hint="see the page, Connection")
+            log.warning("saved_settings_ignored", problem=self.saved.problem)
         self.config = config
         hide(spoken_secrets(config), in_force=True)
         self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before both
@@ -234,7 +234,7 @@ class App:
         """
         try:
             base = read()
-            said = applied(base, self.saved.values)
+            said = self.saved.in_force(base)
             self._demand_usable(said)
             given = self.given_beside(said)
             before = with_credentials(
@@ -336,7 +336,7 @@ class App:
         config, changed, restart = reloading.take_over(before, said)
         self._use(with_credentials(config, given))
         self._configured, self.given, self.restart_needed = said, given, restart
-        self.saved.values, self.saved.problem = values, ""
+        self.saved.values = values
         self.saved.revise()
         if changed:
             log.info("settings_saved", changed=changed)

@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
@@ -501,8 +502,12 @@ def toml_value(value: Any) -> str:
     """A value as TOML writes it; what `tomllib` reads back is the same."""
     if isinstance(value, Size | Seconds):
         return f'"{value}"'
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(value)  # JSON has no nan, and bounds to its numbers
     if isinstance(value, dict):
         members = ", ".join(f"{toml_value(name)} = {toml_value(of)}" for name, of in value.items())
         return f"{{ {members} }}" if members else "{}"

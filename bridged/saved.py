@@ -1,13 +1,15 @@
 """What was saved on the page: a file beside the spool that goes before the configuration, key by key.
 
 It is written whole, under another name, and takes its place by a rename, both fsynced: after a kill or a power cut there is the
-old one or the new one. One that can't be read is set aside and told of, and the configuration alone is in force. It holds
-secrets, so it is the daemon's alone to read. Nobody should have to edit it; whoever does, finds TOML.
+old one or the new one. It is configuration, and a start refuses it like that: without it, what was to be left out, removed or
+hashed would leave in plain. It holds secrets, so it is the daemon's alone to read. Nobody should have to edit it; whoever does,
+finds TOML.
 """
 
 import contextlib
 import hashlib
 import os
+import re
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ import msgspec
 
 from bridged.config import Key, choices, convert, demand_good, keys, replaced, secret_problem, toml_value, value_at
 from bridged.durable import settle_file
-from bridged.errors import BridgedError, ConfigError
+from bridged.errors import BridgedError, ConfigError, whose
 from bridged.redaction import hide
 from bridged.settings import SECRETS, Config
 
@@ -45,6 +47,10 @@ _HEADER: Final = """\
 # Saved on bridged's page: each key goes before that of config.toml and of the environment.
 # Written by the daemon, at each save. To take a key back, use the page, or stop the daemon and delete its line.
 """
+_HINT: Final = (
+    "mend the line, or delete it to give up that setting, or rename the file to give up all; nothing was changed"
+)
+_NOT_OURS: Final = "run a command as root, or as who may read it; the daemon's file is to be the daemon's user's"
 
 
 class BadSettings(BridgedError):
@@ -70,6 +76,7 @@ def _editable() -> Iterator[Key]:
 
 
 EDITABLE: Final = {".".join(key.path): key for key in _editable()}
+_TABLES: Final = {key.path[:length] for key in EDITABLE.values() for length in range(1, len(key.path))}
 
 
 def is_secret(key: Key) -> bool:
@@ -84,7 +91,8 @@ class Saved:
         self.path = Path(f"{spool_path}.settings.toml")
         self._part = self.path.with_name(f"{self.path.name}.part")
         self.values: dict[str, Any] = {}
-        self.problem = ""  # why some of it, or all, isn't in force
+        self.unknown: dict[tuple[str, ...], Any] = {}  # what another version has saved, by its place: kept
+        self.problem = ""  # why some of it isn't in force
         self.revision = 0  # rises with every change, also over restarts
         self._clock = clock
         self._seen: set[bytes] = set()  # of secrets that came from outside: digests
@@ -96,65 +104,39 @@ class Saved:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def read(self, *, set_aside: bool = False) -> None:
-        """Reads the file. Never raises: `problem` says what is wrong. A file that makes no sense is renamed, if so wished."""
-        self.values, self.problem = {}, ""
+    def read(self) -> None:
+        """Reads the file. Raises ConfigError if it can't be, or holds what can't be in force, whatever the configuration says.
+
+        Keys that this version doesn't have, or not for the page, are told of in `problem`: there is nothing to put in force.
+        But below [events] they may be what keeps something from leaving.
+        """
+        self.values, self.unknown, self.problem = {}, {}, ""
         try:
             raw = tomllib.loads(self.path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
-        except FileNotFoundError:
-            return
         except OSError as error:
-            self.problem = f"the settings that were saved on the page can't be read: {error}"
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-            self.problem = (
-                f"the settings that were saved on the page are not in force: {self.path} is damaged ({error})"
-            )
-            if set_aside:
-                self._set_aside()
-        else:
-            found, wrong = checked(dict(_flat(raw)))
-            self.values = found
-            if wrong:
-                said = "; ".join(f"{name}: {problem}" for name, problem in wrong.items())
-                self.problem = f"of the settings that were saved on the page, these are not in force: {said}"
-
-    def _set_aside(self) -> None:
-        aside = self.path.with_name(f"{self.path.name}.broken-{int(self._clock())}")
-        try:
-            self.path.rename(aside)
-        except OSError as error:
-            self.problem += f"; it can't be set aside: {error}"
-        else:
-            self.problem += f"; it was set aside as {aside.name}"
+            if isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.lexists(self.path):
+                return
+            hint = whose(error, self.path, _NOT_OURS if isinstance(error, PermissionError) else _HINT)
+            raise ConfigError(f"can't read what was saved on the page: {error}", hint) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is no TOMLDecodeError
+            raise self._refused(f"it is damaged: {error}") from error
+        self.values, self.unknown, wrong = _understood(raw)
+        if wrong:
+            raise self._refused("\n  ".join(f"{name}: {problem}" for name, problem in wrong.items()))
+        if self.unknown:
+            names = ", ".join(".".join(path)[:200] for path in self.unknown)
+            why = "this version of bridged has no such key, or none that can be changed there"
+            self.problem = f"saved on the page, and not in force: {names}; {why}. The file keeps it: {self.path}"
 
     def in_force(self, config: Config, *, complete: bool = True) -> Config:
-        """The configuration with what was saved, but for a value that is bad, or contradicts it: `problem` says so.
-
-        Without all of it, if it isn't that simple; but with what of [events] is in order: what is left out, removed or hashed
-        there must not leave because something else is wrong.
-        """
+        """The configuration with what was saved. Raises ConfigError if they contradict each other."""
         try:
             return applied(config, self.values, complete=complete)
         except ConfigError as error:
-            said = " ".join(str(error.args[0]).split())
-        for names in (*([name] for name in self.values), _bad_alone(config, self.values)):
-            values = {name: value for name, value in self.values.items() if name not in names}
-            with contextlib.suppress(ConfigError):
-                found = applied(config, values, complete=complete)
-                these = f"these are not in force: {', '.join(names)}: {said}"
-                self.problem += ("; " if self.problem else "") + f"of the settings that were saved on the page, {these}"
-                self.values = values
-                return found
-        kept: list[str] = []
-        events = {name: value for name, value in self.values.items() if name.startswith("events.")}
-        for name in (*events, *events):  # twice: one may need another that comes after it
-            if name not in kept:
-                with contextlib.suppress(ConfigError):
-                    config = applied(config, {name: events[name]}, complete=complete)
-                    kept.append(name)
-        what = f"only {', '.join(kept)} {'is' if len(kept) == 1 else 'are'}" if kept else "none is"
-        self.problem = f"of the settings that were saved on the page {what} in force: with the configuration, {said}"
-        return config
+            raise self._refused(f"with the configuration it can't be in force: {error.args[0]}", error.hint) from error
+
+    def _refused(self, said: str, hint: str = "") -> ConfigError:
+        return ConfigError(f"{self.path}, saved on the page: {said}", "; ".join(filter(None, (_HINT, hint))))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -174,6 +156,8 @@ class Saved:
         wanted, wrong = self.checked(given)
         wrong |= {name: "there is no such key, or it can't be changed here" for name in remove if name not in EDITABLE}
         wrong |= {name: "both set and removed" for name in remove if name in given}
+        for name, value in wanted.items():  # the next start shall not be refused for it
+            wrong |= _understood(tomllib.loads(toml({name: value})))[2]
         if wrong:
             raise BadSettings("; ".join(f"{name}: {problem}" for name, problem in wrong.items()), wrong)
         return {name: value for name, value in {**self.values, **wanted}.items() if name not in remove}
@@ -184,7 +168,7 @@ class Saved:
         try:
             os.fchmod(file, 0o600)  # also if somebody had made it
             with open(file, "wb", closefd=False) as whole:  # a descriptor
-                whole.write(f"{_HEADER}{toml(values)}".encode())
+                whole.write(f"{_HEADER}{toml(values, unknown=self.unknown)}".encode())
         finally:
             os.close(file)
         settle_file(self._part, self.path)
@@ -196,7 +180,7 @@ class Saved:
 
     def write_again(self) -> bool:
         """Puts the file back if it said something and is gone; gives whether that was so. Raises OSError. Blocks."""
-        if not self.values or self.path.exists():
+        if not (self.values or self.unknown) or self.path.exists():
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.write(self.values)
@@ -230,18 +214,6 @@ def applied(config: Config, values: Mapping[str, Any], *, complete: bool = True)
     return config
 
 
-def _bad_alone(config: Config, values: Mapping[str, Any]) -> list[str]:
-    """Values that a configuration can't have, whatever the others are. Those of [events] may need each other."""
-    events = {name: value for name, value in values.items() if name.startswith("events.")}
-    groups = [events, *({name: value} for name, value in values.items())]
-    good: set[str] = set()
-    for group in groups:
-        with contextlib.suppress(ConfigError):
-            applied(config, group, complete=False)
-            good |= group.keys()
-    return [name for name in values if name not in good]
-
-
 def checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Plain values, each as the type of its key, and what is wrong with the others."""
     found: dict[str, Any] = {}
@@ -266,48 +238,87 @@ def checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             # What stands behind it is msgspec's own way to say where.
             wrong[name] = str(error).partition(" - at `$")[0]
             if words := choices(key.type):
-                wrong[name] = f"expected {' | '.join(words)}"
+                which = f"{wrong[name]}: " if isinstance(plain, dict) else ""
+                wrong[name] = f"{which}expected {' | '.join(words)}"
     return found, wrong
 
 
-def toml(values: Mapping[str, Any], *, placeholders: bool = False) -> str:
-    """Values as TOML. With `placeholders` secrets are left out, and told of in a comment."""
-    lines: list[str] = []
-    section: tuple[str, ...] = ()
+def toml(
+    values: Mapping[str, Any], *, placeholders: bool = False, unknown: Mapping[tuple[str, ...], Any] | None = None
+) -> str:
+    """Values as TOML, and such as are `unknown` by their places. With `placeholders` secrets are left out, and told of in a
+    comment.
+    """
+    sections: dict[tuple[str, ...], list[str]] = {(): []}  # before any table
     for name, key in EDITABLE.items():
         if name not in values:
             continue
-        if key.path[:-1] != section:
-            section = key.path[:-1]
-            lines += ["", f"[{'.'.join(section)}]"]
+        line = f"{key.path[-1]} = {toml_value(values[name])}"
         if placeholders and is_secret(key) and values[name]:
-            lines.append(f'# {key.path[-1]} = "..."  # a secret that was saved: not shown')
-        else:
-            lines.append(f"{key.path[-1]} = {toml_value(values[name])}")
+            line = f'# {key.path[-1]} = "..."  # a secret that was saved: not shown'
+        sections.setdefault(key.path[:-1], []).append(line)
+    for path, value in (unknown or {}).items():
+        sections.setdefault(path[:-1], []).append(f"{_word(path[-1])} = {toml_value(value)}")
+    lines: list[str] = []
+    for section, found in sections.items():
+        if found:
+            lines += ["", *([f"[{'.'.join(map(_word, section))}]"] if section else []), *found]
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def _flat(raw: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """A file's values by the names of their keys; what is below a key is its value."""
+def _word(name: str) -> str:
+    """A part of a key as TOML writes it."""
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else toml_value(name)
+
+
+def _flat(raw: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """A file's values by the places of their keys; what is below a key is its value."""
     for name, value in raw.items():
         at = (*path, name)
-        dotted = ".".join(at)
-        if isinstance(value, dict) and dotted not in EDITABLE and len(at) < 3:
+        if isinstance(value, dict) and ".".join(at) not in EDITABLE and len(at) < 3:
             yield from _flat(value, at)
         else:
-            yield dotted, value
+            yield at, value
+
+
+def _understood(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[tuple[str, ...], Any], dict[str, str]]:
+    """A file's values by the names of their keys, what this version doesn't know, by its place, and what is wrong with others."""
+    given: dict[str, Any] = {}
+    unknown: dict[tuple[str, ...], Any] = {}
+    wrong: dict[str, str] = {}
+    for path, value in _flat(raw):
+        name = ".".join(path)
+        if name in EDITABLE and EDITABLE[name].path == path:
+            given[name] = value
+        elif path in _TABLES:
+            wrong[name] = "expected a table"
+        elif name in EDITABLE or name.startswith("events."):
+            wrong[name[:200]] = "there is no such key" + (": it stands in quotes" if name in EDITABLE else "")
+        else:
+            unknown[path] = value
+    found, bad = checked(given)
+    return found, unknown, wrong | bad
 
 
 def read_for(config: Config) -> Saved:
-    """For commands: what the daemon of a configuration has saved. The file stays where it is, whatever is in it."""
+    """For commands: what the daemon of a configuration has saved. Raises ConfigError as a start would, but for a folder that
+    isn't for us to look into.
+    """
     saved = Saved(config.spool.path)
-    saved.read()
-    path = Path(config.spool.path)
-    if not (path.is_absolute() or path.exists() or saved.values or saved.problem):
-        saved.problem = (
-            f"whether settings were saved on the page can't be seen: spool.path is relative, and there is no {path} in "
-            f"{Path.cwd()}; from the daemon's working directory it could, once it has run"
+    path, why = Path(config.spool.path), ""
+    try:
+        saved.read()
+    except ConfigError as error:
+        if not isinstance(error.__cause__, PermissionError) or os.path.lexists(saved.path):
+            raise
+        why = f"{error.__cause__}; {_NOT_OURS}"
+    if not (why or path.is_absolute() or path.exists() or saved.path.exists()):
+        why = (
+            f"spool.path is relative, and there is no {path} in {Path.cwd()}; from the daemon's working directory it could, once "
+            "it has run"
         )
+    if why:
+        saved.problem = f"whether settings were saved on the page can't be seen: {why}"
     return saved
 
 

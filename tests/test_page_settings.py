@@ -1,4 +1,4 @@
-"""Settings that are saved on the page: over the configuration, at once, for good, and never the daemon's end."""
+"""Settings that are saved on the page: over the configuration, at once, and for good."""
 
 import asyncio
 import hashlib
@@ -148,53 +148,6 @@ def test_what_cannot_be_saved(tmp_path, given_, part):
     assert (name, part in problem) == (next(iter(given_)), True), problem
 
 
-@pytest.mark.parametrize("length", range(0, 200, 9))
-async def test_a_broken_file_does_not_stop_it(tmp_path, config, length):
-    """Whatever is left of it: the daemon starts; what makes no sense is set aside, told of, and never deleted."""
-    settings_ = config()
-    file = Saved(settings_.spool.path)
-    file.write(checked({"mixpanel.naming": "current", "events.names": {"users.messages.email.Send": "Sent"}})[0])
-    whole = file.path.read_bytes()
-    # From the end of the comment on, where it hurts.
-    cut = whole[: len(whole) - length] if length < len(whole) else b"\xff\x00"
-    file.path.write_bytes(cut)
-    app = App(settings_)
-    if app.saved.problem:
-        assert "set aside" in app.saved.problem
-        [aside] = tmp_path.glob("spool.db.settings.toml.broken-*")
-        assert aside.read_bytes() == cut
-        assert app.config == settings_
-    else:
-        assert app.config.mixpanel.naming in ("current", "seed")
-
-
-async def test_a_broken_file_is_told_of(daemon, config, client, tmp_path):
-    """In the status, by an alarm, on the page; a save makes it good."""
-    (tmp_path / "spool.db.settings.toml").write_text("[mixpanel\n")
-    app = await daemon()
-    _, told = await say(client, app, "GET", "/api/status")
-    assert any("set aside" in warning for warning in told["warnings"])
-    _, told = await say(client, app, "GET", "/api/settings")
-    assert "set aside" in told["problem"]
-    await until(
-        lambda: [alarm for alarm in app.watch.alarms.open if "saved on the page" in alarm.text], "the alarm", 30
-    )
-    assert (await put(client, app, set={"mixpanel.naming": "current"}))[0] == 200
-    assert app.saved.problem == ""
-
-
-async def test_single_keys_that_are_unknown_or_wrong(config, tmp_path):
-    """As after a downgrade: the others are in force, and the file stays as it is."""
-    text = '[mixpanel]\nnaming = "current"\nregion = "mars"\nfrobnicate = 1\n'
-    (tmp_path / "spool.db.settings.toml").write_text(text)
-    app = App(config())
-    assert app.config.mixpanel.naming == "current"
-    assert app.config.mixpanel.region == "us"
-    assert "mixpanel.region" in app.saved.problem
-    assert "mixpanel.frobnicate" in app.saved.problem
-    assert (tmp_path / "spool.db.settings.toml").read_text() == text
-
-
 @pytest.mark.parametrize("change", [lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n")])
 def test_what_an_editor_does_to_the_file(tmp_path, change):
     """A mark at its beginning, or other ends of lines, cost nothing: it says what it said."""
@@ -202,69 +155,8 @@ def test_what_an_editor_does_to_the_file(tmp_path, change):
     found, _ = checked({"mixpanel.naming": "current", "events.names": {"users.messages.email.Send": "Sent \u00e9"}})
     file.write(found)
     file.path.write_bytes(change(file.path.read_bytes()))
-    file.read(set_aside=True)
+    file.read()
     assert (file.values, file.problem) == (found, "")
-
-
-@pytest.mark.parametrize(
-    "others",
-    [
-        {"mixpanel.service_account": "robot"},
-        {"events.names": {"users.behaviors.CustomEvent": "Custom"}},
-        {"events.exclude": ["users.messages.fax.Send"]},
-    ],
-)
-async def test_what_the_page_keeps_from_mixpanel_is_kept_whatever_else_was_saved(daemon, client, config, others):
-    """A saved setting that can't be in force, because the configuration has changed or what is allowed, falls away alone: with
-    the others would what was to be left out, removed or hashed, and leave in plain.
-    """
-    rules = {"users.messages.email.Send": {"email_address": "hash"}}
-    found, _ = checked({"events.transform": rules, "mixpanel.naming": "current", **others})
-    settings_ = config()
-    Saved(settings_.spool.path).write(found)
-    app = await daemon()
-    settings_ = app.base
-    assert app.config.events.transform == rules
-    assert (app.config.mixpanel.naming, app.config.delivery) == ("current", settings_.delivery)
-    assert f"these are not in force: {next(iter(others))}: " in app.saved.problem
-    assert (await put(client, app, remove=list(others)))[0] == 200
-    assert (app.saved.problem, app.config.mixpanel.naming, app.config.events.transform) == ("", "current", rules)
-
-
-async def test_saved_events_that_need_each_other_are_kept_together(config):
-    """A type that bridged doesn't know may be left out only if such types are forwarded: both stay, in whichever order."""
-    wanted = {"events.exclude": ["users.messages.fax.Send"], "events.unknown": "forward"}
-    found, _ = checked({**wanted, "mixpanel.service_account": "robot", "mixpanel.project_id": "none"})
-    settings_ = config()
-    Saved(settings_.spool.path).write(found)
-    app = App(settings_)
-    assert (app.config.events.exclude, app.config.events.unknown) == (("users.messages.fax.Send",), "forward")
-    assert "only events.unknown, events.exclude are in force" in app.saved.problem
-
-
-async def test_saved_settings_that_contradict_the_configuration(config, tmp_path):
-    """The configuration alone is in force, and why is told."""
-    (tmp_path / "spool.db.settings.toml").write_text('[mixpanel]\nservice_account = "robot"\n')
-    settings_ = config()
-    app = App(settings_)
-    assert app.config == settings_
-    assert "service_secret" in app.saved.problem
-
-
-async def test_a_saved_value_that_is_bad_by_itself(config, tmp_path):
-    """Alone it isn't in force, and is told of; the credential and all else that was saved beside it are."""
-    (tmp_path / "spool.db.settings.toml").write_text(
-        '[mixpanel]\nurl = "https://api..mixpanel.com"\ntoken = "saved-token"\n[delivery]\nprobe_interval = "0ms"\n'
-        '[retention]\nmax_age = "3h"\n'
-    )
-    app = App(config())
-    assert (app.config.mixpanel.token, app.config.retention.max_age) == ("saved-token", 3 * 3600)
-    assert app.config.mixpanel.url == config().mixpanel.url
-    assert sorted(app.saved.values) == ["mixpanel.token", "retention.max_age"]
-    assert "these are not in force" in app.saved.problem
-    assert "mixpanel.url: its host" in app.saved.problem
-    assert "delivery.probe_interval: more than 0s" in app.saved.problem
-    assert "saved-token" not in app.saved.problem
 
 
 # -- a running daemon --------------------------------------------------------------------------------------------------
@@ -707,7 +599,7 @@ async def test_test_events(daemon, client, emulator):
 
 
 async def test_the_commands_tell(daemon, client, bridged):  # noqa: F811  # the fixture
-    """`bridged config` shows both values of a key, `check` names it, and neither says a secret; a damaged file is told of, and left."""
+    """`bridged config` shows both values of a key, `check` names it, and neither says a secret."""
     app = await daemon()
     saved_ = {
         "mixpanel.naming": "current",
@@ -725,10 +617,6 @@ async def test_the_commands_tell(daemon, client, bridged):  # noqa: F811  # the 
     _, listed, _ = await bridged(_Configured(app.base), "send-test-events", "--list")
     assert "users.messages.sms.Send " not in listed
     assert CANARY not in out + checked_ + listed
-    app.saved.path.write_text("[mixpanel\n")
-    code, out, _ = await bridged(_Configured(app.base), "check")
-    assert (code, "damaged" in out) == (0, True)
-    assert app.saved.path.exists()
 
 
 async def test_check_wants_a_credential(config, bridged):  # noqa: F811  # the fixture

@@ -228,10 +228,15 @@ def alarm_facts(app: "App") -> AlarmFacts:
         spool_share=config.alerts.spool_share,
         refusal=_refusal(app),
         skew_s=app.transport.clock_skew_s,
-        configuration_problem=app.reload_problem or app.saved.problem,
+        configuration_problem=_configuration_problem(app),
         cohorts_halted=cohorts_halted,
         cohorts_capped=cohorts_capped,
     )
+
+
+def _configuration_problem(app: "App") -> str:
+    said = f"a changed configuration can't be used, the old one is in force: {app.reload_problem}"
+    return "; ".join(filter(None, (app.reload_problem and said, app.saved.problem)))
 
 
 def totals(app: "App") -> Totals:

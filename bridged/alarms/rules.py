@@ -65,7 +65,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     skew_s: float | None = None  # our wall clock less Mixpanel's
     cohorts_halted: str = ""  # why cohorts aren't imported
     cohorts_capped: str = ""  # that the day's data points are spent
-    configuration_problem: str = ""  # why a changed configuration or credential wasn't taken over
+    configuration_problem: str = ""  # why a changed one wasn't taken over, or something of it isn't in force
 
 
 class Notice(Struct, frozen=True, kw_only=True):
@@ -385,9 +385,7 @@ RULES: Final = (
         name="configuration",
         severity="warning",
         says=_is("configuration_problem"),
-        text=lambda facts, _: (
-            f"A changed configuration can't be used, the old one is in force: {facts.configuration_problem}"
-        ),
+        text=lambda facts, _: f"Configuration: {facts.configuration_problem}",
         end="The configuration is good again",
     ),
 )
