@@ -12,6 +12,7 @@
     +-- DoorError                      one request at a door is refused; the class carries its HTTP status
         +-- BadRequest       400
         +-- Unauthorized     401
+        +-- NothingTaken     503       the door is closed by the configuration
         +-- TooLarge         413
 
 Anything else that escapes is a bug: the process ends and systemd restarts it.

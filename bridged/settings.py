@@ -89,7 +89,10 @@ class HttpSource(Section, frozen=True, kw_only=True):
         Meta(ge=0, description="The same of one address (IPv6: of one /64), unless it is this machine's. 0: no limit."),
     ] = 500
     max_in_flight: Annotated[
-        Size, Meta(description="Bytes of all bodies not yet handed on. Beyond it the slowest body is answered 503.")
+        Size,
+        Meta(
+            description="Bytes of all bodies not yet handed on. Beyond it the one that has come for longest is answered 503."
+        ),
     ] = Size(24 * 2**20)
     tls_cert: Annotated[
         str, Meta(description="PEM file: the certificate and its chain: HTTPS. Read again at SIGHUP.")

@@ -3,7 +3,8 @@
     committed by the spool ->  [ ring: oldest, in memory ] [ on disk only: newer ]  -> take -> leased -> settle
 
 A new segment goes into the ring if everything before it is there and it fits; else it is read back when the ring has room.
-Start-up is the same with an empty ring, and so are an overflow and an outage: there is one way in, `_refill`.
+Start-up is the same with an empty ring, and so are an overflow and an outage: all that is on disk comes by `_refill`, in
+order. What was just committed takes a shorter way, by `_append` into the ring, or, as parts of what was split, leased at once.
 Leases live in memory only: after a crash every row waits again, and Mixpanel knows a repetition by its `$insert_id`.
 """
 

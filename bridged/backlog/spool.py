@@ -75,7 +75,7 @@ class SpoolOptions(Struct, frozen=True, kw_only=True):
 
 
 class Spool:
-    """The SQLite file and its writer. Everything but `append`, `settle` and `cut_at` is for the backlog and the admin side."""
+    """The SQLite file and its writer. The doors ask `room`, `near_cap`, `refusal`; the path is `append`, `settle`, `cut_at`."""
 
     def __init__(
         self,

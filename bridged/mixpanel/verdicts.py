@@ -13,8 +13,8 @@
 
 Two rules decide every case that isn't in Mixpanel's documentation. Only a proof is a success: an answer that merely
 isn't an error may come from a captive portal, a proxy or the non-strict mode, which says "1" to events it then drops.
-And nothing is given up without a name: `Split` narrows a refusal down until one event stands alone, which its caller
-makes a dead letter with the reason; `Retry` and `Halt` keep everything. Sending an event twice is harmless, since
+And nothing is given up without a name: `Split` narrows a refusal down until one event stands alone, whose fate
+`delivery/blame.py` decides; `Retry` and `Halt` keep everything. Sending an event twice is harmless, since
 Mixpanel drops the copy by its `$insert_id`.
 
 A 200 that counts fewer events than were sent is still a success: Mixpanel documents that a 200 means all of them, and the
@@ -56,20 +56,20 @@ class Delivered(msgspec.Struct, frozen=True):
 class Retry(msgspec.Struct, frozen=True):
     """Nothing is known to be in: send the same bytes again later."""
 
-    kind: Literal["rate", "server", "network", "locked"]
+    kind: Literal["rate", "server", "network", "locked"]  # locked: Braze alone says so
     reason: str
     after_s: float | None = None
 
 
 class Split(msgspec.Struct, frozen=True):
-    """The request as a whole can't be taken: send its halves; a single event becomes a dead letter with this reason."""
+    """The request as a whole can't be taken: send its halves; a single event is set aside, or given up with this reason."""
 
     reason: str
     max_bytes: int | None = None
     too_large: bool = False
     """It is the size that was refused, not what is in it."""
     perhaps_in: bool = False
-    """Part of it may have been carried out."""
+    """Part of it may have been carried out: Braze alone says so."""
 
 
 class Reject(msgspec.Struct, frozen=True):

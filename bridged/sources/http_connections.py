@@ -51,7 +51,7 @@ class HttpLimits(Struct, frozen=True, kw_only=True):
     max_connections: int = 8000
     max_connections_per_client: int = 0  # 0: no limit
     max_in_flight: int = 24 * 2**20
-    max_request: int = 34 * 2**20  # of one request: its bytes as they came, and expanded
+    max_request: int = 24 * 2**20  # of one request: its bytes as they came, and expanded; the door says it by max_body
     head_s: float = 10.0
     body_s: float = 30.0
     idle_s: float = 65.0
