@@ -468,6 +468,28 @@ def test_cohorts_are_seen_paid_for_and_written_again(eyes: Eyes, bridge: Callabl
     told(page, "40 memberships will be written again.")
 
 
+def test_no_more_is_spent_than_what_was_confirmed(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """What becomes due while the question is open isn't paid for: what the button says is the most that is spent."""
+    mine = bridge(cohort_points=5)
+    assert mine.sync("778", "Vips", [f"user-{n}" for n in range(40)]) == 200
+    page = eyes.open(mine, "cohorts")
+    expect(page.get_by_text("Capped", exact=True)).to_be_visible()
+    spent = mine.ask("/api/cohorts")["figures"]["points_today"]
+    press(page, "Spend what is due")
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("are due")
+    assert mine.sync("779", "Others", [f"other-{n}" for n in range(300)]) == 200
+    until(lambda: mine.ask("/api/cohorts/plan")["users"] == 340 - spent, "300 more")
+    press(dialog, f"Spend {40 - spent} data points")
+    told(page, "Allowed, for today.")
+    until(lambda: mine.ask("/api/cohorts")["figures"]["points_today"] == 40, "what was confirmed")
+    expect(page.get_by_text("Capped", exact=True)).to_be_visible()
+    press(page, "Spend what is due")
+    press(page.get_by_role("dialog"), "Spend 300 data points")
+    until(lambda: mine.ask("/api/cohorts")["figures"]["in_braze"] == 340, "the others")
+    assert mine.ask("/api/cohorts")["figures"]["points_today"] == 340
+
+
 # -- what comes from outside is text ----------------------------------------------------------------------------------
 
 

@@ -164,10 +164,16 @@ async function resync(control, which, what, reload) {
 async function spend(control, reload) {
   await attempt(control, async () => {
     const plan = await ask("/api/cohorts/plan");
-    const text = `${count(plan.users, "user")} are due, for ${count(plan.points, "data point")}: more than today’s cap allows.`;
-    if (!(await confirmed("Go beyond today’s cap?", text, `Spend ${count(plan.points, "data point")}`))) return;
-    await order("POST", "/api/cohorts/allow", { points: 0 });
+    // What the cap leaves is spent anyway; what becomes due while the question is open wasn't confirmed.
+    const beyond = plan.points - (plan.left_today ?? plan.points);
+    if (beyond <= 0) {
+      toast("What is due fits into today’s cap: nothing has to be allowed.");
+      return reload();
+    }
+    const text = `${plan.users === 1 ? "1 user is" : `${number(plan.users)} users are`} due, for ${count(plan.points, "data point")}: more than today’s cap allows. At most so many are spent; what becomes due later waits.`;
+    if (!(await confirmed("Go beyond today’s cap?", text, `Spend ${count(plan.points, "data point")}`))) return undefined;
+    await order("POST", "/api/cohorts/allow", { points: beyond });
     toast("Allowed, for today.");
-    await reload();
+    return reload();
   });
 }
