@@ -44,8 +44,11 @@ class Bridge:
         admin_token: str = "",
         cohort_points: int | None = None,
         europe: str = "",
+        export: bool = True,
     ) -> None:
         """With `cohort_points`, cohorts are imported too, into an emulated Braze, and so many data points a day are paid for.
+
+        Without `export` that is all that there is.
 
         With `europe`, no address is configured: the regions are our emulator and, for the EU, that address.
         """
@@ -77,6 +80,7 @@ listen = "{self.http[7:]}"
 listen = []
 [mixpanel]
 url = "{"" if europe else self.mixpanel}"
+export = {str(export).lower()}
 {credential if connected else ""}
 [spool]
 path = "{folder}/spool.db"
@@ -181,6 +185,10 @@ listen = "{self.admin[7:]}"
     def mixpanel_accepts(self, **credentials: str) -> None:
         """Which credential is right from now on."""
         assert call("POST", f"{self.mixpanel}/emulator/credentials", credentials)[0] == 200
+
+    def braze_accepts(self, **keys: str) -> None:
+        """Which key is Braze's from now on."""
+        assert call("POST", f"http://{self.braze}/emulator/credentials", keys)[0] == 200
 
     def events(self) -> dict[str, int]:
         """The books."""

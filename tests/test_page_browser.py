@@ -490,6 +490,33 @@ def test_no_more_is_spent_than_what_was_confirmed(eyes: Eyes, bridge: Callable[.
     assert mine.ask("/api/cohorts")["figures"]["points_today"] == 340
 
 
+def test_a_daemon_for_cohorts_only_says_so(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """The overview is about cohorts, in step, halted and waiting; nobody is led to connect an export that is off."""
+    mine = bridge(cohort_points=0, connected=False, export=False)
+    page = eyes.open(mine)
+    expect(sentence(page)).to_contain_text("In step: 0 of 0 memberships in Braze")
+    expect(page.get_by_text("mixpanel.export is false, so no events are taken")).to_be_visible()
+    expect(page.get_by_text("What to paste into Braze")).to_be_hidden()
+    mine.braze_accepts(rest_key="another")
+    assert mine.sync("778", "Vips", [f"user-{n}" for n in range(3)]) == 200
+    expect(sentence(page)).to_contain_text("Halted: nothing is written to Braze")
+    expect(sentence(page)).to_contain_text("3 memberships to write, safe on disk")
+    expect(sentence(page)).to_have_class(re.compile("bad"))
+    expect(page.locator("#state")).to_have_text("Halted")
+    expect(page.locator("p.why")).to_contain_text("401")
+    eyes.shot(page, "cohorts-only")
+
+    go(page, "Connection")
+    expect(page.get_by_text("No events are exported: mixpanel.export is false.")).to_be_visible()
+    expect(page.get_by_text("Braze would be answered 503")).to_be_visible()
+    expect(page.get_by_role("button", name="Make a token")).to_be_hidden()
+    box(page, "Project token").fill(TOKEN)
+    page.get_by_label("The project token alone").check()
+    press(page, "Save")
+    told(page, "Saved. It has no effect while mixpanel.export is false.")
+    expect(page.get_by_text("No events are exported: mixpanel.export is false.")).to_be_visible()
+
+
 # -- what comes from outside is text ----------------------------------------------------------------------------------
 
 

@@ -87,6 +87,8 @@ export class Settings {
 export function tellSaved(answer) {
   if (!answer.changed.length) toast("Nothing had changed.");
   else if (answer.restart_needed.length) toast(`Saved. A restart is needed for ${answer.restart_needed.map(labelOf).join(", ")}.`);
+  // Nothing is exported: there is no use for it yet.
+  else if (answer.unused?.length === answer.changed.length) toast("Saved. It has no effect while mixpanel.export is false.");
   else toast("Saved, and in force at once.");
 }
 
