@@ -490,6 +490,48 @@ def test_no_more_is_spent_than_what_was_confirmed(eyes: Eyes, bridge: Callable[.
     assert mine.ask("/api/cohorts")["figures"]["points_today"] == 340
 
 
+def test_whom_braze_refused_is_seen_and_tried_again(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Who may not join and who may not leave, in Braze's words; one button tries just those again. A page that was refused is told."""
+    mine = bridge(cohort_points=0)
+    assert mine.sync("778", "Vips", ["ada", "ben"], "one") == 200
+    page = eyes.open(mine, "cohorts")
+    row = page.get_by_role("row").filter(has_text="117:778")
+    expect(row.locator("[data-label='in Braze']")).to_have_text("2")
+    expect(page.get_by_role("heading", name="Refused by Braze")).to_be_hidden()
+    # Whether it is the users or Braze is told by others who are taken.
+    mine.braze_refuses("ada", SCRIPT)
+    assert mine.sync("778", "Vips", ["ben", *(f"new-{n}" for n in range(5))], "two") == 200
+    expect(row.locator("[data-label=rejected]")).to_have_text("1")
+    assert mine.ask("/api/cohorts")["figures"]["rejected_leaving"] == 1
+    assert mine.sync("778", "Vips", ["ben", SCRIPT, *(f"new-{n}" for n in range(10))], "three") == 200
+    expect(row.locator("[data-label=rejected]")).to_have_text("2")
+    refused = page.get_by_role("region", name="Table of users that Braze refused")
+    for user in ("ada", SCRIPT):
+        one = refused.get_by_role("row").filter(has_text=user)
+        expect(one).to_contain_text("provided external_id is blacklisted and disallowed")
+        expect(one).to_contain_text("Vips")
+    eyes.shot(page, "cohorts-refused", whole=True)
+
+    notice = page.get_by_text(re.compile("^A page of Mixpanel.s was refused at"))
+    expect(notice).to_be_hidden()
+    assert mine.sync("779", "Others", ["ada"], password="wrong") == 401
+    expect(notice).to_be_visible()
+    expect(page.locator(".callout.bad")).to_contain_text("401")
+    assert mine.sync("779", "Others", ["ben"]) == 200
+    expect(page.get_by_text("Others have been taken since.")).to_be_visible()
+    expect(page.locator(".callout.bad")).to_have_count(0)
+
+    mine.braze_refuses()
+    spent = mine.ask("/api/cohorts")["figures"]["points_today"]
+    press(page, "Try them again")
+    press(page.get_by_role("dialog"), "Try them again")
+    told(page, "2 memberships will be written again.")
+    expect(row.locator("[data-label=rejected]")).to_have_text("0")
+    expect(row.locator("[data-label='in Braze']")).to_have_text("12")
+    expect(page.get_by_role("heading", name="Refused by Braze")).to_be_hidden()
+    assert mine.ask("/api/cohorts")["figures"]["points_today"] == spent + 2
+
+
 def test_a_daemon_for_cohorts_only_says_so(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """The overview is about cohorts, in step, halted and waiting; nobody is led to connect an export that is off."""
     mine = bridge(cohort_points=0, connected=False, export=False)
