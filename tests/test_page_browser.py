@@ -608,6 +608,63 @@ def test_numbers_are_shown_and_exported_as_they_came(eyes: Eyes, bridge: Callabl
     assert event in Path(download.value.path()).read_bytes()
 
 
+def test_who_refused_an_event_is_told_truly(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Of one that is too large nobody asked Mixpanel: bridged says that it refused it, and what of it would have been sent."""
+    mine = bridge()
+    vast = currents("users.behaviors.CustomEvent")
+    vast["properties"]["custom_properties"] = {"story": "once " * 250_000}
+    assert mine.post([vast]) == 200
+    until(lambda: mine.events()["dead_lettered"] == 1, "the dead letter")
+    assert [one["stage"] for one in mine.ask("/api/dead-letters")["dead_letters"]] == ["bridged"]
+    assert mine.ask("/api/dead-letters?stage=mixpanel")["dead_letters"] == []
+    page = eyes.open(mine, "dead-letters")
+    letters = page.get_by_role("region", name="Table of dead letters")
+    expect(letters).to_contain_text("bridged itself")
+    box(page, "Refused by").select_option("bridged itself")
+    press(page, "Filter")
+    letters.get_by_role("button", name=re.compile("bytes as a Mixpanel event")).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("heading", name="Why bridged didn")).to_be_visible()
+    expect(dialog.get_by_role("heading", name="The event, as it would have been sent to Mixpanel")).to_be_visible()
+    expect(dialog).not_to_contain_text("What Mixpanel says")
+    expect(dialog.get_by_label("Event", exact=True)).to_contain_text("once once")
+
+
+def test_an_event_of_megabytes_is_shown(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """One long text, and one that is all escapes, don't keep a person from seeing what it is: its beginning, and the way to the rest."""
+    mine = bridge()
+    long, spelled = "x" * 12_000_000, '\\"\n' * 1_000_000
+    fax = {"event_type": "users.messages.fax.Send", "time": int(time.time()), "user": {"external_user_id": "ada"}}
+    assert mine.post([fax | {"id": "long", "properties": {"n": 1.50, "page": long}}]) == 200
+    assert mine.post([fax | {"id": "spelled", "properties": {"page": spelled, "end\\": -1.0}}]) == 200
+    until(lambda: mine.events()["dead_lettered"] == 2, "both dead letters")
+    page = eyes.open(mine, "dead-letters")
+    letters = page.get_by_role("region", name="Table of dead letters").get_by_role("button")
+    expect(letters).to_have_count(2)
+    for at, id_ in enumerate(("spelled", "long")):
+        letters.nth(at).click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog.get_by_label("Event", exact=True)).to_contain_text(f'"id": "{id_}"')
+        expect(
+            dialog.get_by_text(re.compile("That is the beginning: 262,144 of .* Export has all of it"))
+        ).to_be_visible()
+        press(dialog, "Close")
+
+
+def test_what_is_no_object_is_shown_as_it_came(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """A number or a text alone is JSON, half an event is text: only what is neither is shown as base64."""
+    mine = bridge()
+    assert mine.post([1, "a"]) == 200
+    until(lambda: mine.events()["dead_lettered"] == 2, "both dead letters")
+    page = eyes.open(mine, "dead-letters")
+    letters = page.get_by_role("region", name="Table of dead letters").get_by_role("button")
+    expect(letters).to_have_count(2)
+    for at, shown in enumerate(('"a"', "1")):
+        letters.nth(at).click()
+        expect(page.get_by_role("dialog").get_by_label("Event", exact=True)).to_have_text(shown)
+        press(page.get_by_role("dialog"), "Close")
+
+
 def test_an_answer_that_gets_lost(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """The daemon may have done it: whoever ordered it is told to look, and not that nothing was changed."""
     mine = bridge()

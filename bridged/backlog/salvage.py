@@ -295,7 +295,7 @@ def _fill(db: sqlite3.Connection, pages: Pages, names: Mapping[int, str], found:
             now,
             now,
             1,
-            "mixpanel",
+            "bridged",
             code,
             types.get(code, ""),
             f"{n} events were lost: the spool was damaged, see {aside}",
@@ -412,6 +412,6 @@ def _letters_of(blocks: Sequence[Row], codes: list[int], names: Mapping[int, str
         share = len(codes) if n == len(blocks) else min(len(codes), len(row_codes))
         reason = f"segment {id_} was damaged on disk"
         for at, code in enumerate(codes[:share]):
-            letters.append((now, now, 1, "mixpanel", code, names.get(code, ""), reason, b"" if at else block))
+            letters.append((now, now, 1, "bridged", code, names.get(code, ""), reason, b"" if at else block))
         del codes[:share]
     return letters

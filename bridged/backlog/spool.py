@@ -667,7 +667,7 @@ class Spool:
         log.error("segment_damaged", segment=segment.id, events=segment.events, spool=self._options.path)
         reason = f"segment {segment.id} was damaged on disk"
         names = self._names
-        letters = [DeadLetter(code, names.get(code, ""), "mixpanel", reason, b"") for code in segment.codes]
+        letters = [DeadLetter(code, names.get(code, ""), "bridged", reason, b"") for code in segment.codes]
         if letters:
             letters[0].event = segment.block
         self.settle(Settlement([segment], dead_letters=letters))
