@@ -846,6 +846,53 @@ def test_two_people_change_one_event_type(eyes: Eyes, bridge: Callable[..., Brid
     assert mine.ask("/api/config")["events"]["names"] == {}
 
 
+def test_two_people_save_one_setting(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Who would overwrite what another has saved since is told so, keeps what was typed, and saves it by saving again."""
+    mine = bridge()
+    one, two = (eyes.open(mine, "connection") for _ in range(2))
+    names = "Names of events and properties"
+    told_so = (
+        "The settings were changed meanwhile, in another window or file. The newest values are shown; what you typed"
+    )
+    box(two, "Project ID").fill("77")
+    box(one, "Project ID").fill("55")
+    box(one, names).select_option("current")
+    press(one, "Save")
+    told(one, "Saved")
+    expect(box(two, names)).to_have_value("current")
+    press(two, "Save")
+    told(two, told_so)
+    expect(two.get_by_text("Somebody else has saved 55 meanwhile.")).to_be_visible()
+    assert mine.ask("/api/config")["mixpanel"]["project_id"] == "55"
+    expect(box(two, "Project ID")).to_have_value("77")
+    press(two, "Save")
+    told(two, "Saved")
+    assert mine.ask("/api/config")["mixpanel"]["project_id"] == "77"
+
+    expect(box(one, "Project ID")).to_have_value("77")
+
+    # Of a secret nobody is told what it is, but that it may be another one.
+    box(two, "Service account secret").fill("the-secret-of-two")
+    box(one, "Service account secret").fill("the-secret-of-one")
+    box(one, names).select_option("seed")
+    press(one, "Save")
+    told(one, "Saved")
+    expect(box(two, names)).to_have_value("seed")
+    press(two, "Save")
+    told(two, told_so)
+    press(two, "Save")
+    told(two, "Saved")
+
+
+def test_a_number_that_no_computer_holds_is_no_number(eyes: Eyes, flowing: Bridge) -> None:
+    """It is told at the field, in words, and nothing is sent."""
+    page = eyes.open(flowing, "connection")
+    page.get_by_text("Address, retention, pace and alarms").click()
+    box(page, "Events per second at most").fill("1e400")
+    press(page, "Save these")
+    expect(page.get_by_text("A number, please", exact=True)).to_be_visible()
+
+
 def test_boxes_that_are_ticked_in_a_hurry(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """Each is saved, one after the other: none is refused because the one before it isn't on disk yet."""
     mine = bridge()

@@ -2,7 +2,7 @@
 
 import { ask, order } from "./api.js";
 import { attempt, button, confirmed, copyButton, duration, el, field, fill, newId, problemText, prose, say, section, toast } from "./dom.js";
-import { changes, complain, control, overrides, Settings, showOnce, tellSaved } from "./settings.js";
+import { changes, complain, control, demandSeen, overrides, Settings, showOnce, tellOvertaken, tellSaved } from "./settings.js";
 
 export const title = "Connection";
 
@@ -200,17 +200,22 @@ function mixpanelForm(at, settings, reload) {
         event.preventDefault();
         attempt(save, async () => {
           if (!isWhole(true)) return;
+          let problem = null;
           try {
+            demandSeen(wanted());
             const answer = await settings.save(different());
             for (const one of wanted()) one.forget();
             inForce = null;
             fill(result);
             tellSaved(answer);
           } catch (error) {
-            if (error.status === 409) error.hint ||= "The newest values are shown; what you typed is still there. Save again.";
-            complain(wanted(), error);
+            problem = error;
           }
           await reload();
+          if (problem) {
+            tellOvertaken(problem, wanted());
+            complain(wanted(), problem);
+          }
         });
       },
     },
@@ -329,16 +334,20 @@ function moreForm(at, settings, reload) {
       onsubmit: (event) => {
         event.preventDefault();
         attempt(save, async () => {
+          let problem = null;
           try {
+            demandSeen(controls);
             const answer = await settings.save(changes(controls));
             for (const one of controls) one.forget();
             tellSaved(answer);
           } catch (error) {
-            if (error.keys) complain(controls, error);
-            else throw error;
-          } finally {
-            await reload();
+            problem = error;
           }
+          await reload();
+          if (!problem) return;
+          tellOvertaken(problem, controls);
+          if (!problem.keys) throw problem;
+          complain(controls, problem);
         });
       },
     },

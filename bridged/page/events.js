@@ -2,7 +2,7 @@
 
 import { ask, order } from "./api.js";
 import { attempt, button, count, dialog, el, field, fill, newId, number, pretty, problemText, say, section, table, toast } from "./dom.js";
-import { changes, complain, control, Settings, tellSaved } from "./settings.js";
+import { changes, complain, control, demandSeen, Settings, tellOvertaken, tellSaved } from "./settings.js";
 
 export const title = "Events";
 
@@ -47,14 +47,20 @@ export function open(main, context) {
       onsubmit: (event) => {
         event.preventDefault();
         attempt(save, async () => {
+          let problem = null;
           try {
+            demandSeen(kept);
             const saved = await settings.save(changes(kept));
             for (const one of kept) one.forget();
             tellSaved(saved);
           } catch (error) {
-            complain(kept, error);
+            problem = error;
           }
           await reload();
+          if (problem) {
+            tellOvertaken(problem, kept);
+            complain(kept, problem);
+          }
         });
       },
     },
