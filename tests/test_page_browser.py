@@ -665,6 +665,59 @@ def test_what_is_no_object_is_shown_as_it_came(eyes: Eyes, bridge: Callable[...,
         press(page.get_by_role("dialog"), "Close")
 
 
+def test_what_is_not_in_the_table_is_counted_too(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Events of types that bridged doesn't know are no less seen for it; the figures grow by themselves."""
+    mine = bridge()
+    fax = {"event_type": "users.messages.fax.Send", "time": int(time.time()), "user": {"external_user_id": "ada"}}
+    page = eyes.open(mine, "events")
+    expect(page.get_by_role("checkbox", name="Forward Email Open", exact=True)).to_be_checked()
+    expect(page.get_by_role("heading", name="Not in the table")).to_be_hidden()
+    for many in (2, 5):
+        assert mine.post([fax | {"id": f"{many}-{n}"} for n in range(many)]) == 200
+        accepted = sum(of["accepted"] for of in mine.ask("/api/events")["others"].values())
+        others = page.get_by_role("region", name=re.compile("^Event types that aren.t in the table"))
+        expect(others.locator("[data-label=Accepted]")).to_have_text(str(accepted))
+        expect(others.locator("[data-label='Dead letters']")).to_have_text(str(accepted))
+    assert accepted == 7
+
+
+def test_older_activity_stays_when_something_happens(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Who has asked for older entries keeps them: a new one comes on top, and takes none away."""
+    mine = bridge()
+    for n in range(70):
+        change = {"set": {"alerts.undelivered": f"{n + 1}h"}, "remove": []}
+        assert call("PUT", f"{mine.admin}/api/settings", change)[0] == 200
+    page = eyes.open(mine, "activity")
+    entries = page.locator("main li")
+    expect(entries).to_have_count(50)
+    press(page, "Show older")
+    expect(entries).not_to_have_count(50)
+    before = entries.count()
+    assert before > 60
+    assert call("PUT", f"{mine.admin}/api/settings", {"set": {"delivery.timeout": "77s"}, "remove": []})[0] == 200
+    expect(entries.first).to_contain_text("delivery.timeout")
+    expect(entries.last).to_contain_text("Started")
+    expect(entries).to_have_count(before + 1)
+
+
+def test_a_cohort_that_is_written_again_says_how_far_it_is(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """A resync is under way as anything else is; and what the writer counts are updates, not users."""
+    mine = bridge(cohort_points=0)
+    assert mine.sync("778", "Vips", ["ada"]) == 200
+    until(lambda: mine.ask("/api/cohorts")["figures"]["in_braze"] == 1, "the cohort")
+    page = eyes.open(mine, "cohorts")
+    expect(page.get_by_text("1 update of users written since the start")).to_be_visible()
+
+    def under_way(route: Route) -> None:
+        answer = route.fetch()
+        said = answer.json()
+        said["cohorts"][0] |= {"state": "resyncing", "progress": 0.5}
+        route.fulfill(response=answer, json=said)
+
+    page.route("**/api/cohorts", under_way)
+    expect(page.get_by_text("resyncing, 50 %")).to_be_visible()
+
+
 def test_an_answer_that_gets_lost(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
     """The daemon may have done it: whoever ordered it is told to look, and not that nothing was changed."""
     mine = bridge()

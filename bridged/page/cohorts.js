@@ -9,7 +9,7 @@ const REFRESH_MS = 5000;
 const BUSY_REFRESH_MS = 1000;
 const REFUSALS = 50;
 const MOST_REFUSALS = 1000; // that the API gives at once
-const BUSY = ["receiving", "sweeping", "sending", "renaming", "forgetting"];
+const BUSY = ["receiving", "sweeping", "sending", "renaming", "resyncing", "forgetting"];
 const SENDER = { halted: "bad", capped: "warn", "backing off": "warn" };
 
 /** Opens the view. */
@@ -104,7 +104,7 @@ function overview(reload) {
       fill(sentence, prose(answer.sentence ?? ""));
       const halted = writer.halted && `Nothing is written to Braze. ${writer.halted.reason}`;
       fill(notice, halted && el("div", { class: "callout bad" }, el("p", {}, halted)), answer.page_refused && pageRefused(answer.page_refused, cohorts));
-      put("sender", writer.state.charAt(0).toUpperCase() + writer.state.slice(1), SENDER[writer.state] ? writer.problem : `${number(writer.users_sent)} users written since the start`);
+      put("sender", writer.state.charAt(0).toUpperCase() + writer.state.slice(1), SENDER[writer.state] ? writer.problem : `${count(writer.users_sent, "update")} of users written since the start`);
       const left = figures.points_left_today;
       put("points", number(figures.points_today), left === null || left === undefined ? "no daily cap" : `${number(left)} left of today’s cap`);
       put("members", number(figures.members), `${number(figures.in_braze)} of them are in Braze`);
