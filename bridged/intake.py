@@ -131,7 +131,7 @@ class Intake:
 
     def replay(self, row: DeadLetterRow) -> "asyncio.Future[None] | Skipping | str":
         """Tries a dead letter again. A string is the reason why it would become one again; nothing was changed then."""
-        if row.stage == "mixpanel":
+        if row.stage != "door":
             if len(row.event) >= MAX_EVENT_BYTES:
                 return _too_large(row.event)
             batch = Batch(self._with_token(row.event) + b"\n", bytes([row.code]))
@@ -146,9 +146,9 @@ class Intake:
     def both_forms(self, row: DeadLetterRow) -> dict[str, object]:
         """A dead letter as Braze sent it (`original`) and as Mixpanel got or would get it (`mapped`); None: not known.
 
-        What Mixpanel refused is kept as it was sent there; `mapped_problem` says why there is no mapped form of the other.
+        What was refused behind the door is kept as it was mapped; `mapped_problem` says why there is no mapped form of the other.
         """
-        if row.stage == "mixpanel":
+        if row.stage != "door":
             return {"original": None, "mapped": _raw(row.event), "mapped_problem": ""}
         try:
             mapped = self._mapping.map(self._schema.lines([row.event]), self._clock())
@@ -253,10 +253,10 @@ class Intake:
             # Larger than what Mixpanel last said it takes, but alone: it decides.
             yield Batch(ndjson, codes)
         else:
-            # What is kept is the mapped event, so it is a letter of Mixpanel's stage: a replay doesn't map it again.
+            # What is kept is the mapped event: a replay doesn't map it again.
             event = ndjson.removesuffix(b"\n")
             event_type = self._mapping.type_name(codes[0])
-            letters.append(DeadLetter(codes[0], event_type, "mixpanel", _too_large(event), event))
+            letters.append(DeadLetter(codes[0], event_type, "bridged", _too_large(event), event))
 
     def _sample(self, decoded: Decoded, codes: bytes, now_s: float) -> None:
         """Looks for fields that Braze added: one event of each type a second."""

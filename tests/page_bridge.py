@@ -44,8 +44,11 @@ class Bridge:
         admin_token: str = "",
         cohort_points: int | None = None,
         europe: str = "",
+        export: bool = True,
     ) -> None:
         """With `cohort_points`, cohorts are imported too, into an emulated Braze, and so many data points a day are paid for.
+
+        Without `export` that is all that there is.
 
         With `europe`, no address is configured: the regions are our emulator and, for the EU, that address.
         """
@@ -77,6 +80,7 @@ listen = "{self.http[7:]}"
 listen = []
 [mixpanel]
 url = "{"" if europe else self.mixpanel}"
+export = {str(export).lower()}
 {credential if connected else ""}
 [spool]
 path = "{folder}/spool.db"
@@ -94,9 +98,7 @@ listen = "{self.admin[7:]}"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        account = ("--token", TOKEN, "--service-account", f"{ACCOUNT}:{SECRET}", "--project-id", PROJECT)
-        braze = ("--braze-listen", self.braze, "--braze-rest-key", SECRET) if self.braze else ()
-        self._start("emulator", "emulator", "--listen", self.mixpanel[7:], *account, *braze)
+        self._start_emulator()
         self.start()
         until(lambda: answers(f"{self.mixpanel}/healthz"), "the emulator")
         return self
@@ -104,6 +106,12 @@ listen = "{self.admin[7:]}"
     def __exit__(self, *_exc: object) -> None:
         for name in list(self._children):
             self.end(name)
+
+    def _start_emulator(self, *blocked: str) -> None:
+        account = ("--token", TOKEN, "--service-account", f"{ACCOUNT}:{SECRET}", "--project-id", PROJECT)
+        braze = ("--braze-listen", self.braze, "--braze-rest-key", SECRET) if self.braze else ()
+        refused = [part for user in blocked for part in ("--braze-blocked", user)]
+        self._start("emulator", "emulator", "--listen", self.mixpanel[7:], *account, *braze, *refused)
 
     def start(self) -> None:
         """Starts the daemon; returns when its doors are open."""
@@ -146,17 +154,17 @@ listen = "{self.admin[7:]}"
         status, _ = call("POST", f"{self.http}/v1/currents", {"events": events}, headers)
         return status
 
-    def sync(self, cohort: str, name: str, members: list[str]) -> int:
+    def sync(self, cohort: str, name: str, members: list[str], session: str = "session", password: str = SECRET) -> int:
         """What Mixpanel does with a cohort; gives the status of the answer."""
         parameters = {
             "mixpanel_project_id": "117",
             "mixpanel_cohort_id": cohort,
             "mixpanel_cohort_name": name,
-            "mixpanel_session_id": "session",
+            "mixpanel_session_id": session,
             "page_info": {"total_pages": 1, "page_count": 1},
             "members": [{"mixpanel_distinct_id": member} for member in members],
         }
-        login = base64.b64encode(f"mixpanel:{SECRET}".encode()).decode()
+        login = base64.b64encode(f"mixpanel:{password}".encode()).decode()
         page = {"action": "members", "parameters": parameters}
         return call("POST", f"{self.http}/v1/cohorts/mixpanel", page, {"Authorization": f"Basic {login}"})[0]
 
@@ -181,6 +189,16 @@ listen = "{self.admin[7:]}"
     def mixpanel_accepts(self, **credentials: str) -> None:
         """Which credential is right from now on."""
         assert call("POST", f"{self.mixpanel}/emulator/credentials", credentials)[0] == 200
+
+    def braze_refuses(self, *users: str) -> None:
+        """Begins both emulators anew; Braze's refuses these users, and no others."""
+        self.end("emulator")
+        self._start_emulator(*users)
+        until(lambda: answers(f"http://{self.braze}/healthz"), "the emulator")
+
+    def braze_accepts(self, **keys: str) -> None:
+        """Which key is Braze's from now on."""
+        assert call("POST", f"http://{self.braze}/emulator/credentials", keys)[0] == 200
 
     def events(self) -> dict[str, int]:
         """The books."""

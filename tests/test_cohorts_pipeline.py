@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from cohort_sender import ATTRIBUTE, Sender, session
@@ -20,9 +21,10 @@ from conftest import SLOW, currents, free_port, until
 from structlog.testing import capture_logs
 
 from bridged.admin.server import AdminServer
-from bridged.admin.status import alarm_facts
+from bridged.admin.status import Status, alarm_facts
 from bridged.app import App
 from bridged.cohorts import pace
+from bridged.commands.status import lines
 from bridged.emulator.answers import Answer
 from bridged.emulator.braze import BrazeConfig, BrazeEmulator
 
@@ -841,7 +843,23 @@ async def test_profile_cohorts_only(daemon, importing, braze, emulator, client):
     async with client.get(f"http://127.0.0.1:{app.admin.port}/readyz") as answer:
         assert answer.status == 200
     async with client.get(f"http://127.0.0.1:{app.admin.port}/api/status") as answer:
-        assert (await answer.json())["stream"] is None  # it is closed, whatever its key says
+        said = await answer.json()
+        assert said["stream"] is None  # it is closed, whatever its key says
+    assert (said["export"], said["state"], said["reload"]["credential"]) == (False, "idle", "none")
+    in_words = "Cohorts only (mixpanel.export is false). In step: "
+    assert said["sentence"].startswith(in_words)
+    output = "\n".join(lines(msgspec.convert(said, Status, strict=False)))
+    assert output.startswith(in_words)
+    assert "credential    none; not in use: no events are exported, mixpanel.export is false\n" in output
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/api/connection") as answer:
+        said = await answer.json()
+    assert (said["export"], said["credential"], said["warnings"]) == (False, "none", [])
+    braze.credentials(rest_key="another")
+    await sender(app, client).take(session("members", ["new"], "779"))
+    await until(lambda: app.cohort_writer.state == "halted", "the halt", 30)
+    async with client.get(f"http://127.0.0.1:{app.admin.port}/api/status") as answer:
+        said = await answer.json()
+    assert (said["state"], "Halted: 401" in said["sentence"], said["halted"]) == ("halted", True, None)
 
 
 async def test_what_waits_while_the_export_is_off(daemon, importing, emulator, client):

@@ -424,7 +424,7 @@ async def test_replay_of_an_event_that_is_too_large(intake: Intake, spool: Spool
     """What was kept of it is its Mixpanel form, and it says so: it stays, for the reason that it is here."""
     await intake.accept_body(msgspec.json.encode(large(MAX_EVENT_BYTES)))
     (row,) = await letters(spool)
-    assert (row.stage, json.loads(row.event)["event"]) == ("mixpanel", "[Braze Custom Event] n")
+    assert (row.stage, json.loads(row.event)["event"]) == ("bridged", "[Braze Custom Event] n")
     assert await replayed(intake, spool) == [row.reason]
 
 

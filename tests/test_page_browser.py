@@ -468,6 +468,97 @@ def test_cohorts_are_seen_paid_for_and_written_again(eyes: Eyes, bridge: Callabl
     told(page, "40 memberships will be written again.")
 
 
+def test_no_more_is_spent_than_what_was_confirmed(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """What becomes due while the question is open isn't paid for: what the button says is the most that is spent."""
+    mine = bridge(cohort_points=5)
+    assert mine.sync("778", "Vips", [f"user-{n}" for n in range(40)]) == 200
+    page = eyes.open(mine, "cohorts")
+    expect(page.get_by_text("Capped", exact=True)).to_be_visible()
+    spent = mine.ask("/api/cohorts")["figures"]["points_today"]
+    press(page, "Spend what is due")
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("are due")
+    assert mine.sync("779", "Others", [f"other-{n}" for n in range(300)]) == 200
+    until(lambda: mine.ask("/api/cohorts/plan")["users"] == 340 - spent, "300 more")
+    press(dialog, f"Spend {40 - spent} data points")
+    told(page, "Allowed, for today.")
+    until(lambda: mine.ask("/api/cohorts")["figures"]["points_today"] == 40, "what was confirmed")
+    expect(page.get_by_text("Capped", exact=True)).to_be_visible()
+    press(page, "Spend what is due")
+    press(page.get_by_role("dialog"), "Spend 300 data points")
+    until(lambda: mine.ask("/api/cohorts")["figures"]["in_braze"] == 340, "the others")
+    assert mine.ask("/api/cohorts")["figures"]["points_today"] == 340
+
+
+def test_whom_braze_refused_is_seen_and_tried_again(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Who may not join and who may not leave, in Braze's words; one button tries just those again. A page that was refused is told."""
+    mine = bridge(cohort_points=0)
+    assert mine.sync("778", "Vips", ["ada", "ben"], "one") == 200
+    page = eyes.open(mine, "cohorts")
+    row = page.get_by_role("row").filter(has_text="117:778")
+    expect(row.locator("[data-label='in Braze']")).to_have_text("2")
+    expect(page.get_by_role("heading", name="Refused by Braze")).to_be_hidden()
+    # Whether it is the users or Braze is told by others who are taken.
+    mine.braze_refuses("ada", SCRIPT)
+    assert mine.sync("778", "Vips", ["ben", *(f"new-{n}" for n in range(5))], "two") == 200
+    expect(row.locator("[data-label=rejected]")).to_have_text("1")
+    assert mine.ask("/api/cohorts")["figures"]["rejected_leaving"] == 1
+    assert mine.sync("778", "Vips", ["ben", SCRIPT, *(f"new-{n}" for n in range(10))], "three") == 200
+    expect(row.locator("[data-label=rejected]")).to_have_text("2")
+    refused = page.get_by_role("region", name="Table of users that Braze refused")
+    for user in ("ada", SCRIPT):
+        one = refused.get_by_role("row").filter(has_text=user)
+        expect(one).to_contain_text("provided external_id is blacklisted and disallowed")
+        expect(one).to_contain_text("Vips")
+    eyes.shot(page, "cohorts-refused", whole=True)
+
+    notice = page.get_by_text(re.compile("^A page of Mixpanel.s was refused at"))
+    expect(notice).to_be_hidden()
+    assert mine.sync("779", "Others", ["ada"], password="wrong") == 401
+    expect(notice).to_be_visible()
+    expect(page.locator(".callout.bad")).to_contain_text("401")
+    assert mine.sync("779", "Others", ["ben"]) == 200
+    expect(page.get_by_text("Others have been taken since.")).to_be_visible()
+    expect(page.locator(".callout.bad")).to_have_count(0)
+
+    mine.braze_refuses()
+    spent = mine.ask("/api/cohorts")["figures"]["points_today"]
+    press(page, "Try them again")
+    press(page.get_by_role("dialog"), "Try them again")
+    told(page, "2 memberships will be written again.")
+    expect(row.locator("[data-label=rejected]")).to_have_text("0")
+    expect(row.locator("[data-label='in Braze']")).to_have_text("12")
+    expect(page.get_by_role("heading", name="Refused by Braze")).to_be_hidden()
+    assert mine.ask("/api/cohorts")["figures"]["points_today"] == spent + 2
+
+
+def test_a_daemon_for_cohorts_only_says_so(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """The overview is about cohorts, in step, halted and waiting; nobody is led to connect an export that is off."""
+    mine = bridge(cohort_points=0, connected=False, export=False)
+    page = eyes.open(mine)
+    expect(sentence(page)).to_contain_text("In step: 0 of 0 memberships in Braze")
+    expect(page.get_by_text("mixpanel.export is false, so no events are taken")).to_be_visible()
+    expect(page.get_by_text("What to paste into Braze")).to_be_hidden()
+    mine.braze_accepts(rest_key="another")
+    assert mine.sync("778", "Vips", [f"user-{n}" for n in range(3)]) == 200
+    expect(sentence(page)).to_contain_text("Halted: nothing is written to Braze")
+    expect(sentence(page)).to_contain_text("3 memberships to write, safe on disk")
+    expect(sentence(page)).to_have_class(re.compile("bad"))
+    expect(page.locator("#state")).to_have_text("Halted")
+    expect(page.locator("p.why")).to_contain_text("401")
+    eyes.shot(page, "cohorts-only")
+
+    go(page, "Connection")
+    expect(page.get_by_text("No events are exported: mixpanel.export is false.")).to_be_visible()
+    expect(page.get_by_text("Braze would be answered 503")).to_be_visible()
+    expect(page.get_by_role("button", name="Make a token")).to_be_hidden()
+    box(page, "Project token").fill(TOKEN)
+    page.get_by_label("The project token alone").check()
+    press(page, "Save")
+    told(page, "Saved. It has no effect while mixpanel.export is false.")
+    expect(page.get_by_text("No events are exported: mixpanel.export is false.")).to_be_visible()
+
+
 # -- what comes from outside is text ----------------------------------------------------------------------------------
 
 
@@ -515,6 +606,116 @@ def test_numbers_are_shown_and_exported_as_they_came(eyes: Eyes, bridge: Callabl
     with page.expect_download() as download:
         dialog.get_by_role("link", name="Export").click()
     assert event in Path(download.value.path()).read_bytes()
+
+
+def test_who_refused_an_event_is_told_truly(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Of one that is too large nobody asked Mixpanel: bridged says that it refused it, and what of it would have been sent."""
+    mine = bridge()
+    vast = currents("users.behaviors.CustomEvent")
+    vast["properties"]["custom_properties"] = {"story": "once " * 250_000}
+    assert mine.post([vast]) == 200
+    until(lambda: mine.events()["dead_lettered"] == 1, "the dead letter")
+    assert [one["stage"] for one in mine.ask("/api/dead-letters")["dead_letters"]] == ["bridged"]
+    assert mine.ask("/api/dead-letters?stage=mixpanel")["dead_letters"] == []
+    page = eyes.open(mine, "dead-letters")
+    letters = page.get_by_role("region", name="Table of dead letters")
+    expect(letters).to_contain_text("bridged itself")
+    box(page, "Refused by").select_option("bridged itself")
+    press(page, "Filter")
+    letters.get_by_role("button", name=re.compile("bytes as a Mixpanel event")).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("heading", name="Why bridged didn")).to_be_visible()
+    expect(dialog.get_by_role("heading", name="The event, as it would have been sent to Mixpanel")).to_be_visible()
+    expect(dialog).not_to_contain_text("What Mixpanel says")
+    expect(dialog.get_by_label("Event", exact=True)).to_contain_text("once once")
+
+
+def test_an_event_of_megabytes_is_shown(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """One long text, and one that is all escapes, don't keep a person from seeing what it is: its beginning, and the way to the rest."""
+    mine = bridge()
+    long, spelled = "x" * 12_000_000, '\\"\n' * 1_000_000
+    fax = {"event_type": "users.messages.fax.Send", "time": int(time.time()), "user": {"external_user_id": "ada"}}
+    assert mine.post([fax | {"id": "long", "properties": {"n": 1.50, "page": long}}]) == 200
+    assert mine.post([fax | {"id": "spelled", "properties": {"page": spelled, "end\\": -1.0}}]) == 200
+    until(lambda: mine.events()["dead_lettered"] == 2, "both dead letters")
+    page = eyes.open(mine, "dead-letters")
+    letters = page.get_by_role("region", name="Table of dead letters").get_by_role("button")
+    expect(letters).to_have_count(2)
+    for at, id_ in enumerate(("spelled", "long")):
+        letters.nth(at).click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog.get_by_label("Event", exact=True)).to_contain_text(f'"id": "{id_}"')
+        expect(
+            dialog.get_by_text(re.compile("That is the beginning: 262,144 of .* Export has all of it"))
+        ).to_be_visible()
+        press(dialog, "Close")
+
+
+def test_what_is_no_object_is_shown_as_it_came(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """A number or a text alone is JSON, half an event is text: only what is neither is shown as base64."""
+    mine = bridge()
+    assert mine.post([1, "a"]) == 200
+    until(lambda: mine.events()["dead_lettered"] == 2, "both dead letters")
+    page = eyes.open(mine, "dead-letters")
+    letters = page.get_by_role("region", name="Table of dead letters").get_by_role("button")
+    expect(letters).to_have_count(2)
+    for at, shown in enumerate(('"a"', "1")):
+        letters.nth(at).click()
+        expect(page.get_by_role("dialog").get_by_label("Event", exact=True)).to_have_text(shown)
+        press(page.get_by_role("dialog"), "Close")
+
+
+def test_what_is_not_in_the_table_is_counted_too(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Events of types that bridged doesn't know are no less seen for it; the figures grow by themselves."""
+    mine = bridge()
+    fax = {"event_type": "users.messages.fax.Send", "time": int(time.time()), "user": {"external_user_id": "ada"}}
+    page = eyes.open(mine, "events")
+    expect(page.get_by_role("checkbox", name="Forward Email Open", exact=True)).to_be_checked()
+    expect(page.get_by_role("heading", name="Not in the table")).to_be_hidden()
+    for many in (2, 5):
+        assert mine.post([fax | {"id": f"{many}-{n}"} for n in range(many)]) == 200
+        accepted = sum(of["accepted"] for of in mine.ask("/api/events")["others"].values())
+        others = page.get_by_role("region", name=re.compile("^Event types that aren.t in the table"))
+        expect(others.locator("[data-label=Accepted]")).to_have_text(str(accepted))
+        expect(others.locator("[data-label='Dead letters']")).to_have_text(str(accepted))
+    assert accepted == 7
+
+
+def test_older_activity_stays_when_something_happens(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Who has asked for older entries keeps them: a new one comes on top, and takes none away."""
+    mine = bridge()
+    for n in range(70):
+        change = {"set": {"alerts.undelivered": f"{n + 1}h"}, "remove": []}
+        assert call("PUT", f"{mine.admin}/api/settings", change)[0] == 200
+    page = eyes.open(mine, "activity")
+    entries = page.locator("main li")
+    expect(entries).to_have_count(50)
+    press(page, "Show older")
+    expect(entries).not_to_have_count(50)
+    before = entries.count()
+    assert before > 60
+    assert call("PUT", f"{mine.admin}/api/settings", {"set": {"delivery.timeout": "77s"}, "remove": []})[0] == 200
+    expect(entries.first).to_contain_text("delivery.timeout")
+    expect(entries.last).to_contain_text("Started")
+    expect(entries).to_have_count(before + 1)
+
+
+def test_a_cohort_that_is_written_again_says_how_far_it_is(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """A resync is under way as anything else is; and what the writer counts are updates, not users."""
+    mine = bridge(cohort_points=0)
+    assert mine.sync("778", "Vips", ["ada"]) == 200
+    until(lambda: mine.ask("/api/cohorts")["figures"]["in_braze"] == 1, "the cohort")
+    page = eyes.open(mine, "cohorts")
+    expect(page.get_by_text("1 update of users written since the start")).to_be_visible()
+
+    def under_way(route: Route) -> None:
+        answer = route.fetch()
+        said = answer.json()
+        said["cohorts"][0] |= {"state": "resyncing", "progress": 0.5}
+        route.fulfill(response=answer, json=said)
+
+    page.route("**/api/cohorts", under_way)
+    expect(page.get_by_text("resyncing, 50 %")).to_be_visible()
 
 
 def test_an_answer_that_gets_lost(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
@@ -696,6 +897,53 @@ def test_two_people_change_one_event_type(eyes: Eyes, bridge: Callable[..., Brid
     expect(box(ones, "Name in Mixpanel")).to_have_value("")
     expect(ones.get_by_role("button", name="Save")).to_be_focused()
     assert mine.ask("/api/config")["events"]["names"] == {}
+
+
+def test_two_people_save_one_setting(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:
+    """Who would overwrite what another has saved since is told so, keeps what was typed, and saves it by saving again."""
+    mine = bridge()
+    one, two = (eyes.open(mine, "connection") for _ in range(2))
+    names = "Names of events and properties"
+    told_so = (
+        "The settings were changed meanwhile, in another window or file. The newest values are shown; what you typed"
+    )
+    box(two, "Project ID").fill("77")
+    box(one, "Project ID").fill("55")
+    box(one, names).select_option("current")
+    press(one, "Save")
+    told(one, "Saved")
+    expect(box(two, names)).to_have_value("current")
+    press(two, "Save")
+    told(two, told_so)
+    expect(two.get_by_text("Somebody else has saved 55 meanwhile.")).to_be_visible()
+    assert mine.ask("/api/config")["mixpanel"]["project_id"] == "55"
+    expect(box(two, "Project ID")).to_have_value("77")
+    press(two, "Save")
+    told(two, "Saved")
+    assert mine.ask("/api/config")["mixpanel"]["project_id"] == "77"
+
+    expect(box(one, "Project ID")).to_have_value("77")
+
+    # Of a secret nobody is told what it is, but that it may be another one.
+    box(two, "Service account secret").fill("the-secret-of-two")
+    box(one, "Service account secret").fill("the-secret-of-one")
+    box(one, names).select_option("seed")
+    press(one, "Save")
+    told(one, "Saved")
+    expect(box(two, names)).to_have_value("seed")
+    press(two, "Save")
+    told(two, told_so)
+    press(two, "Save")
+    told(two, "Saved")
+
+
+def test_a_number_that_no_computer_holds_is_no_number(eyes: Eyes, flowing: Bridge) -> None:
+    """It is told at the field, in words, and nothing is sent."""
+    page = eyes.open(flowing, "connection")
+    page.get_by_text("Address, retention, pace and alarms").click()
+    box(page, "Events per second at most").fill("1e400")
+    press(page, "Save these")
+    expect(page.get_by_text("A number, please", exact=True)).to_be_visible()
 
 
 def test_boxes_that_are_ticked_in_a_hurry(eyes: Eyes, bridge: Callable[..., Bridge]) -> None:

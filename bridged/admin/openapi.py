@@ -27,6 +27,7 @@ from bridged.admin.operations import (
 )
 from bridged.admin.status import Status
 from bridged.backlog.dead_letters import MAX_LISTED, Group, Replayed, Summary
+from bridged.backlog.records import STAGES
 from bridged.cohorts.records import CohortDetail, Plan
 
 _MAX_ID: Final = 2**63 - 1
@@ -43,7 +44,7 @@ _FILTER: Final = [
     parameter("event_type", {"type": "string"}, "Only of this event type."),
     parameter("reason", {"type": "string"}, "Only with this in their reason, in any case."),
     parameter("exact_reason", {"type": "string"}, "Only with this very reason."),
-    parameter("stage", {"enum": ["door", "mixpanel"]}, "Only refused there."),
+    parameter("stage", {"enum": list(STAGES)}, "Only refused there: by our door, by bridged behind it, by Mixpanel."),
     parameter("since", {"type": "number"}, "Only refused, last, at or after this time, in seconds."),
     parameter("until", {"type": "number"}, "Only refused, last, before this time, in seconds."),
     parameter(
@@ -101,13 +102,15 @@ _LETTER: Final = {
         "first_at": {"type": "number"},
         "last_at": {"type": "number"},
         "attempts": {"type": "integer"},
-        "stage": {"enum": ["door", "mixpanel"]},
+        "stage": {"enum": list(STAGES)},
         "event_type": {"type": "string"},
         "reason": {"type": "string"},
         "event": {"type": ["object", "array"]},
         "event_base64": {"type": "string"},
         "original": {"description": "As Braze sent it; null: it isn't kept, or isn't JSON."},
-        "mapped": {"description": "As it was sent to Mixpanel, or would be today; null: it can't be."},
+        "mapped": {
+            "description": "As it was or would have been sent to Mixpanel, or would be today; null: it can't be."
+        },
         "mapped_problem": {"type": "string"},
     },
     "required": ["id", "first_at", "last_at", "attempts", "stage", "event_type", "reason"],

@@ -1,14 +1,18 @@
 """What the daemon does now, in one sentence. Pure but for the local time of day."""
 
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
 from bridged.admin.health import Health
 from bridged.delivery.pacing import PaceSnapshot
 
-State = Literal["not set up", "idle", "delivering", "backing off", "halted", "stalled", "refusing"]
+if TYPE_CHECKING:
+    from bridged.admin.cohorts import CohortsStatus
+
+# `capped` is said only of cohorts, where they are all that there is.
+State = Literal["not set up", "idle", "delivering", "backing off", "halted", "stalled", "refusing", "capped"]
 
 
 class HaltStatus(Struct, kw_only=True):
@@ -20,17 +24,15 @@ class HaltStatus(Struct, kw_only=True):
 
 
 def in_words(
-    well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal: str, set_aside: int, *, given: bool | None
+    well: Health, halted: HaltStatus | None, pace: PaceSnapshot, refusal: str, set_aside: int, *, given: bool
 ) -> tuple[State, str]:
     """The state and the sentence. `refusal`: why new events are refused, if they are; `given`: whether Mixpanel's credential
-    is; None: nothing is exported.
+    is.
     """
     refused = f". New events are refused: {refusal}" if refusal else ""
-    if given is False:
+    if not given:
         safe = f". {well.waiting:,} events wait, safe on disk" if well.waiting else ""
         return "not set up", f"Not set up: Mixpanel's credential isn't given yet{safe}{refused}"
-    if given is None and well.ready and well.waiting:
-        return "idle", f"Exports nothing (mixpanel.export): {well.waiting:,} waiting, safe on disk"
     waiting = f"{well.waiting:,} events" if well.waiting != 1 else "1 event"
     if halted is not None:
         since = time.strftime(
@@ -54,3 +56,21 @@ def in_words(
     if pace.delivered_per_second > 0:
         return "delivering", f"Delivering: {rate}, nothing waiting"
     return "idle", "Idle: nothing waiting"
+
+
+def of_cohorts(well: Health, cohorts: "CohortsStatus | None") -> tuple[State, str]:
+    """The same where no events are exported: then it is about the cohorts."""
+    if not well.ready or cohorts is None:
+        return "stalled", f"Not ready: {well.reason}"
+    said = f"Cohorts only (mixpanel.export is false). {cohorts.sentence}"
+    if well.waiting:
+        said += f". Events from before: {well.waiting:,} waiting, safe on disk"
+    figures = cohorts.figures
+    match cohorts.writer.state:
+        case "halted" | "off":
+            return "halted", said
+        case "capped":
+            return "capped", said
+        case "backing off":
+            return "backing off", said
+    return ("delivering" if figures.due or figures.waiting else "idle"), said

@@ -22,7 +22,7 @@ from msgspec import Struct
 from bridged import options
 from bridged.admin.answers import body, json
 from bridged.admin.status import credential_from
-from bridged.config import Key, has_credential, value_at, with_credentials
+from bridged.config import Key, value_at, with_credentials
 from bridged.delivery.probe import Finding, probe
 from bridged.errors import BadRequest, ConfigError
 from bridged.mixpanel.requests import API_SECRET_RETIRED, Target
@@ -76,17 +76,19 @@ class Change(Struct, kw_only=True, forbid_unknown_fields=True):
     revision: int | None = None
 
 
-class Changed(Struct, kw_only=True):
+class Changed(Struct):
     """What a change came to."""
 
     revision: int
     changed: list[str]
+    unused: list[str]  # of these: keys of the export, which is off
     restart_needed: list[str]
 
 
 class Connection(Struct, kw_only=True):
     """Both ends of the bridge, in a few facts."""
 
+    export: bool  # false: no events are taken, nor sent
     credential: Literal["service account", "API secret", "project token", "none"]
     credential_from: Literal["configuration", "page", "api"]
     import_host: str
@@ -164,7 +166,8 @@ class SettingsApi:
         retention = config.retention
         return json(
             Connection(
-                credential=target.credentials.kind if has_credential(config) else "none",
+                export=config.mixpanel.export,
+                credential=target.credentials.kind if target.credentials.given else "none",
                 credential_from=credential_from(app),
                 import_host=urlsplit(target.import_url).netloc,
                 region=config.mixpanel.region,
@@ -235,7 +238,8 @@ async def saved(app: "App", change: Change) -> web.Response:
     except ConfigError as error:
         said = str(error.args[0])
         raise BadSettings(said, _by_key(said)) from error
-    return json(Changed(revision=app.saved.revision, changed=changed, restart_needed=app.restart_needed))
+    unused = [name for name in changed if not (app.config.mixpanel.export or name.startswith("alerts."))]
+    return json(Changed(app.saved.revision, changed, unused, app.restart_needed))
 
 
 def _demand_secrets_for_new_addresses(app: "App", new: Config, given: Mapping[str, Any], kept: Container[str]) -> None:
@@ -320,7 +324,9 @@ def _kind(key: Key) -> Kind:
 def _connection_warnings(config: Config) -> list[str]:
     """What somebody should do about this configuration."""
     http, mixpanel = config.sources.http, config.mixpanel
-    found = []
+    found: list[str] = []
+    if not mixpanel.export:
+        return found
     if mixpanel.api_secret and not mixpanel.service_account:
         found.append(f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account.")
     if mixpanel.service_account and not mixpanel.token:

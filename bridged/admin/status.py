@@ -12,11 +12,10 @@ from bridged import __version__
 from bridged.admin.cohorts import CohortsStatus, cohorts_status, trouble
 from bridged.admin.health import Facts, Health, judge, no_progress
 from bridged.admin.history import Totals
-from bridged.admin.sentence import HaltStatus, State, in_words
+from bridged.admin.sentence import HaltStatus, State, in_words, of_cohorts
 from bridged.alarms.rules import Facts as AlarmFacts
 from bridged.alarms.webhook import WebhookStatus
 from bridged.backlog.dead_letters import Group
-from bridged.config import has_credential
 from bridged.currents.schema import iter_types
 from bridged.currents.table import EVENT_TYPES
 from bridged.delivery.pacing import WINDOW_S, PaceSnapshot
@@ -66,7 +65,7 @@ class RetryStatus(Struct, kw_only=True):
 class ReloadStatus(Struct, kw_only=True):
     """What the configuration says and what is in force."""
 
-    credential: str  # which kind is in force; "none"
+    credential: str  # which kind is in force, if events are exported; "none"
     credential_from: Literal["configuration", "page", "api"]  # the last is gone with the next start
     restart_needed: list[str]  # keys that were changed since the start and can't be taken over
     problem: str  # why the last change wasn't taken over; empty when it was
@@ -126,6 +125,7 @@ class Status(Struct, kw_only=True):
     version: str
     started_at: float  # wall clock, seconds
     uptime_s: float
+    export: bool  # whether events are taken and sent; false: cohorts only, and state and sentence are about them
     state: State
     sentence: str  # the state in words
     health: Health
@@ -307,12 +307,17 @@ def status(app: "App", reasons: list[Group]) -> Status:
     # The doors are opened after the admin listener.
     http, stream = getattr(app, "http", None), getattr(app, "stream", None)
     well = health(app)
-    given = None if not config.mixpanel.export else app.transport.target.credentials.given
-    state, sentence = in_words(well, halted, pace, _refusal(app), delivery.set_aside, given=given)
+    credentials, cohorts = app.transport.target.credentials, cohorts_status(app)
+    if config.mixpanel.export:
+        given = credentials.given
+        state, sentence = in_words(well, halted, pace, _refusal(app), delivery.set_aside, given=given)
+    else:
+        state, sentence = of_cohorts(well, cohorts)
     return Status(
         version=__version__,
         started_at=app.started_at,
         uptime_s=round(app.clock.uptime_s(), 3),
+        export=config.mixpanel.export,
         state=state,
         sentence=sentence,
         health=well,
@@ -350,10 +355,10 @@ def status(app: "App", reasons: list[Group]) -> Status:
         if stream and config.stream_addresses
         else None,
         alarms=_open_alarms(app),
-        cohorts=cohorts_status(app),
+        cohorts=cohorts,
         webhook=app.watch.webhook.status,
         reload=ReloadStatus(
-            credential=app.transport.target.credentials.kind if has_credential(app.config) else "none",
+            credential=credentials.kind if credentials.given else "none",
             credential_from=credential_from(app),
             restart_needed=app.restart_needed,
             problem=app.reload_problem,

@@ -382,8 +382,8 @@ def _update(db: sqlite3.Connection, values: list[tuple[float, str, int]]) -> Non
 
 
 def _unusable(row: DeadLetterRow) -> str:
-    """Why a dead letter can't even be tried; empty when it can. What Mixpanel refused must be a whole event."""
-    if row.stage == "mixpanel":
+    """Why a dead letter can't even be tried; empty when it can. What was mapped already must be a whole event."""
+    if row.stage != "door":
         event = _json(row.event)
         if not isinstance(event, dict) or b"\n" in row.event:
             return row.reason if "damaged" in row.reason else "it holds no whole event"

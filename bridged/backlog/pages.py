@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from bridged.backlog import tables
+from bridged.backlog.records import STAGES
 from bridged.backlog.segment import Segment
 from bridged.backlog.tables import PAGE_BYTES
 
@@ -335,7 +336,7 @@ def _of_ours(id_: int, values: list[Any]) -> tuple[str, Row] | None:
         _, created_at, raw_bytes, raw_crc32, checksum, codes, block = values
         row = (id_, float(created_at), raw_bytes, raw_crc32, codes, block)
         return ("segments", row) if tables.intact((*row, checksum)) else ("damaged", row)
-    if numbers == "-iiisissb" and values[4] in {"door", "mixpanel"} and 0 <= values[5] < 256:
+    if numbers == "-iiisissb" and values[4] in STAGES and 0 <= values[5] < 256:
         return "dead_letters", (id_, *map(float, values[1:3]), *values[3:])
     if kinds == "-s" and 0 <= id_ < 256:
         return "event_types", (id_, values[1])

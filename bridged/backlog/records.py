@@ -1,7 +1,7 @@
 """What comes to the spool and what leaves it: events taken in, segments settled, dead letters. Pure."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from msgspec import Struct
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 DEAD_LETTER_BYTES = 256  # of a dead letter besides its event
 _SKIPPED_BYTES = 16  # of a skipped event in memory, with why it was
 
-Stage = Literal["door", "mixpanel"]
+# Who refused an event: our door (it is kept in Currents' form), bridged itself later on, or Mixpanel (in the mapped form).
+Stage = Literal["door", "bridged", "mixpanel"]
+STAGES = get_args(Stage)
 
 
 class DeadLetter(Struct, gc=False):
@@ -21,7 +23,7 @@ class DeadLetter(Struct, gc=False):
 
     code: int  # the type it is accounted under
     event_type: str
-    stage: Stage  # who refused it: our door (event is Currents') or Mixpanel (event is the mapped one)
+    stage: Stage
     reason: str
     event: bytes
 

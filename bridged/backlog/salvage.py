@@ -296,7 +296,7 @@ def _fill(db: sqlite3.Connection, pages: Pages, names: Mapping[int, str], found:
             now,
             now,
             1,
-            "mixpanel",
+            "bridged",
             code,
             types.get(code, ""),
             f"{n} events were lost: the spool was damaged, see {aside}",
@@ -419,7 +419,7 @@ def recount(
         accounts.add("waiting", codes or b"")
     lost, _ = correct(accounts)
     rows = _letters_of([(each.id, each.block, each.codes) for each in damaged], list(lost.elements()), names, 0.0)
-    return [DeadLetter(code, name, "mixpanel", reason, event) for *_, code, name, reason, event in rows]
+    return [DeadLetter(code, name, "bridged", reason, event) for *_, code, name, reason, event in rows]
 
 
 def _letters_of(blocks: Sequence[Row], codes: list[int], names: Mapping[int, str], now: float) -> list[Row]:
@@ -429,6 +429,6 @@ def _letters_of(blocks: Sequence[Row], codes: list[int], names: Mapping[int, str
         share = len(codes) if n == len(blocks) else min(len(codes), len(row_codes))
         reason = f"segment {id_} was damaged on disk"
         for at, code in enumerate(codes[:share]):
-            letters.append((now, now, 1, "mixpanel", code, names.get(code, ""), reason, b"" if at else block))
+            letters.append((now, now, 1, "bridged", code, names.get(code, ""), reason, b"" if at else block))
         del codes[:share]
     return letters

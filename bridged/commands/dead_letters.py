@@ -14,6 +14,7 @@ from typing import Any
 
 from bridged.admin.api import Counted, Listing
 from bridged.backlog.dead_letters import MAX_ID, MAX_LISTED, Group, Replayed
+from bridged.backlog.records import STAGES
 from bridged.commands.client import Daemon
 from bridged.commands.printing import agreed, printable, table
 from bridged.durable import settle_file
@@ -49,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     filters = argparse.ArgumentParser(add_help=False)
     filters.add_argument("--type", metavar="TYPE", default="", help="only of this event type (Currents' name)")
     filters.add_argument("--reason", metavar="TEXT", default="", help="only with this in their reason")
-    filters.add_argument("--stage", choices=("door", "mixpanel"), help="only refused by our door, or by Mixpanel")
+    filters.add_argument(
+        "--stage",
+        choices=STAGES,
+        help="only refused by our door, by bridged behind it (too large, damaged), or by Mixpanel",
+    )
     filters.add_argument("--since", metavar="TIME", type=_time, help="only refused then or later: 2026-01-31[T14:00]")
     filters.add_argument("--until", metavar="TIME", type=_time, help="only refused before")
     common = argparse.ArgumentParser(add_help=False)

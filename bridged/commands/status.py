@@ -104,6 +104,8 @@ def _pace(status: Status) -> Iterator[str]:
     learned = ", learned from an answer 413" if pace.batch_bytes_learned else ""
     origins = {"api": "given by the API", "page": "saved on the page", "configuration": "from the configuration"}
     source = origins[status.reload.credential_from]
+    credential = status.reload.credential + (f", {source}" if status.reload.credential != "none" else "")
+    unused = "" if status.export else "; not in use: no events are exported, mixpanel.export is false"
     verdicts = ", ".join(f"{count:,} {name}" for name, count in status.verdicts.items()) or "none yet"
     rows = [
         ["rate", f"{pace.delivered_per_second:,.0f} events/s over the last minute, at most {rate}"],
@@ -111,7 +113,7 @@ def _pace(status: Status) -> Iterator[str]:
         ["latency", latency],
         ["limited by", pace.limited_by],
         ["request size", f"at most {size(pace.batch_bytes)}{learned}"],
-        ["credential", status.reload.credential + (f", {source}" if status.reload.credential != "none" else "")],
+        ["credential", credential + unused],
         ["answers", verdicts],
     ]
     if status.retrying is not None:

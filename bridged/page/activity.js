@@ -5,6 +5,9 @@ import { attempt, button, clock, count, duration, el, fill, moment, number, prob
 
 export const title = "Activity";
 
+const PAGE = 50;
+const MOST = 1000; // that the API gives at once
+
 const KINDS = {
   started: "Started",
   stopped: "Stopped",
@@ -29,6 +32,7 @@ export function open(main) {
   const list = el("ol", { class: "log", "aria-label": "What happened, newest first" });
   const empty = el("p", { class: "empty-state" }, "Nothing has happened yet.");
   let next = null;
+  let oldest = null; // the last that is shown, once older ones were asked for
   const older = button("Show older", () => attempt(older, () => load(next)));
   older.hidden = true;
   fill(
@@ -38,11 +42,14 @@ export function open(main) {
   );
 
   async function load(before) {
-    const page = await ask("/api/activity", { limit: 50, before });
-    // Alike ones in a row grow: the newest page is taken anew as a whole.
+    const again = before === undefined && oldest !== null;
+    const page = await ask("/api/activity", { limit: again ? MOST : PAGE, before });
+    const entries = again ? page.activity.filter((one) => one.id >= oldest) : page.activity;
+    // Alike ones in a row grow: what is shown is taken anew as a whole.
     if (before === undefined) list.replaceChildren();
-    list.append(...page.activity.map(entry));
-    next = page.next;
+    else oldest = entries.at(-1)?.id ?? oldest;
+    list.append(...entries.map(entry));
+    next = entries.length < page.activity.length ? oldest : page.next;
     older.hidden = next === null;
     empty.hidden = list.childElementCount > 0;
   }

@@ -1,13 +1,15 @@
 // Cohorts: Mixpanel's, on their way into Braze.
 
 import { ask, order } from "./api.js";
-import { attempt, button, confirmed, count, el, fill, moment, number, problemText, prose, say, section, table, toast } from "./dom.js";
+import { attempt, button, clock, confirmed, count, el, fill, moment, number, problemText, prose, say, section, table, toast } from "./dom.js";
 
 export const title = "Cohorts";
 
 const REFRESH_MS = 5000;
 const BUSY_REFRESH_MS = 1000;
-const BUSY = ["receiving", "sweeping", "sending", "renaming", "forgetting"];
+const REFUSALS = 50;
+const MOST_REFUSALS = 1000; // that the API gives at once
+const BUSY = ["receiving", "sweeping", "sending", "renaming", "resyncing", "forgetting"];
 const SENDER = { halted: "bad", capped: "warn", "backing off": "warn" };
 
 /** Opens the view. */
@@ -84,6 +86,7 @@ function overview(reload) {
   const empty = el("p", { class: "empty-state" }, "None yet: Mixpanel sends them as soon as a cohort’s sync is switched on there.");
   const head = ["Cohort", "Last sync", ["Members", "right"], ["In Braze", "right"], ["Waiting", "right"], ["Rejected", "right"], ""];
   const list = table("Table of cohorts", head, tbody);
+  const refused = refusals(reload);
   const all = button("Resync all", () => resync(all, { all: true }, "all cohorts", reload));
   const allow = button("Spend what is due", () => spend(allow, reload), "primary");
   const element = el(
@@ -92,6 +95,7 @@ function overview(reload) {
     notice,
     section("Now", sentence, el("dl", { class: "facts" }, fact("sender", "Writer to Braze"), fact("points", "Data points spent today"), fact("members", "Members"), fact("due", "Waiting")), el("div", { class: "actions" }, allow)),
     section("Cohorts", empty, list, el("div", { class: "actions" }, all)),
+    refused.element,
   );
 
   return {
@@ -99,8 +103,8 @@ function overview(reload) {
     use({ cohorts, figures, writer, ...answer }) {
       fill(sentence, prose(answer.sentence ?? ""));
       const halted = writer.halted && `Nothing is written to Braze. ${writer.halted.reason}`;
-      fill(notice, halted && el("div", { class: "callout bad" }, el("p", {}, halted)));
-      put("sender", writer.state.charAt(0).toUpperCase() + writer.state.slice(1), SENDER[writer.state] ? writer.problem : `${number(writer.users_sent)} users written since the start`);
+      fill(notice, halted && el("div", { class: "callout bad" }, el("p", {}, halted)), answer.page_refused && pageRefused(answer.page_refused, cohorts));
+      put("sender", writer.state.charAt(0).toUpperCase() + writer.state.slice(1), SENDER[writer.state] ? writer.problem : `${count(writer.users_sent, "update")} of users written since the start`);
       const left = figures.points_left_today;
       put("points", number(figures.points_today), left === null || left === undefined ? "no daily cap" : `${number(left)} left of today’s cap`);
       put("members", number(figures.members), `${number(figures.in_braze)} of them are in Braze`);
@@ -123,6 +127,72 @@ function overview(reload) {
       empty.hidden = cohorts.length > 0;
       list.hidden = !cohorts.length;
       all.hidden = !cohorts.length;
+      refused.use(figures.rejected + figures.rejected_leaving, cohorts);
+    },
+  };
+}
+
+/** Mixpanel pauses a sync for good when it is told that a page is wrong: somebody has to switch it on again there. */
+function pageRefused({ at, status, reason }, cohorts) {
+  const since = cohorts.some((one) => one.last_page_at > at);
+  return el(
+    "div",
+    { class: `callout ${since ? "warn" : "bad"}` },
+    el("p", {}, el("strong", {}, `A page of Mixpanel’s was refused at ${clock(at)}, with ${status}: `), prose(reason)),
+    el("p", { class: "hint" }, `Mixpanel pauses a sync at that: mend the cause, and switch the sync on again there.${since ? " Others have been taken since." : ""}`),
+  );
+}
+
+/** Whom Braze refused, and why. */
+function refusals(reload) {
+  const list = el("div", {});
+  let limit = REFUSALS;
+  let drawn = "";
+  let asking = false;
+  const more = button("Show more", () => {
+    limit = Math.min(2 * limit, MOST_REFUSALS);
+    return attempt(more, reload);
+  });
+  const again = button("Try them again", () => resync(again, { all: true, rejected_only: true }, "", reload));
+  const where = el("p", { class: "hint", role: "status" });
+  const box = section("Refused by Braze", list, el("div", { class: "actions" }, again, more, where));
+  box.hidden = true;
+
+  async function load(names) {
+    if (asking) return;
+    asking = true;
+    try {
+      const found = await ask("/api/cohorts/refusals", { limit });
+      const key = JSON.stringify([found, [...names]]);
+      if (key === drawn) return;
+      drawn = key;
+      const rows = found.refusals.map((one) =>
+        el(
+          "tr",
+          {},
+          el("th", { scope: "row", class: "full" }, el("bdi", {}, one.external_id)),
+          el("td", { class: "full reason" }, one.reason || "no reason given"),
+          el("td", { "data-label": "cohorts" }, one.cohorts.map((cohort, index) => [index > 0 && ", ", el("bdi", {}, names.get(cohort) ?? cohort)])),
+          el("td", { class: "right", "data-label": "attempts" }, number(one.attempts)),
+          el("td", { class: "tight", "data-label": "last" }, moment(one.last_at)),
+        ),
+      );
+      fill(list, table("Table of users that Braze refused", ["User", "What Braze says", "Cohorts", ["Attempts", "right"], "Last"], rows));
+      more.hidden = found.next === null || limit >= MOST_REFUSALS;
+      say(where, found.next === null ? "" : `The first ${number(rows.length)} users`);
+    } catch (error) {
+      drawn = "";
+      fill(list, el("p", { class: "hint" }, problemText(error)));
+    } finally {
+      asking = false;
+    }
+  }
+
+  return {
+    element: box,
+    use(many, cohorts) {
+      box.hidden = !many;
+      if (many) void load(new Map(cohorts.map((one) => [one.key, one.name || one.key])));
     },
   };
 }
@@ -144,7 +214,7 @@ function cohortRow(first, reload) {
       state.className = BUSY.includes(one.state) ? "tag changed" : "tag";
       if (cells.synced.dataset.at !== String(one.last_page_at)) fill(cells.synced, one.last_page_at ? moment(one.last_page_at) : "never");
       cells.synced.dataset.at = String(one.last_page_at);
-      for (const [key, value] of Object.entries({ members: one.members, in_braze: one.in_braze, waiting: one.joining + one.leaving, rejected: one.rejected })) {
+      for (const [key, value] of Object.entries({ members: one.members, in_braze: one.in_braze, waiting: one.joining + one.leaving, rejected: one.rejected + one.rejected_leaving })) {
         say(cells[key], number(value));
         cells[key].classList.toggle("zero", !value);
       }
@@ -154,7 +224,10 @@ function cohortRow(first, reload) {
 
 async function resync(control, which, what, reload) {
   await attempt(control, async () => {
-    if (!(await confirmed(`Resync ${what}?`, "Every membership is written to Braze again. Braze bills data points for it.", "Resync"))) return;
+    const asked = which.rejected_only
+      ? ["Try what Braze refused again?", "Only what it refused is written again. Braze bills data points for what it takes.", "Try them again"]
+      : [`Resync ${what}?`, "Every membership is written to Braze again. Braze bills data points for it.", "Resync"];
+    if (!(await confirmed(...asked))) return;
     const { due } = await order("POST", "/api/cohorts/resync", which);
     toast(`${count(due, "membership")} will be written again.`);
     await reload();
@@ -164,10 +237,16 @@ async function resync(control, which, what, reload) {
 async function spend(control, reload) {
   await attempt(control, async () => {
     const plan = await ask("/api/cohorts/plan");
-    const text = `${count(plan.users, "user")} are due, for ${count(plan.points, "data point")}: more than today’s cap allows.`;
-    if (!(await confirmed("Go beyond today’s cap?", text, `Spend ${count(plan.points, "data point")}`))) return;
-    await order("POST", "/api/cohorts/allow", { points: 0 });
+    // What the cap leaves is spent anyway; what becomes due while the question is open wasn't confirmed.
+    const beyond = plan.points - (plan.left_today ?? plan.points);
+    if (beyond <= 0) {
+      toast("What is due fits into today’s cap: nothing has to be allowed.");
+      return reload();
+    }
+    const text = `${plan.users === 1 ? "1 user is" : `${number(plan.users)} users are`} due, for ${count(plan.points, "data point")}: more than today’s cap allows. At most so many are spent; what becomes due later waits.`;
+    if (!(await confirmed("Go beyond today’s cap?", text, `Spend ${count(plan.points, "data point")}`))) return undefined;
+    await order("POST", "/api/cohorts/allow", { points: beyond });
     toast("Allowed, for today.");
-    await reload();
+    return reload();
   });
 }

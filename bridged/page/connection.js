@@ -2,7 +2,7 @@
 
 import { ask, order } from "./api.js";
 import { attempt, button, confirmed, copyButton, duration, el, field, fill, newId, problemText, prose, say, section, toast } from "./dom.js";
-import { changes, complain, control, overrides, Settings, showOnce, tellSaved } from "./settings.js";
+import { changes, complain, control, demandSeen, overrides, Settings, showOnce, tellOvertaken, tellSaved } from "./settings.js";
 
 export const title = "Connection";
 
@@ -67,6 +67,8 @@ export function open(main) {
       body.hidden = false;
       mixpanel.use(connection);
       braze.use(connection);
+      // What is to be known of the export is of no use where there is none.
+      warnings.parentElement.hidden = !connection.export;
       fill(warnings, keep(connection));
       fill(saved, overrides(settings, back));
       fill(problem, settings.answer.problem && el("div", { class: "callout bad" }, el("p", {}, settings.answer.problem)), settings.answer.restart_needed.length > 0 && el("div", { class: "callout warn" }, el("p", {}, `A restart is needed for ${settings.answer.restart_needed.join(", ")}.`)));
@@ -198,17 +200,22 @@ function mixpanelForm(at, settings, reload) {
         event.preventDefault();
         attempt(save, async () => {
           if (!isWhole(true)) return;
+          let problem = null;
           try {
+            demandSeen(wanted());
             const answer = await settings.save(different());
             for (const one of wanted()) one.forget();
             inForce = null;
             fill(result);
             tellSaved(answer);
           } catch (error) {
-            if (error.status === 409) error.hint ||= "The newest values are shown; what you typed is still there. Save again.";
-            complain(wanted(), error);
+            problem = error;
           }
           await reload();
+          if (problem) {
+            tellOvertaken(problem, wanted());
+            complain(wanted(), problem);
+          }
         });
       },
     },
@@ -223,7 +230,8 @@ function mixpanelForm(at, settings, reload) {
     element: section("Mixpanel", summary, form),
     use(connection) {
       const given = connection.credential === "none" ? "service account" : connection.credential;
-      say(summary, connection.credential === "none" ? "Not connected yet." : `Events go to ${connection.import_host}, with the ${connection.credential}. What you enter is never sent back to this page.`);
+      if (!connection.export) say(summary, "No events are exported: mixpanel.export is false. What is saved here has no effect until it is true in the configuration, and the daemon is restarted.");
+      else say(summary, connection.credential === "none" ? "Not connected yet." : `Events go to ${connection.import_host}, with the ${connection.credential}. What you enter is never sent back to this page.`);
       // A choice that isn't saved yet stays.
       if (kind === null || inForce === null || kind === inForce) choose(given);
       inForce = given;
@@ -260,17 +268,22 @@ function brazeBox(settings, reload) {
     await showOnce("The new bearer token", "Paste it into Braze now: it is saved, and never shown again.", value, copyButton("bearer token", () => value));
   }
 
+  const off = el("p", { hidden: true }, "Braze’s events aren’t taken here, only Mixpanel’s cohorts: ", el("code", {}, "mixpanel.export"), " is false in the configuration, and Braze would be answered 503.");
+  const paste = el(
+    "div",
+    {},
+    el("p", {}, "In Braze: Partner Integrations > Data Export > Create New Currents Export > Custom Currents Export. Paste these two, tick the events, Send Test Events, Launch."),
+    field("Public name of this machine, or of the proxy before it", name, "Only to spell the address below; remembered in this browser."),
+    el("div", { class: "field" }, el("h3", {}, "Endpoint URL"), el("div", { class: "inline" }, address, copyButton("endpoint URL", () => address.textContent))),
+    reach,
+    el("div", { class: "field" }, el("h3", {}, "Bearer token"), token, fresh),
+  );
   return {
-    element: section(
-      "Braze",
-      el("p", {}, "In Braze: Partner Integrations > Data Export > Create New Currents Export > Custom Currents Export. Paste these two, tick the events, Send Test Events, Launch."),
-      field("Public name of this machine, or of the proxy before it", name, "Only to spell the address below; remembered in this browser."),
-      el("div", { class: "field" }, el("h3", {}, "Endpoint URL"), el("div", { class: "inline" }, address, copyButton("endpoint URL", () => address.textContent))),
-      reach,
-      el("div", { class: "field" }, el("h3", {}, "Bearer token"), token, fresh),
-    ),
+    element: section("Braze", off, paste),
     use(connection) {
       known = connection;
+      off.hidden = connection.export;
+      paste.hidden = !connection.export;
       show();
       say(token, connection.bearer_token_set ? "Set. It is never shown: if it is lost, make a new one." : "None yet.");
       say(fresh, connection.bearer_token_set ? "Make a new token" : "Make a token");
@@ -321,16 +334,20 @@ function moreForm(at, settings, reload) {
       onsubmit: (event) => {
         event.preventDefault();
         attempt(save, async () => {
+          let problem = null;
           try {
+            demandSeen(controls);
             const answer = await settings.save(changes(controls));
             for (const one of controls) one.forget();
             tellSaved(answer);
           } catch (error) {
-            if (error.keys) complain(controls, error);
-            else throw error;
-          } finally {
-            await reload();
+            problem = error;
           }
+          await reload();
+          if (!problem) return;
+          tellOvertaken(problem, controls);
+          if (!problem.keys) throw problem;
+          complain(controls, problem);
         });
       },
     },

@@ -5,7 +5,14 @@ import { attempt, button, bytes, confirmed, count, dialog, el, field, fill, mome
 
 export const title = "Dead letters";
 
-const STAGES = { door: "our door", mixpanel: "Mixpanel" };
+const STAGES = { door: "our door", bridged: "bridged itself", mixpanel: "Mixpanel" };
+/** Of one: who speaks, and what is kept. */
+const TOLD = {
+  door: ["Why our door refused it", "The original, as it came"],
+  bridged: ["Why bridged didn’t send it", "The event, as it would have been sent to Mixpanel"],
+  mixpanel: ["What Mixpanel says", "The event, as it was sent to Mixpanel"],
+};
+const MOST_SHOWN = 2 ** 18; // characters of an event: more of them take a browser seconds
 const PAGE = 50;
 const MOST_GROUPS = 12;
 const REFRESH_MS = 3000;
@@ -239,7 +246,7 @@ function filterForm(use) {
   const type = el("input", { type: "text", autocomplete: "off", spellcheck: "false", list: "dead-letter-types" });
   const types = el("datalist", { id: "dead-letter-types" });
   const reason = el("input", { type: "search", autocomplete: "off", spellcheck: "false", placeholder: "Part of it" });
-  const stage = el("select", {}, [["", "Anyone"], ["door", "Our door"], ["mixpanel", "Mixpanel"]].map(([value, text]) => el("option", { value }, text)));
+  const stage = el("select", {}, [["", "Anyone"], ["door", "Our door"], ["bridged", "bridged itself"], ["mixpanel", "Mixpanel"]].map(([value, text]) => el("option", { value }, text)));
   const since = el("input", { type: "datetime-local" });
   const until = el("input", { type: "datetime-local" });
   let exact = ""; // the whole reason, when a group was chosen
@@ -338,16 +345,67 @@ const SPELLED = "\ue000";
 
 /** A letter whose event and its mapped form have their numbers as they were spelled. */
 function exact(text) {
-  const spelled = text.replace(/"(?:[^"\\]|\\.)*"|-?\d[-+.\deE]*/g, (token) => (token[0] === '"' ? token : `"${SPELLED}${token}"`));
-  const { event, mapped } = JSON.parse(spelled);
+  const { event, mapped } = JSON.parse(spelled(text));
   return { ...JSON.parse(text), ...(event === undefined ? {} : { event }), mapped };
+}
+
+/** JSON in which each number is a text that says how it was spelled. By hand: a pattern has no room for a text of megabytes. */
+function spelled(text) {
+  const parts = [];
+  for (let at = 0; at < text.length; ) {
+    const begin = text.indexOf('"', at);
+    const outside = text.slice(at, begin < 0 ? text.length : begin);
+    parts.push(outside.replace(/-?\d[-+.\deE]*/g, (token) => `"${SPELLED}${token}"`));
+    if (begin < 0) break;
+    const end = endOf(text, begin);
+    parts.push(text.slice(begin, end));
+    at = end;
+  }
+  return parts.join("");
+}
+
+/** Where a text that begins there ends: behind the next quote without an odd number of backslashes before it. */
+function endOf(text, begin) {
+  for (let at = begin + 1; ; ) {
+    const quote = text.indexOf('"', at);
+    if (quote < 0) return text.length;
+    let before = quote;
+    while (text[before - 1] === "\\") before -= 1;
+    if ((quote - before) % 2 === 0) return quote + 1;
+    at = quote + 1;
+  }
+}
+
+/** What is kept of one that is no object: as it is, if it is text at all. */
+function unparsed(base64) {
+  if (!base64) return "(nothing is left of it)";
+  try {
+    const raw = Uint8Array.from(atob(base64), (one) => one.charCodeAt(0));
+    const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(raw);
+    return isJson(text) ? text : `${text}\n(not JSON)`;
+  } catch {
+    return `${base64}\n(not text: base64)`;
+  }
+}
+
+function isJson(text) {
+  try {
+    JSON.parse(text);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 function described(letter) {
   const asSpelled = (value) => pretty(value).replace(/"\ue000([-+.\deE]+)"/g, "$1");
-  const code = (name, value) => el("pre", { tabindex: "0", role: "region", "aria-label": name }, asSpelled(value));
-  const original = letter.event ?? `${letter.event_base64 ?? ""}\n(not text: base64)`;
-  const atMixpanel = letter.stage === "mixpanel";
+  const code = (name, value) => {
+    const text = asSpelled(value);
+    const rest = text.length > MOST_SHOWN && el("p", { class: "hint" }, `That is the beginning: ${number(MOST_SHOWN)} of ${count(text.length, "character")}. Export has all of it.`);
+    return [el("pre", { tabindex: "0", role: "region", "aria-label": name }, text.slice(0, MOST_SHOWN)), rest];
+  };
+  const original = letter.event ?? unparsed(letter.event_base64);
+  const [why, what] = TOLD[letter.stage] ?? [`Refused by ${letter.stage}`, "The event"];
   const facts = el(
     "dl",
     { class: "facts" },
@@ -363,10 +421,10 @@ function described(letter) {
     el(
       "div",
       { class: "pair" },
-      section(atMixpanel ? "What Mixpanel says" : "Why our door refused it", el("div", { class: "callout bad" }, el("p", {}, letter.reason || "No reason given.")), facts),
-      section(atMixpanel ? "The event, as it was sent to Mixpanel" : "The original, as it came", code("Event", original)),
+      section(why, el("div", { class: "callout bad" }, el("p", {}, letter.reason || "No reason given.")), facts),
+      section(what, code("Event", original)),
     ),
-    !atMixpanel &&
+    letter.stage === "door" &&
       section(
         "What today’s settings make of it",
         letter.mapped ? code("Mapped", letter.mapped) : el("div", { class: "callout warn" }, el("p", {}, letter.mapped_problem || "It would be refused again.")),

@@ -2,7 +2,7 @@
 
 import { ask, order } from "./api.js";
 import { attempt, button, count, dialog, el, field, fill, newId, number, pretty, problemText, say, section, table, toast } from "./dom.js";
-import { changes, complain, control, Settings, tellSaved } from "./settings.js";
+import { changes, complain, control, demandSeen, Settings, tellOvertaken, tellSaved } from "./settings.js";
 
 export const title = "Events";
 
@@ -47,14 +47,20 @@ export function open(main, context) {
       onsubmit: (event) => {
         event.preventDefault();
         attempt(save, async () => {
+          let problem = null;
           try {
+            demandSeen(kept);
             const saved = await settings.save(changes(kept));
             for (const one of kept) one.forget();
             tellSaved(saved);
           } catch (error) {
-            complain(kept, error);
+            problem = error;
           }
           await reload();
+          if (problem) {
+            tellOvertaken(problem, kept);
+            complain(kept, problem);
+          }
         });
       },
     },
@@ -63,6 +69,7 @@ export function open(main, context) {
   );
   const rest = section("Everything else", others);
   rest.hidden = true;
+  const unlisted = el("div", {}); // what isn't in the table: counts of it
   const testAll = button("Send test events", () => attempt(testAll, () => sendTests()), "primary");
   const found = el("p", { class: "hint", role: "status" });
 
@@ -71,6 +78,7 @@ export function open(main, context) {
     el("div", { class: "view-head" }, el("div", {}, el("h1", {}, title), el("p", {}, "Which events go to Mixpanel, and as what.")), testAll),
     el("div", { class: "tools" }, field("Find", search), field("Show", only), found),
     groups,
+    unlisted,
     rest,
   );
 
@@ -121,7 +129,7 @@ export function open(main, context) {
       say(groups.querySelector(`#group-${CSS.escape(group.group)}-told`), `${on} of ${of.length} types are forwarded`);
     }
     const live = context.live();
-    if (live) useCounts(live.status.by_type);
+    useCounts(live ? live.status.by_type : answer.others);
     sift();
   }
 
@@ -185,6 +193,18 @@ export function open(main, context) {
     for (const [name, counts] of Object.entries(byType ?? {})) {
       if (rows.has(name)) show(rows.get(name), counts);
     }
+    drawOthers(Object.entries(byType ?? {}).filter(([name]) => !rows.has(name)));
+  }
+
+  /** What came of types that aren't in the table: nothing can be said of them but how many there were. */
+  function drawOthers(found) {
+    const key = JSON.stringify(found);
+    if (unlisted.dataset.shown === key) return;
+    unlisted.dataset.shown = key;
+    const lines = found.map(([name, counts]) =>
+      el("tr", {}, el("th", { scope: "row", class: "full" }, name || "no known type"), COUNTS.map(([one, text]) => el("td", { class: counts[one] ? "right" : "right zero", "data-label": text }, number(counts[one] ?? 0)))),
+    );
+    fill(unlisted, found.length > 0 && section("Not in the table", table("Event types that aren’t in the table", ["Event", ...COUNTS.map(([, text]) => [text, "right"])], lines)));
   }
 
   function sift() {

@@ -62,9 +62,9 @@ export function open(main, context) {
       const aside = besides(status);
       say(beside, aside.text);
       if (aside.link) beside.append(" ", el("a", { href: aside.link[1] }, aside.link[0]));
-      say(reason, status.halted?.reason ?? (status.state === "backing off" ? status.pace.reason : ""));
+      say(reason, why(status));
       // A halt is the headline already.
-      show(alarms, status.alarms.filter((alarm) => alarm.alarm !== "halted"), (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, prose(alarm.text)), el("p", { class: "hint" }, `Since ${clock(alarm.since)}${alarm.ending ? ", ending: its cause is gone" : ""}. `, HELP[alarm.alarm] && el("a", { href: HELP[alarm.alarm][1] }, HELP[alarm.alarm][0]))));
+      show(alarms, status.alarms.filter((alarm) => alarm.alarm !== (status.export ? "halted" : "cohorts_halted")), (alarm) => el("div", { class: `callout ${alarm.severity === "critical" ? "bad" : "warn"}` }, el("p", {}, prose(alarm.text)), el("p", { class: "hint" }, `Since ${clock(alarm.since)}${alarm.ending ? ", ending: its cause is gone" : ""}. `, HELP[alarm.alarm] && el("a", { href: HELP[alarm.alarm][1] }, HELP[alarm.alarm][0]))));
       sum.use(status.events);
       facts.use(status);
       show(warnings, status.warnings.length ? [status.warnings] : [], (found) => section("Worth knowing", el("ul", {}, found.map((text) => el("li", {}, prose(text))))));
@@ -76,8 +76,15 @@ export function open(main, context) {
 
 const HOUR_MINUTE = (at) => clock(at).slice(0, -3);
 
+/** The reason that stands below the headline. */
+function why(status) {
+  if (!status.export) return status.cohorts?.writer.halted?.reason ?? "";
+  return status.halted?.reason ?? (status.state === "backing off" ? status.pace.reason : "");
+}
+
 /** How it is, in one sentence; the reasons stand below it. */
 export function headline(status) {
+  if (!status.export) return ofCohorts(status);
   const safe = `${count(status.events.waiting, "event")} safe`;
   if (status.halted) {
     const rest = status.expires_in_s === null || status.expires_in_s === undefined ? "" : `, ${status.events.waiting === 1 ? "expires" : "expire"} in ${duration(status.expires_in_s)}`;
@@ -87,6 +94,14 @@ export function headline(status) {
   }
   if (status.state === "backing off") return `Backing off for ${duration(status.pace.backing_off_s)}; ${safe}`;
   return status.sentence;
+}
+
+/** The same where cohorts are all that there is. */
+function ofCohorts({ state, sentence, cohorts }) {
+  if (!cohorts || state === "stalled") return sentence;
+  const { figures, writer } = cohorts;
+  if (!writer.halted) return cohorts.sentence.replaceAll("`", "");
+  return `Halted: nothing is written to Braze since ${HOUR_MINUTE(writer.halted.since)}; ${count(figures.joining + figures.leaving, "membership")} to write, safe on disk`;
 }
 
 /** Builds something anew only where it has changed. */
@@ -99,6 +114,7 @@ function show(box, things, build) {
 
 /** What a person wants to know next. */
 function besides(status) {
+  if (!status.export) return { text: "Cohorts only: mixpanel.export is false, so no events are taken, and none are sent.", link: ["Look at the cohorts", "#/cohorts"] };
   if (status.state === "not set up") return { text: "Enter the Mixpanel credentials and paste this daemon’s address into Braze.", link: ["Connect", "#/connection"] };
   if (status.halted) {
     return { text: status.spool.near_cap ? "" : "New events are still taken and kept.", link: ["Renew the credential", "#/connection"] };
@@ -194,6 +210,7 @@ function limits(pace) {
 
 function limited(status) {
   const { pace } = status;
+  if (!status.export) return ["Off", "No events are exported: mixpanel.export is false."];
   if (status.state === "not set up") return ["Not set up", "Nothing is sent until Mixpanel’s credential is entered."];
   if (status.halted) return ["Halted", "Nothing is sent until Mixpanel takes the credential."];
   if (pace.limited_by === "backoff") return [`Backing off for ${duration(pace.backing_off_s)}`, pace.reason];

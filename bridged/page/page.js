@@ -24,7 +24,7 @@ let stopListening = null;
 
 // -- what every view says of the whole --------------------------------------------------------------------------------
 
-const KINDS = { idle: "good", delivering: "good", "backing off": "warn", "not set up": "warn", halted: "bad", stalled: "bad", refusing: "bad" };
+const KINDS = { idle: "good", delivering: "good", "backing off": "warn", "not set up": "warn", capped: "warn", halted: "bad", stalled: "bad", refusing: "bad" };
 
 /** good | warn | bad: how a state is to be seen. */
 const kindOf = (state) => KINDS[state] ?? "warn";

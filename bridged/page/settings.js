@@ -1,6 +1,6 @@
 // Settings: a control for each, where its value comes from, and saving them. Shared by the views that change some.
 
-import { ask, at, order } from "./api.js";
+import { ask, at, order, Refused } from "./api.js";
 import { button, confirmed, dialog, el, field, fill, newId, problemText, prose, table, toast } from "./dom.js";
 
 /** What a person calls a setting; the others are called what they are called in config.toml. */
@@ -62,6 +62,7 @@ export function shown(key, value) {
 export class Settings {
   constructor() {
     this.revision = 0;
+    this.foreign = 0; // how often somebody else has changed something
     this.byKey = new Map();
     this.answer = null;
   }
@@ -69,7 +70,9 @@ export class Settings {
   /** Asks for them. Raises Refused. */
   async load() {
     this.answer = await ask("/api/settings");
+    if (this.answer.revision !== this.revision) this.foreign += 1;
     this.revision = this.answer.revision;
+    for (const one of this.answer.keys) one.foreign = this.foreign;
     this.byKey = new Map(this.answer.keys.map((one) => [one.key, one]));
     return this;
   }
@@ -87,6 +90,8 @@ export class Settings {
 export function tellSaved(answer) {
   if (!answer.changed.length) toast("Nothing had changed.");
   else if (answer.restart_needed.length) toast(`Saved. A restart is needed for ${answer.restart_needed.map(labelOf).join(", ")}.`);
+  // Nothing is exported: there is no use for it yet.
+  else if (answer.unused?.length === answer.changed.length) toast("Saved. It has no effect while mixpanel.export is false.");
   else toast("Saved, and in force at once.");
 }
 
@@ -95,11 +100,13 @@ export function control(key, back) {
   const id = newId("setting");
   let known = null;
   let touched = false;
+  let base = null; // what was in force when a person began to type
   let input = null;
   const source = el("p", { class: "hint" });
   const problem = el("p", { class: "hint tag bad", id: `${id}-problem`, hidden: true });
   const holder = el("div", {});
   const touch = () => {
+    if (!touched) base = stateOf(known);
     touched = true;
     complain("");
   };
@@ -162,7 +169,8 @@ export function control(key, back) {
       if (known.kind === "secret") return text === "" ? undefined : text;
       if (text === String(known.value ?? "")) return undefined;
       if (known.kind !== "number") return text;
-      if (text === "" || Number.isNaN(Number(text))) {
+      // 1e400 is none that could be sent: it would leave as null.
+      if (text === "" || !Number.isFinite(Number(text))) {
         complain("A number, please");
         input.focus();
         throw new Error(`${labelOf(key)}: a number, please`);
@@ -178,6 +186,13 @@ export function control(key, back) {
     /** Whether there is something, typed or (of a secret) known to the daemon. */
     isGiven: () => Boolean(input?.value.trim()) || (known?.kind === "secret" && known.set),
     isTouched: () => touched,
+    /** Whether somebody else has changed it since a person began to type here: what is in force now, in words. Once. */
+    overtaken() {
+      if (!touched || base === null || stateOf(known) === base) return "";
+      base = stateOf(known);
+      if (known.kind === "boolean" ? input.checked === known.value : input.value.trim() === String(known.value ?? "")) return "";
+      return known.kind === "secret" ? "settings, maybe this one too," : shown(key, known.value);
+    },
     forget() {
       touched = false;
       complain("");
@@ -185,6 +200,25 @@ export function control(key, back) {
     complain,
     focus: () => input.focus(),
   };
+}
+
+/** Of a setting in force: what tells whether somebody else has changed it. Of a secret only that they have changed something. */
+const stateOf = (one) => JSON.stringify(one?.kind === "secret" ? one.foreign : one?.value);
+
+/** Raises Refused if somebody else has changed what was typed over here: what a save would overwrite unseen. Said once. */
+export function demandSeen(controls) {
+  const found = controls.map((one) => [one, one.overtaken()]).filter(([, now]) => now);
+  if (!found.length) return;
+  for (const [one, now] of found) one.complain(`Somebody else has saved ${now} meanwhile.`);
+  found[0][0].focus();
+  throw new Refused(409, "the settings were changed meanwhile, in another window or file");
+}
+
+/** What a person is told who would overwrite another's change; then it is for them to say whether they do. */
+export function tellOvertaken(error, controls) {
+  if (error.status !== 409) return;
+  error.hint = "The newest values are shown; what you typed is still there. Save again to put it in their place.";
+  for (const one of controls) one.overtaken();
 }
 
 /** A form's controls: what has changed in them, and what is wrong with which. */
