@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 
+import msgspec
 import pytest
 from cohort_sender import Sender, session
 from conftest import until
@@ -230,6 +231,25 @@ async def test_status_and_metrics_tell_of_cohorts(synced, braze, client, command
     assert samples["bridged_cohort_requests_total",] == braze.summary().requests
     assert samples["bridged_cohorts_halted",] == 0
     assert samples["bridged_alarm", "cohorts_halted"] == 0
+
+
+async def test_a_reloaded_cap_is_told_at_once(daemon, importing, braze, client):
+    """In /api/cohorts and in /metrics, though nothing is due and nothing is committed."""
+    app = await daemon(**importing | {"cohorts__max_data_points_per_day": "100"})
+    await Sender(client, f"http://{app.config.sources.http.listen}").take(session("members", USERS))
+    await in_step(app)
+    admin = f"http://127.0.0.1:{app.admin.port}"
+    for cap, left in ((100, 70), (1000, 970), (0, None), (10, 0)):
+        cohorts = msgspec.structs.replace(app.config.cohorts, max_data_points_per_day=cap)
+        said = msgspec.structs.replace(app.config, cohorts=cohorts)
+        app.reload(lambda said=said: said)
+        async with client.get(f"{admin}/api/cohorts") as answer:
+            figures = (await answer.json())["figures"]
+        assert (figures["points_today"], figures["points_left_today"]) == (30, left)
+        async with client.get(f"{admin}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        told = [float(line.split()[1]) for line in lines if line.startswith("bridged_cohort_points_left_today ")]
+        assert told == ([] if left is None else [left])
 
 
 async def test_orders_that_make_no_sense_change_nothing(synced, client, braze):

@@ -476,6 +476,23 @@ async def test_the_cap_of_a_day(options: MembershipOptions) -> None:
         assert membership.figures.due == 0
 
 
+async def test_what_is_left_today_is_told_as_of_now(options: MembershipOptions) -> None:
+    """Another cap, or another day, changes it without a commit; the plan says the same."""
+    now = [1_000_000.0]
+    capped = msgspec.structs.replace(options, max_points_per_day=100)
+    async with Membership(capped, lambda: now[0]) as membership:
+        await hear(membership, page("members", "abcdef"))
+        await deliver(membership)
+        for cap, left in ((100, 94), (1000, 994), (0, None), (10, 4), (5, 0)):
+            membership.use(cap)
+            assert membership.figures.points_today == 6
+            assert membership.figures.points_left_today == left == (await membership.plan()).left_today
+        assert (await membership.allow(3)).left_today == membership.figures.points_left_today == 3
+        now[0] += 86_400
+        assert (membership.figures.points_today, membership.figures.points_left_today) == (0, 5)
+        assert (await membership.plan()).left_today == 5
+
+
 @pytest.mark.parametrize(("points", "goes"), [(0, 8), (3, 3)])
 async def test_what_is_allowed_goes_though_the_cap_came_late(
     options: MembershipOptions, points: int, goes: int

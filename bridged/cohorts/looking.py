@@ -8,7 +8,6 @@ import msgspec
 from bridged.cohorts.merging import begin_walk
 from bridged.cohorts.records import CohortRow, Figures, Refusal, RoundRow
 from bridged.cohorts.tables import transaction
-from bridged.cohorts.taking import Budget
 from bridged.errors import UnknownCohort
 
 _DOING = {
@@ -116,10 +115,8 @@ def row_of(rows: list[CohortRow], key: str) -> CohortRow:
     return found[0]
 
 
-def figures(
-    cohorts: list[CohortRow], waiting: int, budget: Budget, used: int, *, commits: int, seconds: float
-) -> Figures:
-    """Sums over all cohorts."""
+def figures(cohorts: list[CohortRow], waiting: int, used: int, *, commits: int, seconds: float) -> Figures:
+    """Sums over all cohorts, but for the data points."""
     names = (
         *("members", "in_braze", "joining", "leaving", "rejected", "rejected_leaving"),
         *("pages", "received", "applied", "no_id", "too_long", "stale"),
@@ -127,8 +124,6 @@ def figures(
     return Figures(
         cohorts=len(cohorts),
         waiting=waiting,
-        points_today=budget.spent,
-        points_left_today=budget.left,
         file_bytes=used,
         commits=commits,
         commit_seconds=seconds,

@@ -70,7 +70,8 @@ class Membership:
 
     def __init__(self, options: MembershipOptions, clock: Callable[[], float] = time.time) -> None:
         self.options = options
-        self.figures = Figures()  # as of the last commit
+        self._figures = Figures()  # as of the last commit
+        self._spent = taking.Spent()
         self.rows: list[CohortRow] = []  # as of the last commit
         self.changed: Callable[[], None] = lambda: None  # set by the writer to Braze: something may be due
         self.full = ""  # why pages are refused; empty while they aren't
@@ -175,6 +176,12 @@ class Membership:
     def failed(self) -> bool:
         """Whether the writer has died."""
         return self._failure is not None
+
+    @property
+    def figures(self) -> Figures:
+        """As of the last commit; the points as of now, since the cap and the day change without one."""
+        budget = self._spent.of(self.day(), self.options.max_points_per_day)
+        return msgspec.structs.replace(self._figures, points_today=budget.spent, points_left_today=budget.left)
 
     # -- from Mixpanel ------------------------------------------------------------------------------------------------
 
@@ -466,13 +473,11 @@ class Membership:
     def _look(self, db: sqlite3.Connection) -> None:
         """Reads the counts anew, in the connection's thread, after whatever may have changed them."""
         self.rows = rows = looking.rows(db)
-        budget = taking.budget(db, self.day(), self.options.max_points_per_day)
+        self._spent = taking.spent(db, self.day())
         used = looking.used_bytes(db)
         near = f"the cohorts' file is near its cap: {used:,} of {self.options.max_bytes:,} bytes in {self.options.path}"
         self.full = near if used >= int(self.options.max_bytes * _SHARE) else ""
-        self.figures = looking.figures(
-            rows, self._waiting, budget, used, commits=self._commits, seconds=self._commit_seconds
-        )
+        self._figures = looking.figures(rows, self._waiting, used, commits=self._commits, seconds=self._commit_seconds)
 
     def _is_full(self, error: sqlite3.Error) -> None:
         """Notes that there is no room, or a lock. Raises the error if it is another one: the file can't be trusted any more."""

@@ -85,7 +85,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class Figures(Struct, frozen=True, kw_only=True):
-    """Sums over all cohorts as of the last commit."""
+    """Sums over all cohorts as of the last commit; the points as of now."""
 
     cohorts: int = 0
     members: int = 0
