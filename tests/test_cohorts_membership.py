@@ -340,6 +340,39 @@ async def test_a_refusal_of_what_is_no_longer_wanted_is_none(membership: Members
     await counted(membership)
 
 
+async def refuse(membership: Membership, letters: str) -> None:
+    """Takes who is due and settles some as refused, the others as delivered."""
+    block = await membership.take(-1, 1000, [])
+    result = Settled(day=block.day)
+    for user in block.users:
+        if user.external_id in letters:
+            result.refused += [(user.key, row.cohort, row.sent, row.wanted) for row in user.rows if row.is_due]
+            result.reasons.append((user.key, "no"))
+        else:
+            result.sent += sent_of(user)
+    await membership.settle(result)
+
+
+async def test_a_rename_tries_again_whom_braze_refused(membership: Membership) -> None:
+    """All its members are written again, however the new name comes: with a diff as with a full copy. Who is to leave, and
+    was refused so, has no name in it.
+    """
+    await hear(membership, page("members", "abc"))
+    await refuse(membership, "a")
+    for number, rename in enumerate((page("add_members", "", "s2"), page("members", "abc", "s3"))):
+        assert (membership.rows[0].rejected, membership.figures.due) == (1, 0)
+        await hear(membership, msgspec.structs.replace(rename, name=f"New {number}"))
+        assert (membership.rows[0].rejected, membership.rows[0].joining) == (0, 3)
+        await refuse(membership, "a")
+    await hear(membership, page("remove_members", "b", "s4", name="New 1"))
+    await refuse(membership, "b")
+    await hear(membership, page("add_members", "", "s5", name="Newest"))
+    row = membership.rows[0]
+    assert (row.joining, row.rejected, row.leaving, row.rejected_leaving) == (2, 0, 0, 1)
+    assert await deliver(membership) == "ac"
+    await counted(membership)
+
+
 async def test_a_renamed_cohort_is_written_again(membership: Membership) -> None:
     """Its members bear the old name in Braze. Who is in two cohorts is written once."""
     await hear(membership, page("members", "ab"), page("members", "b", cohort="8", name="Other"))

@@ -289,7 +289,7 @@ def begin_walk(db: sqlite3.Connection, cohort: int, kind: WalkKind, round_: int 
 _STEPS: Final[dict[str, str]] = {
     "sweep": "wanted = 0, rejected = 0 WHERE {} AND stamp < :round AND wanted > 0",
     "forget": "wanted = 0, rejected = 0, stamp = :round WHERE {} AND stamp < :round",
-    "rename": "wanted = :version WHERE {} AND wanted > 0 AND wanted <> :version",
+    "rename": "wanted = :version, rejected = 0 WHERE {} AND wanted > 0 AND wanted <> :version",
     "resync": "wanted = iif(wanted > 0, :version, 0), sent = -1, rejected = 0 WHERE {}",
     "retry": "rejected = 0 WHERE {} AND rejected = 1",
 }
