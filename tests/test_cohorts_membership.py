@@ -88,7 +88,7 @@ async def counted(membership: Membership) -> None:
         sums = ", ".join(f"coalesce(sum({tables._is('m', count)}), 0)" for count in tables.COUNTS)
         for cohort, *kept in db.execute(f"SELECT id, {', '.join(tables.COUNTS)} FROM cohorts").fetchall():
             assert list(db.execute(f"SELECT {sums} FROM members m WHERE cohort = ?", (cohort,)).fetchone()) == kept
-        assert not db.execute("SELECT * FROM members WHERE wanted = 0 AND sent = 0").fetchall()
+        assert not db.execute("SELECT * FROM members WHERE wanted = 0 AND sent = 0 AND elsewhere = 0").fetchall()
         assert not db.execute("SELECT * FROM users WHERE key NOT IN (SELECT user FROM members)").fetchall()
 
     await membership.run(read)
@@ -454,6 +454,111 @@ async def test_another_target_has_to_be_told_everything(options: MembershipOptio
         assert await deliver(membership) == "ab"
 
 
+async def test_back_at_an_earlier_target_who_left_meanwhile_is_taken_out(options: MembershipOptions) -> None:
+    """It still has them. Whom it never had is not written to it, and whoever is out everywhere is forgotten."""
+
+    async def rows(membership: Membership) -> int:
+        return await membership.run(lambda db: db.execute("SELECT count(*) FROM members").fetchone()[0])
+
+    other, third = (msgspec.structs.replace(options, target=target) for target in "bc")
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abcd"))
+        await deliver(membership)
+    async with Membership(other) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abcd"
+        await hear(membership, page("remove_members", "ab", "s2"), page("add_members", "e", "s3"))
+        assert await deliver(membership) == "abe"
+        assert membership.figures.due == 0
+        assert membership.rows[0].state == "synced"
+        assert await membership.resync("777") == 3
+        await merged(membership)
+        assert await deliver(membership) == "cde"
+        await hear(membership, page("remove_members", "a", "s4"), page("add_members", "b", "s5"))
+        await deliver(membership)
+        await counted(membership)
+    async with Membership(third) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "bcde"
+        await hear(membership, page("members", "ce", "s6"))
+        assert await deliver(membership) == "bd"
+        assert await rows(membership) == 5
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert (membership.rows[0].joining, membership.rows[0].leaving) == (2, 3)
+        assert (await membership.plan()).points == 5
+        assert await deliver(membership) == "abcde"
+        assert await rows(membership) == 4  # a was only here
+        await counted(membership)
+    async with Membership(other) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "bcde"
+        assert await rows(membership) == 2
+    async with Membership(third) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "ce"
+        await counted(membership)
+
+
+async def test_two_changes_of_the_target_between_which_nothing_was_done(
+    options: MembershipOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each member's state is known of the target that it was written to, however far the first change had come."""
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abcdef"))
+        await deliver(membership)
+        await hear(membership, page("remove_members", "a", "s2"))  # and it isn't written any more
+    monkeypatch.setattr(merging, "WALK_ROWS", 2)
+    whole = merging.walk
+    steps = 0
+
+    def some(db: sqlite3.Connection, *, by_name: bool) -> bool:
+        nonlocal steps
+        steps -= 1
+        return steps >= 0 and whole(db, by_name=by_name)
+
+    for target, steps in (("b", 1), ("c", 4)):  # the one of three steps; its rest, and one of the other
+        with monkeypatch.context() as patch:
+            patch.setattr(merging, "walk", some)
+            async with Membership(msgspec.structs.replace(options, target=target)):
+                await until(lambda: steps < 0, "those steps")  # noqa: B023  # it is awaited here
+    async with Membership(msgspec.structs.replace(options, target="b")) as membership:
+        await merged(membership)
+        await deliver(membership)
+        await hear(membership, page("members", "f", "s3"))
+        await deliver(membership)
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abcdef"
+        assert membership.figures.in_braze == 1
+        await counted(membership)
+
+
+async def test_a_cohort_that_is_forgotten_is_remembered_for_no_target(options: MembershipOptions) -> None:
+    """It is gone, with all that was kept of it; also if the target changes while it is being taken out."""
+    other = msgspec.structs.replace(options, target="b")
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abc"), page("members", "ab", "s2", cohort="778"))
+        await deliver(membership)
+    async with Membership(other) as membership:
+        await merged(membership)
+        await deliver(membership)
+        await hear(membership, page("remove_members", "a", "s3"))
+        await deliver(membership)
+        await membership.forget("777")
+        await merged(membership)
+        await deliver(membership)
+        assert [row.cohort for row in membership.rows] == ["778"]
+        await membership.forget("778")
+        await merged(membership)
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "ab"
+        assert membership.rows == []
+        await counted(membership)
+        assert not await membership.run(lambda db: db.execute("SELECT * FROM members").fetchall())
+
+
 async def test_nothing_is_allowed_where_there_is_no_cap(membership: Membership) -> None:
     """It would count on the day that a cap comes."""
     await hear(membership, page("members", "ab"))
@@ -633,6 +738,27 @@ def test_a_newer_file_is_left_untouched(options: MembershipOptions) -> None:
     with pytest.raises(MembershipError, match="newer bridged"):
         asyncio.run(open_it())
     assert Path(options.path).read_bytes() == before
+
+
+async def test_a_file_of_the_first_format_is_taken_over(options: MembershipOptions) -> None:
+    """With who is in it; what it was written to is known of the last target only, and remembered from then on."""
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abc"))
+        await deliver(membership)
+    with sqlite3.connect(options.path) as db:
+        db.execute("ALTER TABLE members DROP COLUMN elsewhere")
+        db.execute("DELETE FROM meta WHERE name = 'targets'")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    async with Membership(msgspec.structs.replace(options, target="b")) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abc"
+        await hear(membership, page("members", "ab", "s2"))
+        await deliver(membership)
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abc"
+        await counted(membership)
 
 
 async def test_a_foreign_file_is_left_untouched(options: MembershipOptions) -> None:

@@ -250,6 +250,33 @@ async def test_a_renamed_cohort_is_renamed_in_braze(daemon, importing, braze, cl
     assert in_braze(braze, "New name") == sorted({*A, *C})
 
 
+OTHER_TARGETS = {
+    "another attribute": {"cohorts__attribute": "other"},
+    "a partner's endpoints": {
+        "braze__partner_name": "example",
+        "braze__partner_key": "p",
+        "braze__data_import_key": "d",
+    },
+}
+
+
+@pytest.mark.parametrize("target", OTHER_TARGETS.values(), ids=OTHER_TARGETS)
+async def test_back_at_an_earlier_target_who_left_meanwhile_is_taken_out(daemon, importing, braze, client, target):
+    """Braze has them there still, and nobody else would ever take them out. They cost a point each, as those who stay do."""
+    for overrides, pages, wanted in (
+        ({}, session("members", A), A),
+        (target, session("remove_members", A[:5]) + session("add_members", C), [*A[5:], *C]),
+        ({}, [], [*A[5:], *C]),
+    ):
+        app = await daemon(**importing | overrides)
+        await sender(app, client).take(pages)
+        await in_step(app)
+        assert app.membership.figures.in_braze == len(wanted)
+        await app.__aexit__(None, None, None)
+    assert in_braze(braze) == sorted(wanted)
+    assert app.cohort_writer.points_spent == len({*A, *C})
+
+
 async def test_members_without_a_usable_id_are_counted(daemon, importing, braze, client):
     """No id, a device's id, one that is too long: left out, each counted; the others are in Braze."""
     app = await daemon(**importing | {"cohorts__user_id": "$braze_external_id"})

@@ -15,6 +15,7 @@ _DOING = {
     "sweep": "sweeping",
     "rename": "renaming",
     "resync": "resyncing",
+    "retarget": "resyncing",
     "retry": "resyncing",
 }
 

@@ -129,13 +129,7 @@ class Membership:
     def _prepare(self, db: sqlite3.Connection) -> None:
         tables.set_up(db, Path(self.options.path), self.options.max_bytes)
         with tables.transaction(db):
-            known = db.execute("SELECT value FROM meta WHERE name = 'target'").fetchone()
-            if known is not None and known[0] != self.options.target:
-                for (cohort,) in db.execute("SELECT id FROM cohorts").fetchall():
-                    merging.begin_walk(db, cohort, "resync")
-                db.execute("UPDATE cohorts SET announced = 0")
-                log.warning("cohorts_resync", why="another target", was=known[0], now=self.options.target)
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('target', ?)", (self.options.target,))
+            merging.aim(db, self.options.target)
         self._waiting = db.execute("SELECT coalesce(sum(members), 0) FROM inbox").fetchone()[0]
         self._look(db)
 
