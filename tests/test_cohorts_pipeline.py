@@ -569,6 +569,23 @@ async def test_a_rate_limit_that_is_used_up_for_long_is_said(daemon, importing, 
     assert "rate limit" in app.cohort_writer.problem
 
 
+async def test_a_refused_user_is_no_reason_for_backing_off(daemon, importing, braze, client):
+    """The same answer refuses somebody and uses up the rate limit: it is for that that nothing goes."""
+    headers = {"X-RateLimit-Limit": "1000", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9999999999"}
+    errors = [{"type": "this one user is odd", "input_array": "attributes", "index": 0}]
+    said = {"message": "success", "attributes_processed": 4, "errors": errors}
+    braze.script([{"action": "store_then_status", "status": 201, "body": said, "headers": headers}])
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    await mixpanel.take(session("members", USERS[:5]))
+    await until(lambda: app.membership.figures.rejected == 1, "the first")
+    await mixpanel.take(session("add_members", USERS[5:]))
+    await until(lambda: app.cohort_writer.state == "backing off", "its being said")
+    assert "rate limit" in app.cohort_writer.problem
+    [refusal] = await app.membership.refusals()
+    assert "odd" in refusal.reason
+
+
 @pytest.mark.usefixtures("_soon")
 async def test_a_bad_user_alone_keeps_no_halt_up(daemon, importing, braze, client):
     """The key is good again, and the only user that is due is one whom Braze refuses: its words about him end the halt."""

@@ -436,7 +436,9 @@ class CohortWriter:
             result.refused += [(user.key, row.cohort, row.sent, row.wanted) for row in user.rows if row.is_due]
             result.reasons.append((user.key, why))
         result.refund += len(failures)
-        self.problem = next(iter(failures.values()), self.problem)
+        # It keeps nobody else back; a rate limit that is used up does, and is said.
+        if not self.pace.is_spent(asyncio.get_running_loop().time()):
+            self.problem = next(iter(failures.values()), self.problem)
 
     def _back(self, parcel: Parcel, result: Settled) -> None:
         """Nothing of it was carried out."""
