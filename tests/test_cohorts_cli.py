@@ -171,6 +171,32 @@ async def test_refused_users_are_shown_with_brazes_words(daemon, importing, clie
             assert answer.status == 400
 
 
+async def test_many_refused_users_are_told_of(daemon, importing, client, command):
+    """`show` lists twenty, says how many more there are and where; `--json` has them, but for those of other cohorts."""
+    refused = [f"bad{n:02}" for n in range(45)]
+    async with BrazeEmulator(BrazeConfig(port=0, blocked=[*refused, "other"])) as braze:
+        app = await daemon(**importing | {"braze__url": braze.url})
+        mixpanel = Sender(client, f"http://{app.config.sources.http.listen}")
+        await mixpanel.take(session("members", ["other", *USERS], "778"))
+        await mixpanel.take(session("members", [*USERS, *refused[:21]], "777"))
+        await in_step(app)
+        _, output, _ = await command(app, "cohorts", "show", "777")
+        assert output.count("blacklisted") == 20
+        assert "and 1 more: `bridged cohorts show 117:777 --json` has them all" in output
+        await mixpanel.take(session("add_members", ["late", *refused[21:]], "777"))
+        await in_step(app)
+        _, output, _ = await command(app, "cohorts", "show", "117:777")
+        assert output.count("blacklisted") == 20
+        assert "and 25 more: " in output
+        _, output, _ = await command(app, "cohorts", "show", "777", "--json")
+        found = json.loads(output)["refusals"]
+        assert sorted(one["external_id"] for one in found) == refused
+        assert all("blacklisted" in one["reason"] for one in found)
+        _, output, _ = await command(app, "cohorts", "show", "778")
+        assert output.count("blacklisted") == 1
+        assert " more" not in output
+
+
 async def test_forget_takes_a_cohort_out_of_braze(synced, braze, command, monkeypatch):
     """Only when it is meant; then nobody is in it and it is gone, and the other one stays."""
     monkeypatch.setattr("sys.stdin", io.StringIO())

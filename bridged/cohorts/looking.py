@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 
 from bridged.cohorts.merging import begin_walk
-from bridged.cohorts.records import CohortRow, Figures, Refusal, RoundRow
+from bridged.cohorts.records import MAX_REFUSALS, CohortDetail, CohortRow, Figures, Refusal, RoundRow
 from bridged.cohorts.tables import transaction
 from bridged.errors import UnknownCohort
 
@@ -156,27 +156,37 @@ def rounds_of(db: sqlite3.Connection, project: str, cohort: str) -> list[RoundRo
     return [msgspec.convert(dict(zip(names, row, strict=True)), RoundRow, strict=False) for row in found]
 
 
-def refusals(db: sqlite3.Connection, after: int, limit: int) -> list[Refusal]:
-    """Users that Braze refused and still refuses, by id."""
+def refusals(db: sqlite3.Connection, after: int, limit: int, of: tuple[str, str] | None = None) -> list[Refusal]:
+    """Users that Braze refused and still refuses, by id; `of`: in one cohort, a project and an id in it."""
+    rejected = "FROM members m JOIN cohorts c ON c.id = m.cohort WHERE m.user = r.user AND m.rejected = 1"
+    in_it = f"EXISTS (SELECT 1 {rejected}{' AND c.project = ? AND c.mixpanel_id = ?' if of else ''})"
     found = db.execute(
-        "SELECT r.user, u.external_id, (SELECT json_group_array(c.project || ':' || c.mixpanel_id) FROM members m"
-        " JOIN cohorts c ON c.id = m.cohort WHERE m.user = r.user AND m.rejected = 1) AS of, r.reason, r.attempts,"
-        " r.first_at, r.last_at FROM refusals r JOIN users u ON u.key = r.user WHERE r.user > ? AND of <> '[]'"
-        " ORDER BY r.user LIMIT ?",
-        (after, limit),
+        f"SELECT r.user, u.external_id, (SELECT json_group_array(c.project || ':' || c.mixpanel_id) {rejected}),"
+        f" r.reason, r.attempts, r.first_at, r.last_at FROM refusals r JOIN users u ON u.key = r.user WHERE r.user > ?"
+        f" AND {in_it} ORDER BY r.user LIMIT ?",
+        (after, *(of or ()), limit),
     ).fetchall()
     return [
         Refusal(
             id=user,
             external_id=external_id,
-            cohorts=msgspec.json.decode(of, type=list[str]),
+            cohorts=msgspec.json.decode(cohorts, type=list[str]),
             reason=reason,
             attempts=attempts,
             first_at=first_at,
             last_at=last_at,
         )
-        for user, external_id, of, reason, attempts, first_at, last_at in found
+        for user, external_id, cohorts, reason, attempts, first_at, last_at in found
     ]
+
+
+def detail(db: sqlite3.Connection, row: CohortRow) -> CohortDetail:
+    """A cohort with its sessions and its first refusals."""
+    return CohortDetail(
+        cohort=row,
+        rounds=rounds_of(db, row.project, row.cohort),
+        refusals=refusals(db, 0, MAX_REFUSALS, (row.project, row.cohort)),
+    )
 
 
 def begin(

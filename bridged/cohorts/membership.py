@@ -236,9 +236,9 @@ class Membership:
     # -- for people ---------------------------------------------------------------------------------------------------
 
     async def show(self, key: str) -> CohortDetail:
-        """One cohort and its sessions. Raises UnknownCohort."""
+        """One cohort, its sessions and its refusals. Raises UnknownCohort."""
         row = self._row(key)
-        return CohortDetail(cohort=row, rounds=await self.run(looking.rounds_of, row.project, row.cohort))
+        return await self.run(looking.detail, row)
 
     async def plan(self, key: str = "") -> Plan:
         """What is due now and what it costs, counted in steps. With a key, `rows` has only that cohort. Raises UnknownCohort."""

@@ -1,6 +1,10 @@
 """What the membership tells whoever asks: cohorts, sessions, refusals, plans and figures. Pure."""
 
+from typing import Final
+
 from msgspec import Struct
+
+MAX_REFUSALS: Final = 1000
 
 
 class CohortRow(Struct, frozen=True, kw_only=True):
@@ -51,13 +55,6 @@ class RoundRow(Struct, frozen=True, kw_only=True):
     left: int
 
 
-class CohortDetail(Struct, frozen=True, kw_only=True):
-    """A cohort and its sessions, the newest first."""
-
-    cohort: CohortRow
-    rounds: list[RoundRow]
-
-
 class Refusal(Struct, frozen=True, kw_only=True):
     """A user that Braze refused, with its words."""
 
@@ -68,6 +65,14 @@ class Refusal(Struct, frozen=True, kw_only=True):
     attempts: int
     first_at: float
     last_at: float
+
+
+class CohortDetail(Struct, frozen=True, kw_only=True):
+    """A cohort, its sessions, the newest first, and whom of it Braze refuses, the first 1,000."""
+
+    cohort: CohortRow
+    rounds: list[RoundRow]
+    refusals: list[Refusal]
 
 
 class Plan(Struct, frozen=True, kw_only=True):
