@@ -383,6 +383,18 @@ async def test_users_that_braze_does_not_know_come_to_nothing(daemon, importing,
         assert braze.summary().created == 10
 
 
+async def test_users_that_braze_does_not_count_are_told_beside_a_refused_one(daemon, importing, braze, client):
+    """Three are sent, one is refused, one is counted: the third is probably unknown, as where nobody is refused."""
+    errors = [{"type": "bad", "input_array": "attributes", "index": 0}]
+    said = {"message": "success", "attributes_processed": 1, "errors": errors}
+    braze.script([{"action": "store_then_status", "status": 201, "body": said, "times": 1}])
+    app = await daemon(**importing)
+    await sender(app, client).take(session("members", USERS[:3]))
+    await in_step(app)
+    assert app.membership.figures.rejected == 1
+    assert app.cohort_writer.unknown_users == 1
+
+
 async def test_a_bad_key_halts_and_a_good_one_resumes(daemon, importing, braze, client):
     """From the first 401 on nothing is lost: pages are still taken, the alarm is raised, and the next good probe goes on."""
     app = await daemon(**importing | {"braze__probe_interval": "200ms"})

@@ -294,8 +294,9 @@ class CohortWriter:
             case Delivered(short):
                 self._took(parcel, {}, result)
                 self.unknown_users += short
-            case Reject(failures) if len(failures) < len(parcel.users):
+            case Reject(failures, short) if len(failures) < len(parcel.users):
                 self._took(parcel, {at: failure.message for at, failure in failures.items()}, result)
+                self.unknown_users += short
             case Reject(failures):
                 self._refused(parcel, {at: failure.message for at, failure in failures.items()}, result)
             case Split(perhaps_in=perhaps_in):
