@@ -614,6 +614,23 @@ async def test_the_cap_of_a_day(options: MembershipOptions) -> None:
         assert membership.figures.due == 0
 
 
+async def test_a_cohort_to_which_nothing_was_ever_due_is_in_step(options: MembershipOptions) -> None:
+    """Since all pages of its session have come: it is empty, or who joined has left before anybody was told."""
+    now = [1_000_000.0]
+    async with Membership(options, lambda: now[0]) as membership:
+        await hear(membership, page("members", "", "s1", 1, 2))
+        assert membership.rows[0].synced_at is None
+        now[0] += 60
+        await hear(membership, page("members", "", "s1", 2, 2))
+        assert [(row.state, row.synced_at) for row in membership.rows] == [("synced", 1_000_060.0)]
+        now[0] += 60
+        await hear(membership, page("members", "ab", "s2", cohort="778"))
+        assert membership.rows[1].synced_at is None
+        now[0] += 60
+        await hear(membership, page("members", "", "s3", cohort="778"))
+        assert [row.synced_at for row in membership.rows] == [1_000_060.0, 1_000_180.0]
+
+
 async def test_what_is_left_today_is_told_as_of_now(options: MembershipOptions) -> None:
     """Another cap, or another day, changes it without a commit; the plan says the same."""
     now = [1_000_000.0]

@@ -127,7 +127,7 @@ def merge(db: sqlite3.Connection, *, by_name: bool) -> tuple[int, int]:
             if completed:
                 _sweep_if_needed(db, of.cohort, of.round)
         db.execute("DELETE FROM inbox WHERE id <= ?", (done,))
-        bury(db)
+        _end(db)
     return pages, merged
 
 
@@ -342,7 +342,7 @@ def walk(db: sqlite3.Connection, *, by_name: bool) -> bool:
         ).fetchone()[0]
         if up_to is None:
             db.execute("DELETE FROM walks WHERE id = ?", (id_,))
-            bury(db)
+            _end(db)
             return True
         version, forgotten = db.execute("SELECT version, forgotten FROM cohorts WHERE id = ?", (cohort,)).fetchone()
         before = db.execute(_MEMBERS_OF, (cohort,)).fetchone()[0]
@@ -362,6 +362,16 @@ def walk(db: sqlite3.Connection, *, by_name: bool) -> bool:
         db.execute('UPDATE rounds SET "left" = "left" + ? WHERE id = ?', (left, round_))
         db.execute("UPDATE walks SET cursor = ? WHERE id = ?", (up_to, id_))
     return True
+
+
+def _end(db: sqlite3.Connection) -> None:
+    """What may be so after any step: a cohort can be buried, and one whose pages have all come is in step without a write."""
+    bury(db)
+    incomplete = "EXISTS (SELECT 1 FROM rounds WHERE cohort = cohorts.id AND complete + superseded = 0)"
+    db.execute(
+        "UPDATE cohorts SET synced_at = last_page_at"
+        f" WHERE synced_at IS NULL AND joining + leaving = 0 AND NOT {incomplete}"
+    )
 
 
 def bury(db: sqlite3.Connection) -> None:
