@@ -109,6 +109,24 @@ async def test_show_tells_what_became_of_a_sync(synced, command, client):
     assert "999" in error
 
 
+async def test_a_session_that_broke_off_is_said_to(synced, command, client):
+    """Until then it is under way; the cohort is in step without it."""
+    pages = session("members", USERS[:25], "777", name="Power users", size=5)
+    await Sender(client, f"http://{synced.config.sources.http.listen}").take(pages[:2])
+    await until(lambda: synced.membership.rows[0].state == "receiving", "its being merged")
+    assert "under way" in (await command(synced, "cohorts", "show", "777"))[1]
+
+    def long_ago(db):
+        db.execute("UPDATE rounds SET last_page_at = last_page_at - 601 WHERE complete = 0")
+
+    await synced.membership.run(long_ago)
+    await synced.membership.resync("778")
+    await in_step(synced)
+    _, output, _ = await command(synced, "cohorts", "show", "777")
+    assert "under way" not in output
+    assert "broken off" in output
+
+
 async def test_plan_and_allow(daemon, importing, braze, client, command):
     """What it would cost is told before it is spent; what is allowed is spent, all of it or so much."""
     app = await daemon(**importing | {"cohorts__max_data_points_per_day": "5"})

@@ -140,6 +140,33 @@ async def test_absentees_leave_only_when_every_page_has_come(membership: Members
     await counted(membership)
 
 
+async def test_a_session_that_broke_off_is_received_no_longer(
+    options: MembershipOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixpanel tries for a minute, and then with its next sync: after ten the cohort is what it is without the rest, though
+    nothing is committed meanwhile. A page that comes all the same goes on with it.
+    """
+    monkeypatch.setattr("bridged.cohorts.membership._LOOK_S", 0.05)
+    now = [1_000_000.0]
+    async with Membership(options, lambda: now[0]) as membership:
+        await hear(membership, page("members", "ab"))
+        await deliver(membership)
+        await hear(membership, page("members", "a", "s2", 1, 3))
+        assert (membership.rows[0].state, membership.rows[0].progress) == ("receiving", 0.3333)
+        now[0] += 599
+        await asyncio.sleep(0.2)
+        assert membership.rows[0].state == "receiving"
+        now[0] += 2
+        await until(lambda: membership.rows[0].state == "synced", "its end")
+        assert await wanted(membership) == "ab"
+        await hear(membership, page("members", "c", "s2", 2, 3))
+        assert membership.rows[0].state == "receiving"
+        now[0] += 601
+        await until(lambda: membership.rows[0].state == "sending", "its end")
+        await hear(membership, page("members", "", "s2", 3, 3))
+        assert await wanted(membership) == "ac"
+
+
 async def test_a_repeated_last_page_sweeps_nobody(membership: Membership) -> None:
     """Neither at once nor after a newer session has added somebody."""
     last = page("members", "b", "s1", 2, 2)

@@ -297,7 +297,7 @@ class Cohorts(RuleBasedStateMachine):
         sums = ", ".join(f"coalesce(sum({tables._is('m', count)}), 0)" for count in tables.COUNTS)
         for cohort, *kept in self.db.execute(f"SELECT id, {', '.join(tables.COUNTS)} FROM cohorts").fetchall():
             assert list(self.db.execute(f"SELECT {sums} FROM members m WHERE cohort = ?", (cohort,)).fetchone()) == kept
-        for row in looking.rows(self.db):
+        for row in looking.rows(self.db, 1.0):
             assert row.received == row.applied + row.no_id + row.too_long + row.stale
             assert row.members == row.in_braze + row.joining + row.rejected
         assert not self.db.execute("SELECT * FROM users WHERE key NOT IN (SELECT user FROM members)").fetchall()

@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 
 from bridged.cohorts.merging import begin_walk
-from bridged.cohorts.records import MAX_REFUSALS, CohortDetail, CohortRow, Figures, Refusal, RoundRow
+from bridged.cohorts.records import BROKEN_OFF_S, MAX_REFUSALS, CohortDetail, CohortRow, Figures, Refusal, RoundRow
 from bridged.cohorts.tables import transaction
 from bridged.errors import UnknownCohort
 
@@ -52,17 +52,17 @@ _COLUMNS = (
 )
 
 
-def rows(db: sqlite3.Connection) -> list[CohortRow]:
-    """All cohorts, by project and id."""
+def rows(db: sqlite3.Connection, now: float) -> list[CohortRow]:
+    """All cohorts, by project and id. A session that has broken off is received no longer."""
+    coming = "WHERE r.id = c.newest AND complete + superseded = 0 AND r.last_page_at > ?1"
     one = (
         f"SELECT json_array({_COLUMNS}, (SELECT kind FROM walks w WHERE w.cohort = c.id ORDER BY w.id LIMIT 1),"
         " (SELECT cursor FROM walks w WHERE w.cohort = c.id ORDER BY w.id LIMIT 1),"
-        " (SELECT pages FROM rounds r WHERE r.id = c.newest AND complete + superseded = 0),"
-        " (SELECT total FROM rounds r WHERE r.id = c.newest AND complete + superseded = 0)) AS row"
+        f" (SELECT pages FROM rounds r {coming}), (SELECT total FROM rounds r {coming})) AS row"
         " FROM (SELECT *, (SELECT max(id) FROM rounds WHERE cohort = cohorts.id) AS newest FROM cohorts) c"
         " ORDER BY project, mixpanel_id"
     )
-    found = db.execute(f"SELECT json_group_array(json(row)) FROM ({one})").fetchone()[0]
+    found = db.execute(f"SELECT json_group_array(json(row)) FROM ({one})", (now - BROKEN_OFF_S,)).fetchone()[0]
     last = db.execute("SELECT coalesce(max(key), 1) FROM users").fetchone()[0]
     return [_row(each, last) for each in msgspec.json.decode(found, type=list[_Counted])]
 
@@ -103,6 +103,11 @@ def _row(c: _Counted, last: int) -> CohortRow:
         last_page_at=c.last_page_at,
         synced_at=c.synced_at,
     )
+
+
+def breaks_off(rows: list[CohortRow], now: float) -> bool:
+    """Whether a session has broken off since the rows were read."""
+    return any(row.state == "receiving" and (row.last_page_at or 0) <= now - BROKEN_OFF_S for row in rows)
 
 
 def row_of(rows: list[CohortRow], key: str) -> CohortRow:

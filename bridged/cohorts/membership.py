@@ -459,14 +459,14 @@ class Membership:
             pages, members = merging.merge(db, by_name=by_name)
             self._waiting -= members
             done = pages > 0
-        if done or self.full:
+        if done or self.full or looking.breaks_off(self.rows, self._clock()):
             # What was full may have room again: the next page finds out.
             self._look(db)
         return done, db.execute("SELECT EXISTS (SELECT 1 FROM inbox)").fetchone()[0] == 1
 
     def _look(self, db: sqlite3.Connection) -> None:
         """Reads the counts anew, in the connection's thread, after whatever may have changed them."""
-        self.rows = rows = looking.rows(db)
+        self.rows = rows = looking.rows(db, self._clock())
         self._spent = taking.spent(db, self.day())
         used = looking.used_bytes(db)
         near = f"the cohorts' file is near its cap: {used:,} of {self.options.max_bytes:,} bytes in {self.options.path}"

@@ -5,6 +5,9 @@ from typing import Final
 from msgspec import Struct
 
 MAX_REFUSALS: Final = 1000
+# Mixpanel tries a page again for a minute, then with its next sync, in half an hour: a session that was silent for so long
+# has broken off.
+BROKEN_OFF_S: Final = 600.0
 
 
 class CohortRow(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import msgspec
 
 from bridged.admin.cohorts import MAX_POINTS, Overview
-from bridged.cohorts.records import CohortDetail, CohortRow, Plan, RoundRow
+from bridged.cohorts.records import BROKEN_OFF_S, CohortDetail, CohortRow, Plan, RoundRow
 from bridged.commands.client import Daemon
 from bridged.commands.dead_letters import UsageError
 from bridged.commands.printing import agreed, printable, table
@@ -201,7 +201,9 @@ def _state(row: CohortRow) -> str:
 
 def _round(one: RoundRow) -> tuple[object, ...]:
     total = f"{one.pages:,} of {one.total_pages:,}" if one.total_pages < 2**30 else f"{one.pages:,}"
-    outcome = "complete" if one.complete else "overtaken" if one.superseded else "under way"
+    silent = time.time() - one.last_page_at >= BROKEN_OFF_S
+    open_ = "broken off" if silent else "under way"
+    outcome = "complete" if one.complete else "overtaken" if one.superseded else open_
     left = one.left
     return _when(one.started_at), one.action, total, one.received, one.joined, left, outcome, one.session[:36]
 
