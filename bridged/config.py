@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
-from bridged import event_rules
+from bridged import cohort_rules, event_rules
 from bridged.addresses import collisions, is_loopback, split_address
 from bridged.errors import ConfigError
 from bridged.redaction import hide
@@ -402,26 +402,13 @@ def _problems(config: Config) -> Iterator[str]:
         yield "spool.max_bytes: at least 16MiB"
 
 
-# Of an object of /users/track: no custom attributes.
-_NO_ATTRIBUTES: Final = frozenset({"external_id", "braze_id", "user_alias", "_update_existing_only", "_merge_objects"})
-
-
 def _cohort_problems(config: Config) -> Iterator[str]:
     cohorts, braze, http = config.cohorts, config.braze, config.sources.http
     if not http.listen:
         yield "cohorts.enabled needs sources.http.listen: Mixpanel posts them there"
     if cohorts.password and (":" in cohorts.username or not cohorts.username):
         yield "cohorts.username: expected a name without a colon"
-    if not cohorts.user_id.strip() or re.search(r'["\\\x00-\x1f\ud800-\udfff]', cohorts.user_id):
-        yield "cohorts.user_id: expected distinct_id or the name of a property, without quotes and backslashes"
-    if not re.fullmatch(r"[^\s$.][^$.]{0,254}", cohorts.attribute):
-        yield "cohorts.attribute: expected the name of an attribute, without $ and dots"
-    elif cohorts.attribute in _NO_ATTRIBUTES:
-        yield f"cohorts.attribute: {cohorts.attribute} is who is written, or how, to Braze: choose another name"
-    if cohorts.max_bytes < 16 * 2**20:
-        yield "cohorts.max_bytes: at least 16MiB"
-    if Path(cohorts.path).absolute() == Path(config.spool.path).absolute():
-        yield "cohorts.path and spool.path are the same file: give each its own"
+    yield from cohort_rules.problems(config)
     yield from _url_problems("braze.url", braze.url, _BASE, "host, without credentials or query")
     if not (braze.url or braze.cluster):
         yield "braze.cluster is not set: it is in your dashboard's address (US-01, EU-02, ...)"

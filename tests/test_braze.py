@@ -163,6 +163,7 @@ def verdict(
             Reject({0: Failure("", "no array named"), 1: Failure("", f"{BAD_ID['type']}; again")}),
         ),
         # However the position is spelled.
+        (201, SUCCESS | {"attributes_processed": 1, "errors": [BAD_ID]}, Reject({1: Failure("", BAD_ID["type"])}, 1)),
         (201, SUCCESS | {"errors": [BAD_ID | {"index": "1"}]}, Reject({1: Failure("", BAD_ID["type"])})),
         (201, SUCCESS | {"errors": [BAD_ID | {"index": 1.0}]}, Reject({1: Failure("", BAD_ID["type"])})),
         (201, {"message": "success", "errors": [BAD_ID | {"index": "-1"}]}, Split),
@@ -356,6 +357,7 @@ def test_any_answer_has_a_verdict_that_can_be_carried_out(status, answer, header
     if isinstance(found, Reject):
         assert found.failures
         assert all(0 <= index < objects for index in found.failures)
+        assert 0 <= found.short <= objects - len(found.failures)
     if isinstance(found, Split):
         assert objects > 1
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 
+import msgspec
 import pytest
 from cohort_sender import Sender, session
 from conftest import until
@@ -108,6 +109,24 @@ async def test_show_tells_what_became_of_a_sync(synced, command, client):
     assert "999" in error
 
 
+async def test_a_session_that_broke_off_is_said_to(synced, command, client):
+    """Until then it is under way; the cohort is in step without it."""
+    pages = session("members", USERS[:25], "777", name="Power users", size=5)
+    await Sender(client, f"http://{synced.config.sources.http.listen}").take(pages[:2])
+    await until(lambda: synced.membership.rows[0].state == "receiving", "its being merged")
+    assert "under way" in (await command(synced, "cohorts", "show", "777"))[1]
+
+    def long_ago(db):
+        db.execute("UPDATE rounds SET last_page_at = last_page_at - 601 WHERE complete = 0")
+
+    await synced.membership.run(long_ago)
+    await synced.membership.resync("778")
+    await in_step(synced)
+    _, output, _ = await command(synced, "cohorts", "show", "777")
+    assert "under way" not in output
+    assert "broken off" in output
+
+
 async def test_plan_and_allow(daemon, importing, braze, client, command):
     """What it would cost is told before it is spent; what is allowed is spent, all of it or so much."""
     app = await daemon(**importing | {"cohorts__max_data_points_per_day": "5"})
@@ -170,6 +189,32 @@ async def test_refused_users_are_shown_with_brazes_words(daemon, importing, clie
             assert answer.status == 400
 
 
+async def test_many_refused_users_are_told_of(daemon, importing, client, command):
+    """`show` lists twenty, says how many more there are and where; `--json` has them, but for those of other cohorts."""
+    refused = [f"bad{n:02}" for n in range(45)]
+    async with BrazeEmulator(BrazeConfig(port=0, blocked=[*refused, "other"])) as braze:
+        app = await daemon(**importing | {"braze__url": braze.url})
+        mixpanel = Sender(client, f"http://{app.config.sources.http.listen}")
+        await mixpanel.take(session("members", ["other", *USERS], "778"))
+        await mixpanel.take(session("members", [*USERS, *refused[:21]], "777"))
+        await in_step(app)
+        _, output, _ = await command(app, "cohorts", "show", "777")
+        assert output.count("blacklisted") == 20
+        assert "and 1 more: `bridged cohorts show 117:777 --json` has them all" in output
+        await mixpanel.take(session("add_members", ["late", *refused[21:]], "777"))
+        await in_step(app)
+        _, output, _ = await command(app, "cohorts", "show", "117:777")
+        assert output.count("blacklisted") == 20
+        assert "and 25 more: " in output
+        _, output, _ = await command(app, "cohorts", "show", "777", "--json")
+        found = json.loads(output)["refusals"]
+        assert sorted(one["external_id"] for one in found) == refused
+        assert all("blacklisted" in one["reason"] for one in found)
+        _, output, _ = await command(app, "cohorts", "show", "778")
+        assert output.count("blacklisted") == 1
+        assert " more" not in output
+
+
 async def test_forget_takes_a_cohort_out_of_braze(synced, braze, command, monkeypatch):
     """Only when it is meant; then nobody is in it and it is gone, and the other one stays."""
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -230,6 +275,25 @@ async def test_status_and_metrics_tell_of_cohorts(synced, braze, client, command
     assert samples["bridged_cohort_requests_total",] == braze.summary().requests
     assert samples["bridged_cohorts_halted",] == 0
     assert samples["bridged_alarm", "cohorts_halted"] == 0
+
+
+async def test_a_reloaded_cap_is_told_at_once(daemon, importing, braze, client):
+    """In /api/cohorts and in /metrics, though nothing is due and nothing is committed."""
+    app = await daemon(**importing | {"cohorts__max_data_points_per_day": "100"})
+    await Sender(client, f"http://{app.config.sources.http.listen}").take(session("members", USERS))
+    await in_step(app)
+    admin = f"http://127.0.0.1:{app.admin.port}"
+    for cap, left in ((100, 70), (1000, 970), (0, None), (10, 0)):
+        cohorts = msgspec.structs.replace(app.config.cohorts, max_data_points_per_day=cap)
+        said = msgspec.structs.replace(app.config, cohorts=cohorts)
+        app.reload(lambda said=said: said)
+        async with client.get(f"{admin}/api/cohorts") as answer:
+            figures = (await answer.json())["figures"]
+        assert (figures["points_today"], figures["points_left_today"]) == (30, left)
+        async with client.get(f"{admin}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        told = [float(line.split()[1]) for line in lines if line.startswith("bridged_cohort_points_left_today ")]
+        assert told == ([] if left is None else [left])
 
 
 async def test_orders_that_make_no_sense_change_nothing(synced, client, braze):

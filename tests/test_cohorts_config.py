@@ -48,7 +48,36 @@ def test_a_profile_demands_only_its_own_credentials(environ: dict[str, str], pag
             COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": "_merge_objects"},
             "cohorts.attribute: _merge_objects is",
         ),
+        *[
+            (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": name}, f"cohorts.attribute: {name} is")
+            for name in ("push_token_import", "push_tokens", "email", "phone", "country", "subscription_groups")
+        ],
+        *[
+            (
+                COHORTS | NO_EXPORT | {f"BRIDGED__COHORTS__{key}": name},
+                f"cohorts.{key.lower()}: it has blanks around it",
+            )
+            for key in ("USER_ID", "ATTRIBUTE")
+            for name in ("crm_id ", "crm_id\u00a0")
+        ],
+        (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__USER_ID": " $user_id"}, "cohorts.user_id: it has blanks around it"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__PATH": "./spool.db"}, "the same file"),
+        (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__PATH": "other/../spool.db"}, "the same file"),
+        *[
+            (
+                COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__PATH": f"spool.db{suffix}"},
+                f"cohorts.path: .*spool.db{suffix} is",
+            )
+            for suffix in ("-wal", "-shm", ".lock", ".reserve", ".settings.toml", ".settings.toml.part")
+        ],
+        *[
+            (
+                COHORTS | NO_EXPORT | {"BRIDGED__SPOOL__PATH": f"cohorts.db{suffix}"},
+                f"cohorts.path: .*cohorts.db{suffix} would be",
+            )
+            for suffix in ("-wal", "-shm", ".lock")
+        ],
+        (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__PATH": "archive"}, "cohorts.path: .*archive is"),
         (COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__MAX_BYTES": "1MiB"}, "at least 16MiB"),
         (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__TIMEOUT": "0"}, "braze.timeout: more than 0s"),
         (COHORTS | NO_EXPORT | {"BRIDGED__BRAZE__PROBE_INTERVAL": "0s"}, "braze.probe_interval: more than 0s"),
@@ -62,6 +91,25 @@ def test_what_can_t_work_is_refused_with_its_key(environ: dict[str, str], why: s
     """At the start, not at the first page."""
     with pytest.raises(ConfigError, match=why):
         load(None, environ)
+
+
+def test_the_cohorts_file_is_not_the_spools_by_another_name(tmp_path: Path) -> None:
+    """A link to it, or to its folder: both are followed when they are opened. A neighbour of the spool is none of its files."""
+    spool = {"BRIDGED__SPOOL__PATH": str(tmp_path / "real" / "spool.db")}
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "link.db").symlink_to(tmp_path / "real" / "spool.db")
+    for path in ("link/spool.db", "link.db", "link/spool.db-wal"):
+        with pytest.raises(ConfigError, match=r"cohorts\.path"):
+            load(None, COHORTS | NO_EXPORT | spool | {"BRIDGED__COHORTS__PATH": str(tmp_path / path)})
+    for path in ("link/spool.db.cohorts", "real/cohorts.db", "archive/cohorts.db"):
+        assert load(None, COHORTS | NO_EXPORT | spool | {"BRIDGED__COHORTS__PATH": str(tmp_path / path)})
+
+
+def test_an_attribute_may_be_spelled_as_people_like() -> None:
+    """Names are told apart by their case at Braze, and blanks within are a part of them."""
+    for name in ("Mixpanel cohorts", "Email", "my_email", "Größe"):
+        assert load(None, COHORTS | NO_EXPORT | {"BRIDGED__COHORTS__ATTRIBUTE": name}).cohorts.attribute == name
 
 
 def test_a_door_for_cohorts_alone_needs_no_bearer_token() -> None:

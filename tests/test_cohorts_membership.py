@@ -88,7 +88,7 @@ async def counted(membership: Membership) -> None:
         sums = ", ".join(f"coalesce(sum({tables._is('m', count)}), 0)" for count in tables.COUNTS)
         for cohort, *kept in db.execute(f"SELECT id, {', '.join(tables.COUNTS)} FROM cohorts").fetchall():
             assert list(db.execute(f"SELECT {sums} FROM members m WHERE cohort = ?", (cohort,)).fetchone()) == kept
-        assert not db.execute("SELECT * FROM members WHERE wanted = 0 AND sent = 0").fetchall()
+        assert not db.execute("SELECT * FROM members WHERE wanted = 0 AND sent = 0 AND elsewhere = 0").fetchall()
         assert not db.execute("SELECT * FROM users WHERE key NOT IN (SELECT user FROM members)").fetchall()
 
     await membership.run(read)
@@ -138,6 +138,33 @@ async def test_absentees_leave_only_when_every_page_has_come(membership: Members
     await hear(membership, page("members", "b", "s2", 2, 3))
     assert await wanted(membership) == "abc"
     await counted(membership)
+
+
+async def test_a_session_that_broke_off_is_received_no_longer(
+    options: MembershipOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixpanel tries for a minute, and then with its next sync: after ten the cohort is what it is without the rest, though
+    nothing is committed meanwhile. A page that comes all the same goes on with it.
+    """
+    monkeypatch.setattr("bridged.cohorts.membership._LOOK_S", 0.05)
+    now = [1_000_000.0]
+    async with Membership(options, lambda: now[0]) as membership:
+        await hear(membership, page("members", "ab"))
+        await deliver(membership)
+        await hear(membership, page("members", "a", "s2", 1, 3))
+        assert (membership.rows[0].state, membership.rows[0].progress) == ("receiving", 0.3333)
+        now[0] += 599
+        await asyncio.sleep(0.2)
+        assert membership.rows[0].state == "receiving"
+        now[0] += 2
+        await until(lambda: membership.rows[0].state == "synced", "its end")
+        assert await wanted(membership) == "ab"
+        await hear(membership, page("members", "c", "s2", 2, 3))
+        assert membership.rows[0].state == "receiving"
+        now[0] += 601
+        await until(lambda: membership.rows[0].state == "sending", "its end")
+        await hear(membership, page("members", "", "s2", 3, 3))
+        assert await wanted(membership) == "ac"
 
 
 async def test_a_repeated_last_page_sweeps_nobody(membership: Membership) -> None:
@@ -340,6 +367,39 @@ async def test_a_refusal_of_what_is_no_longer_wanted_is_none(membership: Members
     await counted(membership)
 
 
+async def refuse(membership: Membership, letters: str) -> None:
+    """Takes who is due and settles some as refused, the others as delivered."""
+    block = await membership.take(-1, 1000, [])
+    result = Settled(day=block.day)
+    for user in block.users:
+        if user.external_id in letters:
+            result.refused += [(user.key, row.cohort, row.sent, row.wanted) for row in user.rows if row.is_due]
+            result.reasons.append((user.key, "no"))
+        else:
+            result.sent += sent_of(user)
+    await membership.settle(result)
+
+
+async def test_a_rename_tries_again_whom_braze_refused(membership: Membership) -> None:
+    """All its members are written again, however the new name comes: with a diff as with a full copy. Who is to leave, and
+    was refused so, has no name in it.
+    """
+    await hear(membership, page("members", "abc"))
+    await refuse(membership, "a")
+    for number, rename in enumerate((page("add_members", "", "s2"), page("members", "abc", "s3"))):
+        assert (membership.rows[0].rejected, membership.figures.due) == (1, 0)
+        await hear(membership, msgspec.structs.replace(rename, name=f"New {number}"))
+        assert (membership.rows[0].rejected, membership.rows[0].joining) == (0, 3)
+        await refuse(membership, "a")
+    await hear(membership, page("remove_members", "b", "s4", name="New 1"))
+    await refuse(membership, "b")
+    await hear(membership, page("add_members", "", "s5", name="Newest"))
+    row = membership.rows[0]
+    assert (row.joining, row.rejected, row.leaving, row.rejected_leaving) == (2, 0, 0, 1)
+    assert await deliver(membership) == "ac"
+    await counted(membership)
+
+
 async def test_a_renamed_cohort_is_written_again(membership: Membership) -> None:
     """Its members bear the old name in Braze. Who is in two cohorts is written once."""
     await hear(membership, page("members", "ab"), page("members", "b", cohort="8", name="Other"))
@@ -421,6 +481,111 @@ async def test_another_target_has_to_be_told_everything(options: MembershipOptio
         assert await deliver(membership) == "ab"
 
 
+async def test_back_at_an_earlier_target_who_left_meanwhile_is_taken_out(options: MembershipOptions) -> None:
+    """It still has them. Whom it never had is not written to it, and whoever is out everywhere is forgotten."""
+
+    async def rows(membership: Membership) -> int:
+        return await membership.run(lambda db: db.execute("SELECT count(*) FROM members").fetchone()[0])
+
+    other, third = (msgspec.structs.replace(options, target=target) for target in "bc")
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abcd"))
+        await deliver(membership)
+    async with Membership(other) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abcd"
+        await hear(membership, page("remove_members", "ab", "s2"), page("add_members", "e", "s3"))
+        assert await deliver(membership) == "abe"
+        assert membership.figures.due == 0
+        assert membership.rows[0].state == "synced"
+        assert await membership.resync("777") == 3
+        await merged(membership)
+        assert await deliver(membership) == "cde"
+        await hear(membership, page("remove_members", "a", "s4"), page("add_members", "b", "s5"))
+        await deliver(membership)
+        await counted(membership)
+    async with Membership(third) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "bcde"
+        await hear(membership, page("members", "ce", "s6"))
+        assert await deliver(membership) == "bd"
+        assert await rows(membership) == 5
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert (membership.rows[0].joining, membership.rows[0].leaving) == (2, 3)
+        assert (await membership.plan()).points == 5
+        assert await deliver(membership) == "abcde"
+        assert await rows(membership) == 4  # a was only here
+        await counted(membership)
+    async with Membership(other) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "bcde"
+        assert await rows(membership) == 2
+    async with Membership(third) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "ce"
+        await counted(membership)
+
+
+async def test_two_changes_of_the_target_between_which_nothing_was_done(
+    options: MembershipOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each member's state is known of the target that it was written to, however far the first change had come."""
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abcdef"))
+        await deliver(membership)
+        await hear(membership, page("remove_members", "a", "s2"))  # and it isn't written any more
+    monkeypatch.setattr(merging, "WALK_ROWS", 2)
+    whole = merging.walk
+    steps = 0
+
+    def some(db: sqlite3.Connection, *, by_name: bool) -> bool:
+        nonlocal steps
+        steps -= 1
+        return steps >= 0 and whole(db, by_name=by_name)
+
+    for target, steps in (("b", 1), ("c", 4)):  # the one of three steps; its rest, and one of the other
+        with monkeypatch.context() as patch:
+            patch.setattr(merging, "walk", some)
+            async with Membership(msgspec.structs.replace(options, target=target)):
+                await until(lambda: steps < 0, "those steps")  # noqa: B023  # it is awaited here
+    async with Membership(msgspec.structs.replace(options, target="b")) as membership:
+        await merged(membership)
+        await deliver(membership)
+        await hear(membership, page("members", "f", "s3"))
+        await deliver(membership)
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abcdef"
+        assert membership.figures.in_braze == 1
+        await counted(membership)
+
+
+async def test_a_cohort_that_is_forgotten_is_remembered_for_no_target(options: MembershipOptions) -> None:
+    """It is gone, with all that was kept of it; also if the target changes while it is being taken out."""
+    other = msgspec.structs.replace(options, target="b")
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abc"), page("members", "ab", "s2", cohort="778"))
+        await deliver(membership)
+    async with Membership(other) as membership:
+        await merged(membership)
+        await deliver(membership)
+        await hear(membership, page("remove_members", "a", "s3"))
+        await deliver(membership)
+        await membership.forget("777")
+        await merged(membership)
+        await deliver(membership)
+        assert [row.cohort for row in membership.rows] == ["778"]
+        await membership.forget("778")
+        await merged(membership)
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "ab"
+        assert membership.rows == []
+        await counted(membership)
+        assert not await membership.run(lambda db: db.execute("SELECT * FROM members").fetchall())
+
+
 async def test_nothing_is_allowed_where_there_is_no_cap(membership: Membership) -> None:
     """It would count on the day that a cap comes."""
     await hear(membership, page("members", "ab"))
@@ -474,6 +639,40 @@ async def test_the_cap_of_a_day(options: MembershipOptions) -> None:
         assert plan.fits
         assert len(await deliver(membership)) == 1
         assert membership.figures.due == 0
+
+
+async def test_a_cohort_to_which_nothing_was_ever_due_is_in_step(options: MembershipOptions) -> None:
+    """Since all pages of its session have come: it is empty, or who joined has left before anybody was told."""
+    now = [1_000_000.0]
+    async with Membership(options, lambda: now[0]) as membership:
+        await hear(membership, page("members", "", "s1", 1, 2))
+        assert membership.rows[0].synced_at is None
+        now[0] += 60
+        await hear(membership, page("members", "", "s1", 2, 2))
+        assert [(row.state, row.synced_at) for row in membership.rows] == [("synced", 1_000_060.0)]
+        now[0] += 60
+        await hear(membership, page("members", "ab", "s2", cohort="778"))
+        assert membership.rows[1].synced_at is None
+        now[0] += 60
+        await hear(membership, page("members", "", "s3", cohort="778"))
+        assert [row.synced_at for row in membership.rows] == [1_000_060.0, 1_000_180.0]
+
+
+async def test_what_is_left_today_is_told_as_of_now(options: MembershipOptions) -> None:
+    """Another cap, or another day, changes it without a commit; the plan says the same."""
+    now = [1_000_000.0]
+    capped = msgspec.structs.replace(options, max_points_per_day=100)
+    async with Membership(capped, lambda: now[0]) as membership:
+        await hear(membership, page("members", "abcdef"))
+        await deliver(membership)
+        for cap, left in ((100, 94), (1000, 994), (0, None), (10, 4), (5, 0)):
+            membership.use(cap)
+            assert membership.figures.points_today == 6
+            assert membership.figures.points_left_today == left == (await membership.plan()).left_today
+        assert (await membership.allow(3)).left_today == membership.figures.points_left_today == 3
+        now[0] += 86_400
+        assert (membership.figures.points_today, membership.figures.points_left_today) == (0, 5)
+        assert (await membership.plan()).left_today == 5
 
 
 @pytest.mark.parametrize(("points", "goes"), [(0, 8), (3, 3)])
@@ -583,6 +782,27 @@ def test_a_newer_file_is_left_untouched(options: MembershipOptions) -> None:
     with pytest.raises(MembershipError, match="newer bridged"):
         asyncio.run(open_it())
     assert Path(options.path).read_bytes() == before
+
+
+async def test_a_file_of_the_first_format_is_taken_over(options: MembershipOptions) -> None:
+    """With who is in it; what it was written to is known of the last target only, and remembered from then on."""
+    async with Membership(options) as membership:
+        await hear(membership, page("members", "abc"))
+        await deliver(membership)
+    with sqlite3.connect(options.path) as db:
+        db.execute("ALTER TABLE members DROP COLUMN elsewhere")
+        db.execute("DELETE FROM meta WHERE name = 'targets'")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    async with Membership(msgspec.structs.replace(options, target="b")) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abc"
+        await hear(membership, page("members", "ab", "s2"))
+        await deliver(membership)
+    async with Membership(options) as membership:
+        await merged(membership)
+        assert await deliver(membership) == "abc"
+        await counted(membership)
 
 
 async def test_a_foreign_file_is_left_untouched(options: MembershipOptions) -> None:

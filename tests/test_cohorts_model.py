@@ -1,6 +1,5 @@
 """The membership against a model: pages in any order, repeats, new sessions, every verdict, and a crash at any moment."""
 
-import contextlib
 import os
 import random
 import shutil
@@ -103,8 +102,10 @@ class Cohorts(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.dice = random.Random(seed)
         self.model = Model()
-        self.braze: dict[str, set[str]] = {}
-        self.kept: set[tuple[str, str]] = set()  # (user, cohort's name): Braze refused to take it out
+        self.target = "a"
+        self.brazes: dict[str, dict[str, set[str]]] = {}  # by target
+        # By target, (user, cohort's name): Braze refused to take it out, or nobody ever asks it to.
+        self.keeps: dict[str, set[tuple[str, str]]] = {}
         self.billed = 0
         self.flights: list[Block] = []
         self.sessions = 0
@@ -116,6 +117,10 @@ class Cohorts(RuleBasedStateMachine):
         tables.set_up(self.db, self.folder / "cohorts.db", 2**30)
         # What a crash of the process does to the file doesn't depend on it.
         self.db.execute("PRAGMA synchronous = OFF")
+        self.braze = self.brazes.setdefault(self.target, {})
+        self.kept = self.keeps.setdefault(self.target, set())
+        with tables.transaction(self.db):
+            merging.aim(self.db, self.target)
 
     # -- from Mixpanel ----------------------------------------------------------------------------------------------
 
@@ -216,8 +221,15 @@ class Cohorts(RuleBasedStateMachine):
         self.drain()
         looking.begin(self.db, [("", cohort)], "forget", 1.0)
         if self.db.execute("SELECT count(*) FROM cohorts WHERE mixpanel_id = ?", (cohort,)).fetchone()[0]:
+            self.leave_behind(cohort, set(self.brazes) - {self.target})
             self.model.forget(cohort)
             self.drain()
+
+    def leave_behind(self, cohort: str, targets: set[str]) -> None:
+        """A cohort that is forgotten is taken out of the target of then: what others have of it they keep."""
+        for target in targets:
+            for user in self.model.spoken[cohort]:
+                self.keeps[target] |= {(user, name) for name in self.brazes[target].get(user, ())}
 
     @rule(cohort=st.sampled_from(COHORTS), kind=st.sampled_from(["resync", "retry"]))
     def again(self, cohort: str, kind: str) -> None:
@@ -235,7 +247,7 @@ class Cohorts(RuleBasedStateMachine):
 
     def carry_out(self, block: Block, user: User) -> None:
         self.braze[user.external_id] = {block.cohorts[row.cohort].name for row in user.rows if row.wanted}
-        self.kept = {each for each in self.kept if each[0] != user.external_id}
+        self.kept -= {each for each in self.kept if each[0] == user.external_id}
         self.billed += 1
 
     def deliver(self, block: Block) -> None:
@@ -280,11 +292,25 @@ class Cohorts(RuleBasedStateMachine):
     @rule(data=st.data())
     def crash(self, data: st.DataObject) -> None:
         """What was in flight was carried out, or wasn't; nobody will hear of it."""
+        self.lose_flights(data)
+        self.db.close()
+        self.open()
+
+    def lose_flights(self, data: st.DataObject) -> None:
         for block in self.flights:
             for user in block.users:
                 if data.draw(st.booleans()):
                     self.carry_out(block, user)
         self.flights.clear()
+
+    @rule(to=st.sampled_from("abc"), data=st.data())
+    def retarget(self, to: str, data: st.DataObject) -> None:
+        """A restart with another attribute, say, of which the file may know more or less."""
+        self.lose_flights(data)
+        if to != self.target:
+            for (cohort,) in self.db.execute("SELECT mixpanel_id FROM cohorts WHERE forgotten = 1").fetchall():
+                self.leave_behind(cohort, set(self.brazes))
+        self.target = to
         self.db.close()
         self.open()
 
@@ -297,11 +323,11 @@ class Cohorts(RuleBasedStateMachine):
         sums = ", ".join(f"coalesce(sum({tables._is('m', count)}), 0)" for count in tables.COUNTS)
         for cohort, *kept in self.db.execute(f"SELECT id, {', '.join(tables.COUNTS)} FROM cohorts").fetchall():
             assert list(self.db.execute(f"SELECT {sums} FROM members m WHERE cohort = ?", (cohort,)).fetchone()) == kept
-        for row in looking.rows(self.db):
+        for row in looking.rows(self.db, 1.0):
             assert row.received == row.applied + row.no_id + row.too_long + row.stale
             assert row.members == row.in_braze + row.joining + row.rejected
         assert not self.db.execute("SELECT * FROM users WHERE key NOT IN (SELECT user FROM members)").fetchall()
-        assert not self.db.execute("SELECT * FROM members WHERE wanted = 0 AND sent = 0").fetchall()
+        assert not self.db.execute("SELECT * FROM members WHERE wanted = 0 AND sent = 0 AND elsewhere = 0").fetchall()
 
     @invariant()
     def what_braze_bills_is_never_more_than_what_is_counted(self) -> None:
@@ -334,15 +360,20 @@ class Cohorts(RuleBasedStateMachine):
         self.model.unsure.clear()
         rows = "SELECT u.external_id, c.name FROM members m JOIN users u ON u.key = m.user JOIN cohorts c ON c.id = m.cohort"
         # A cohort that is forgotten is gone though Braze refused to take somebody out: nobody asks again.
-        self.kept -= set(self.db.execute(rows).fetchall())
+        self.kept -= set(self.db.execute(f"{rows} WHERE m.sent <> 0 OR m.wanted > 0").fetchall())
         for user in USERS:
             kept = {name for of, name in self.kept if of == user}
             assert self.braze.get(user, set()) - kept == self.model.wanted(user) - kept, user
 
     def teardown(self) -> None:
         if hasattr(self, "db"):
-            with contextlib.closing(self.db):
+            self.settle_everything()
+            for target in list(self.brazes):
+                self.target = target
+                self.db.close()
+                self.open()
                 self.settle_everything()
+            self.db.close()
             shutil.rmtree(self.folder)
 
 

@@ -4,6 +4,7 @@ ends with Mixpanel's membership, and is told no more than the difference.
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -121,6 +122,11 @@ def as_strings(page: dict[str, Any]) -> dict[str, Any]:
     return with_page_info(page, {key: str(value) for key, value in page["parameters"]["page_info"].items()})
 
 
+def with_text_for_page_info(page: dict[str, Any]) -> dict[str, Any]:
+    """JSON within JSON."""
+    return with_page_info(page, json.dumps(page["parameters"]["page_info"]))
+
+
 def raw(page: dict[str, Any]) -> dict[str, Any]:
     """Raw property names, an extra key, and no description, as seen live."""
     parameters = {key: value for key, value in page["parameters"].items() if key != "mixpanel_cohort_description"}
@@ -168,6 +174,15 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "ids as numbers": (NUMBERS, A),
     "no page_info": ([with_page_info(page, None) for page in session("members", A) + session("add_members", C)], A + C),
     "an empty page_info": ([with_page_info(page, {}) for page in session("members", A)], A),
+    "page_info as text": ([with_text_for_page_info(page) for page in FIRST + REPLACING[::-1]], B),
+    "page_info as text, of a full copy that isn't complete": (
+        [with_text_for_page_info(page) for page in [*FIRST, REPLACING[0]]],
+        A + B[:7],
+    ),
+    "a page_info that can't be read, so it isn't complete": (
+        FIRST + [with_page_info(page, "1 of 1") for page in session("members", B[:7])],
+        A + B[:7],
+    ),
     "raw property names": ([raw(page) for page in FIRST + REPLACING], B),
     "removed and added again": (FIRST + REMOVE + session("add_members", A[:5]), A),
 }
@@ -194,12 +209,16 @@ async def test_braze_ends_with_mixpanels_membership(daemon, importing, braze, cl
     async with asyncio.TaskGroup() as syncs:
         for number, (_, (pages, _)) in cases.items():
             syncs.create_task(mixpanel.take([of_cohort(page, number) for page in pages]))
-    unfinished = next(number for number, (name, _) in cases.items() if "isn't complete" in name)
+    unfinished = {str(number) for number, (name, _) in cases.items() if "isn't complete" in name}
 
     def done() -> bool:
-        rows = {row.cohort: row for row in app.membership.rows if row.cohort != str(unfinished)}
+        rows = {row.cohort: row for row in app.membership.rows if row.cohort not in unfinished}
         is_idle = app.cohort_writer.state == "idle" and not app.membership.figures.waiting
-        return is_idle and len(rows) == len(cases) - 1 and all(row.state == "synced" for row in rows.values())
+        return (
+            is_idle
+            and len(rows) == len(cases) - len(unfinished)
+            and all(row.state == "synced" for row in rows.values())
+        )
 
     await until(done, "Braze in step with Mixpanel", 60)
     balanced(app)
@@ -250,6 +269,33 @@ async def test_a_renamed_cohort_is_renamed_in_braze(daemon, importing, braze, cl
     await in_step(app)
     assert in_braze(braze, "Old name") == []
     assert in_braze(braze, "New name") == sorted({*A, *C})
+
+
+OTHER_TARGETS = {
+    "another attribute": {"cohorts__attribute": "other"},
+    "a partner's endpoints": {
+        "braze__partner_name": "example",
+        "braze__partner_key": "p",
+        "braze__data_import_key": "d",
+    },
+}
+
+
+@pytest.mark.parametrize("target", OTHER_TARGETS.values(), ids=OTHER_TARGETS)
+async def test_back_at_an_earlier_target_who_left_meanwhile_is_taken_out(daemon, importing, braze, client, target):
+    """Braze has them there still, and nobody else would ever take them out. They cost a point each, as those who stay do."""
+    for overrides, pages, wanted in (
+        ({}, session("members", A), A),
+        (target, session("remove_members", A[:5]) + session("add_members", C), [*A[5:], *C]),
+        ({}, [], [*A[5:], *C]),
+    ):
+        app = await daemon(**importing | overrides)
+        await sender(app, client).take(pages)
+        await in_step(app)
+        assert app.membership.figures.in_braze == len(wanted)
+        await app.__aexit__(None, None, None)
+    assert in_braze(braze) == sorted(wanted)
+    assert app.cohort_writer.points_spent == len({*A, *C})
 
 
 async def test_members_without_a_usable_id_are_counted(daemon, importing, braze, client):
@@ -337,6 +383,18 @@ async def test_users_that_braze_does_not_know_come_to_nothing(daemon, importing,
         await in_step(app)
         assert in_braze(braze) == sorted(A)
         assert braze.summary().created == 10
+
+
+async def test_users_that_braze_does_not_count_are_told_beside_a_refused_one(daemon, importing, braze, client):
+    """Three are sent, one is refused, one is counted: the third is probably unknown, as where nobody is refused."""
+    errors = [{"type": "bad", "input_array": "attributes", "index": 0}]
+    said = {"message": "success", "attributes_processed": 1, "errors": errors}
+    braze.script([{"action": "store_then_status", "status": 201, "body": said, "times": 1}])
+    app = await daemon(**importing)
+    await sender(app, client).take(session("members", USERS[:3]))
+    await in_step(app)
+    assert app.membership.figures.rejected == 1
+    assert app.cohort_writer.unknown_users == 1
 
 
 async def test_a_bad_key_halts_and_a_good_one_resumes(daemon, importing, braze, client):
@@ -523,6 +581,23 @@ async def test_a_rate_limit_that_is_used_up_for_long_is_said(daemon, importing, 
     await mixpanel.take(session("add_members", USERS[5:]))
     await until(lambda: app.cohort_writer.state == "backing off", "its being said")
     assert "rate limit" in app.cohort_writer.problem
+
+
+async def test_a_refused_user_is_no_reason_for_backing_off(daemon, importing, braze, client):
+    """The same answer refuses somebody and uses up the rate limit: it is for that that nothing goes."""
+    headers = {"X-RateLimit-Limit": "1000", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9999999999"}
+    errors = [{"type": "this one user is odd", "input_array": "attributes", "index": 0}]
+    said = {"message": "success", "attributes_processed": 4, "errors": errors}
+    braze.script([{"action": "store_then_status", "status": 201, "body": said, "headers": headers}])
+    app = await daemon(**importing)
+    mixpanel = sender(app, client)
+    await mixpanel.take(session("members", USERS[:5]))
+    await until(lambda: app.membership.figures.rejected == 1, "the first")
+    await mixpanel.take(session("add_members", USERS[5:]))
+    await until(lambda: app.cohort_writer.state == "backing off", "its being said")
+    assert "rate limit" in app.cohort_writer.problem
+    [refusal] = await app.membership.refusals()
+    assert "odd" in refusal.reason
 
 
 @pytest.mark.usefixtures("_soon")

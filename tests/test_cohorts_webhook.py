@@ -47,17 +47,27 @@ def test_the_documented_shape() -> None:
         ({"total_pages": 10.0, "page_count": 6}, (10, 6)),
         (None, (1, 1)),
         ({}, (1, 1)),
-        ("nonsense", (1, 1)),
+        ("nonsense", (UNKNOWN_TOTAL, 1)),
+        ("", (UNKNOWN_TOTAL, 1)),
+        ([3, 1], (UNKNOWN_TOTAL, 1)),
+        ('{"total_pages":3,"page_count":1}', (3, 1)),
+        ('{"total_pages": "3", "page_count": 2.0}', (3, 2)),
+        ("null", (1, 1)),
+        ("[" * 100_000, (UNKNOWN_TOTAL, 1)),
+        ({"total_pages": None, "page_count": None}, (1, 1)),
+        ({"total_pages": "three", "page_count": 2}, (UNKNOWN_TOTAL, 2)),
+        ({"total_pages": [3]}, (UNKNOWN_TOTAL, 1)),
+        ({"total_pages": 1, "page_count": "first"}, (UNKNOWN_TOTAL, 1)),
         ({"total_pages": 3}, (3, 1)),
         ({"page_count": 3}, (UNKNOWN_TOTAL, 3)),
         ({"total_pages": 0, "page_count": 1}, (1, 1)),
         ({"total_pages": 0, "page_count": 0}, (1, 1)),
-        ({"total_pages": True, "page_count": -4}, (1, 1)),
+        ({"total_pages": True, "page_count": -4}, (UNKNOWN_TOTAL, 1)),
         ({"total_pages": "9" * 400, "page_count": 1}, (UNKNOWN_TOTAL, 1)),
     ],
 )
 def test_page_info_is_read_leniently(info: Any, expected: tuple[int, int]) -> None:
-    """Numbers as strings and nothing at all were seen live; what can't be known proves no absence."""
+    """Numbers as strings and nothing at all were seen live; what is there and can't be read proves no absence."""
     page = READER.read(body([], page_info=info))
     assert (page.total, page.page) == expected
 

@@ -25,7 +25,9 @@ LADDER: dict[str, set[str]] = {
     "mixpanel": {"currents"},
     # What the configuration may say of events, in the words of the table and of the mapping.
     "event_rules": {"currents", "mixpanel", "settings"},
-    "config": {"addresses", "errors", "event_rules", "redaction", "settings"},
+    # And of cohorts.
+    "cohort_rules": {"settings"},
+    "config": {"addresses", "cohort_rules", "errors", "event_rules", "redaction", "settings"},
     "reloading": {"config", "settings"},
     "memory": set(),
     "connections": set(),

@@ -24,7 +24,7 @@ Assumed, because those pages don't say it:
   text), as other public clients read it; an error of another array isn't about our objects. A bare string names nobody;
 - any 2xx may be the success: 201 is written on the page of the synchronous twin only;
 - `attributes_processed` may be lower than what was sent without anything being wrong (users that don't exist): what is
-  missing is kept as `short` and shown;
+  missing, besides those that have an error, is kept as `short` and shown;
 - the partner endpoints' success has no documented body: any JSON object without `errors`, or no body at all, is one;
 - 423 passes by itself;
 - X-RateLimit-Reset is in seconds since 1970, and is compared with the answer's own Date if it has one.
@@ -158,7 +158,7 @@ def _judge_partial(status: int, answer: dict[str, Any], errors: Any, objects: in
         return Reject({0: _merged(errors, answer)})
     named = _named(errors, objects)
     if named is not None:
-        return Reject(named)
+        return Reject(named, 0 if processed is None else max(0, objects - len(named) - processed))
     if processed == objects:
         return Delivered()
     return Split(f"{status} with errors that name no user: {_merged(errors, answer).message}", perhaps_in=True)

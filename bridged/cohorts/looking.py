@@ -6,9 +6,8 @@ from typing import Literal
 import msgspec
 
 from bridged.cohorts.merging import begin_walk
-from bridged.cohorts.records import CohortRow, Figures, Refusal, RoundRow
+from bridged.cohorts.records import BROKEN_OFF_S, MAX_REFUSALS, CohortDetail, CohortRow, Figures, Refusal, RoundRow
 from bridged.cohorts.tables import transaction
-from bridged.cohorts.taking import Budget
 from bridged.errors import UnknownCohort
 
 _DOING = {
@@ -16,6 +15,7 @@ _DOING = {
     "sweep": "sweeping",
     "rename": "renaming",
     "resync": "resyncing",
+    "retarget": "resyncing",
     "retry": "resyncing",
 }
 
@@ -52,17 +52,17 @@ _COLUMNS = (
 )
 
 
-def rows(db: sqlite3.Connection) -> list[CohortRow]:
-    """All cohorts, by project and id."""
+def rows(db: sqlite3.Connection, now: float) -> list[CohortRow]:
+    """All cohorts, by project and id. A session that has broken off is received no longer."""
+    coming = "WHERE r.id = c.newest AND complete + superseded = 0 AND r.last_page_at > ?1"
     one = (
         f"SELECT json_array({_COLUMNS}, (SELECT kind FROM walks w WHERE w.cohort = c.id ORDER BY w.id LIMIT 1),"
         " (SELECT cursor FROM walks w WHERE w.cohort = c.id ORDER BY w.id LIMIT 1),"
-        " (SELECT pages FROM rounds r WHERE r.id = c.newest AND complete + superseded = 0),"
-        " (SELECT total FROM rounds r WHERE r.id = c.newest AND complete + superseded = 0)) AS row"
+        f" (SELECT pages FROM rounds r {coming}), (SELECT total FROM rounds r {coming})) AS row"
         " FROM (SELECT *, (SELECT max(id) FROM rounds WHERE cohort = cohorts.id) AS newest FROM cohorts) c"
         " ORDER BY project, mixpanel_id"
     )
-    found = db.execute(f"SELECT json_group_array(json(row)) FROM ({one})").fetchone()[0]
+    found = db.execute(f"SELECT json_group_array(json(row)) FROM ({one})", (now - BROKEN_OFF_S,)).fetchone()[0]
     last = db.execute("SELECT coalesce(max(key), 1) FROM users").fetchone()[0]
     return [_row(each, last) for each in msgspec.json.decode(found, type=list[_Counted])]
 
@@ -105,6 +105,11 @@ def _row(c: _Counted, last: int) -> CohortRow:
     )
 
 
+def breaks_off(rows: list[CohortRow], now: float) -> bool:
+    """Whether a session has broken off since the rows were read."""
+    return any(row.state == "receiving" and (row.last_page_at or 0) <= now - BROKEN_OFF_S for row in rows)
+
+
 def row_of(rows: list[CohortRow], key: str) -> CohortRow:
     """The row of `project:cohort`, or of a plain cohort id that only one project has. Raises UnknownCohort."""
     found = [row for row in rows if key in (row.key, row.cohort)]
@@ -116,10 +121,8 @@ def row_of(rows: list[CohortRow], key: str) -> CohortRow:
     return found[0]
 
 
-def figures(
-    cohorts: list[CohortRow], waiting: int, budget: Budget, used: int, *, commits: int, seconds: float
-) -> Figures:
-    """Sums over all cohorts."""
+def figures(cohorts: list[CohortRow], waiting: int, used: int, *, commits: int, seconds: float) -> Figures:
+    """Sums over all cohorts, but for the data points."""
     names = (
         *("members", "in_braze", "joining", "leaving", "rejected", "rejected_leaving"),
         *("pages", "received", "applied", "no_id", "too_long", "stale"),
@@ -127,8 +130,6 @@ def figures(
     return Figures(
         cohorts=len(cohorts),
         waiting=waiting,
-        points_today=budget.spent,
-        points_left_today=budget.left,
         file_bytes=used,
         commits=commits,
         commit_seconds=seconds,
@@ -160,27 +161,37 @@ def rounds_of(db: sqlite3.Connection, project: str, cohort: str) -> list[RoundRo
     return [msgspec.convert(dict(zip(names, row, strict=True)), RoundRow, strict=False) for row in found]
 
 
-def refusals(db: sqlite3.Connection, after: int, limit: int) -> list[Refusal]:
-    """Users that Braze refused and still refuses, by id."""
+def refusals(db: sqlite3.Connection, after: int, limit: int, of: tuple[str, str] | None = None) -> list[Refusal]:
+    """Users that Braze refused and still refuses, by id; `of`: in one cohort, a project and an id in it."""
+    rejected = "FROM members m JOIN cohorts c ON c.id = m.cohort WHERE m.user = r.user AND m.rejected = 1"
+    in_it = f"EXISTS (SELECT 1 {rejected}{' AND c.project = ? AND c.mixpanel_id = ?' if of else ''})"
     found = db.execute(
-        "SELECT r.user, u.external_id, (SELECT json_group_array(c.project || ':' || c.mixpanel_id) FROM members m"
-        " JOIN cohorts c ON c.id = m.cohort WHERE m.user = r.user AND m.rejected = 1) AS of, r.reason, r.attempts,"
-        " r.first_at, r.last_at FROM refusals r JOIN users u ON u.key = r.user WHERE r.user > ? AND of <> '[]'"
-        " ORDER BY r.user LIMIT ?",
-        (after, limit),
+        f"SELECT r.user, u.external_id, (SELECT json_group_array(c.project || ':' || c.mixpanel_id) {rejected}),"
+        f" r.reason, r.attempts, r.first_at, r.last_at FROM refusals r JOIN users u ON u.key = r.user WHERE r.user > ?"
+        f" AND {in_it} ORDER BY r.user LIMIT ?",
+        (after, *(of or ()), limit),
     ).fetchall()
     return [
         Refusal(
             id=user,
             external_id=external_id,
-            cohorts=msgspec.json.decode(of, type=list[str]),
+            cohorts=msgspec.json.decode(cohorts, type=list[str]),
             reason=reason,
             attempts=attempts,
             first_at=first_at,
             last_at=last_at,
         )
-        for user, external_id, of, reason, attempts, first_at, last_at in found
+        for user, external_id, cohorts, reason, attempts, first_at, last_at in found
     ]
+
+
+def detail(db: sqlite3.Connection, row: CohortRow) -> CohortDetail:
+    """A cohort with its sessions and its first refusals."""
+    return CohortDetail(
+        cohort=row,
+        rounds=rounds_of(db, row.project, row.cohort),
+        refusals=refusals(db, 0, MAX_REFUSALS, (row.project, row.cohort)),
+    )
 
 
 def begin(

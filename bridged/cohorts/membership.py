@@ -70,7 +70,8 @@ class Membership:
 
     def __init__(self, options: MembershipOptions, clock: Callable[[], float] = time.time) -> None:
         self.options = options
-        self.figures = Figures()  # as of the last commit
+        self._figures = Figures()  # as of the last commit
+        self._spent = taking.Spent()
         self.rows: list[CohortRow] = []  # as of the last commit
         self.changed: Callable[[], None] = lambda: None  # set by the writer to Braze: something may be due
         self.full = ""  # why pages are refused; empty while they aren't
@@ -128,13 +129,7 @@ class Membership:
     def _prepare(self, db: sqlite3.Connection) -> None:
         tables.set_up(db, Path(self.options.path), self.options.max_bytes)
         with tables.transaction(db):
-            known = db.execute("SELECT value FROM meta WHERE name = 'target'").fetchone()
-            if known is not None and known[0] != self.options.target:
-                for (cohort,) in db.execute("SELECT id FROM cohorts").fetchall():
-                    merging.begin_walk(db, cohort, "resync")
-                db.execute("UPDATE cohorts SET announced = 0")
-                log.warning("cohorts_resync", why="another target", was=known[0], now=self.options.target)
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('target', ?)", (self.options.target,))
+            merging.aim(db, self.options.target)
         self._waiting = db.execute("SELECT coalesce(sum(members), 0) FROM inbox").fetchone()[0]
         self._look(db)
 
@@ -175,6 +170,12 @@ class Membership:
     def failed(self) -> bool:
         """Whether the writer has died."""
         return self._failure is not None
+
+    @property
+    def figures(self) -> Figures:
+        """As of the last commit; the points as of now, since the cap and the day change without one."""
+        budget = self._spent.of(self.day(), self.options.max_points_per_day)
+        return msgspec.structs.replace(self._figures, points_today=budget.spent, points_left_today=budget.left)
 
     # -- from Mixpanel ------------------------------------------------------------------------------------------------
 
@@ -235,9 +236,9 @@ class Membership:
     # -- for people ---------------------------------------------------------------------------------------------------
 
     async def show(self, key: str) -> CohortDetail:
-        """One cohort and its sessions. Raises UnknownCohort."""
+        """One cohort, its sessions and its refusals. Raises UnknownCohort."""
         row = self._row(key)
-        return CohortDetail(cohort=row, rounds=await self.run(looking.rounds_of, row.project, row.cohort))
+        return await self.run(looking.detail, row)
 
     async def plan(self, key: str = "") -> Plan:
         """What is due now and what it costs, counted in steps. With a key, `rows` has only that cohort. Raises UnknownCohort."""
@@ -458,21 +459,19 @@ class Membership:
             pages, members = merging.merge(db, by_name=by_name)
             self._waiting -= members
             done = pages > 0
-        if done or self.full:
+        if done or self.full or looking.breaks_off(self.rows, self._clock()):
             # What was full may have room again: the next page finds out.
             self._look(db)
         return done, db.execute("SELECT EXISTS (SELECT 1 FROM inbox)").fetchone()[0] == 1
 
     def _look(self, db: sqlite3.Connection) -> None:
         """Reads the counts anew, in the connection's thread, after whatever may have changed them."""
-        self.rows = rows = looking.rows(db)
-        budget = taking.budget(db, self.day(), self.options.max_points_per_day)
+        self.rows = rows = looking.rows(db, self._clock())
+        self._spent = taking.spent(db, self.day())
         used = looking.used_bytes(db)
         near = f"the cohorts' file is near its cap: {used:,} of {self.options.max_bytes:,} bytes in {self.options.path}"
         self.full = near if used >= int(self.options.max_bytes * _SHARE) else ""
-        self.figures = looking.figures(
-            rows, self._waiting, budget, used, commits=self._commits, seconds=self._commit_seconds
-        )
+        self._figures = looking.figures(rows, self._waiting, used, commits=self._commits, seconds=self._commit_seconds)
 
     def _is_full(self, error: sqlite3.Error) -> None:
         """Notes that there is no room, or a lock. Raises the error if it is another one: the file can't be trusted any more."""

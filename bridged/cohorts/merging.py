@@ -34,7 +34,7 @@ from bridged.cohorts.webhook import Page
 
 log = structlog.get_logger()
 
-WalkKind = Literal["sweep", "rename", "resync", "retry", "forget"]
+WalkKind = Literal["sweep", "rename", "resync", "retarget", "retry", "forget"]
 # Each touches a page of its own, and SQLite keeps what was there until the statement ends: memory, 4 KiB a member.
 MERGE_MEMBERS: Final = 20_000
 _MERGE_PAGES: Final = 500
@@ -127,7 +127,7 @@ def merge(db: sqlite3.Connection, *, by_name: bool) -> tuple[int, int]:
             if completed:
                 _sweep_if_needed(db, of.cohort, of.round)
         db.execute("DELETE FROM inbox WHERE id <= ?", (done,))
-        bury(db)
+        _end(db)
     return pages, merged
 
 
@@ -285,12 +285,45 @@ def begin_walk(db: sqlite3.Connection, cohort: int, kind: WalkKind, round_: int 
     db.execute("INSERT INTO walks (cohort, kind, round) VALUES (?, ?, ?)", (cohort, kind, round_))
 
 
-# What a walk does to the rows that it passes.
+# So many targets have a bit of their own; one more shares the first one's.
+_TARGETS: Final = 62
+
+
+def aim(db: sqlite3.Connection, target: str) -> None:
+    """Notes what is written from now on. Another target is told everything that is wanted, and who is out of it since it was
+    the last time; of the one before it is remembered whom it has.
+    """
+    found = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('target', 'targets')"))
+    last = found.get("target", target)
+    targets = msgspec.json.decode(found.get("targets", "[]"), type=list[str]) or [last]
+    if target != last:
+        again = target in targets
+        targets += [] if again else [target]
+        was, now = (targets.index(each) % _TARGETS for each in (last, target))
+        # One that has begun isn't begun anew: it ends first, since what it hasn't passed is known of its own two.
+        db.execute(
+            "INSERT INTO walks (cohort, kind, round) SELECT id, 'retarget', ? FROM cohorts", (was * _TARGETS + now,)
+        )
+        db.execute("UPDATE cohorts SET announced = 0")
+        log.warning("cohorts_resync", why="another target", was=last, now=target, again=again)
+    values = {"target": target, "targets": msgspec.json.encode(targets).decode()}
+    db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+
+
+# What a walk does to the rows that it passes. In place of a round a retarget has the numbers of two targets.
+_WAS: Final = f"(1 << (:round / {_TARGETS}))"
+_NOW: Final = f"(1 << (:round % {_TARGETS}))"
 _STEPS: Final[dict[str, str]] = {
     "sweep": "wanted = 0, rejected = 0 WHERE {} AND stamp < :round AND wanted > 0",
-    "forget": "wanted = 0, rejected = 0, stamp = :round WHERE {} AND stamp < :round",
-    "rename": "wanted = :version WHERE {} AND wanted > 0 AND wanted <> :version",
-    "resync": "wanted = iif(wanted > 0, :version, 0), sent = -1, rejected = 0 WHERE {}",
+    "forget": "wanted = 0, rejected = 0, elsewhere = 0, stamp = :round WHERE {} AND stamp < :round",
+    "rename": "wanted = :version, rejected = 0 WHERE {} AND wanted > 0 AND wanted <> :version",
+    "resync": "wanted = iif(wanted > 0, :version, 0), sent = -1, rejected = 0 WHERE {} AND (wanted > 0 OR sent <> 0)",
+    "retarget": (
+        "wanted = iif(wanted > 0, :version, 0), rejected = 0,"
+        f" sent = iif(wanted > 0 OR sent <> 0 OR elsewhere & {_NOW}, -1, 0),"
+        f" elsewhere = iif(:forgotten, 0, (iif(sent <> 0, elsewhere | {_WAS}, elsewhere & ~{_WAS})) & ~{_NOW})"
+        " WHERE {}"
+    ),
     "retry": "rejected = 0 WHERE {} AND rejected = 1",
 }
 _PASSED: Final = "cohort = :cohort AND user > :after AND user <= :up_to"
@@ -309,9 +342,9 @@ def walk(db: sqlite3.Connection, *, by_name: bool) -> bool:
         ).fetchone()[0]
         if up_to is None:
             db.execute("DELETE FROM walks WHERE id = ?", (id_,))
-            bury(db)
+            _end(db)
             return True
-        version = db.execute("SELECT version FROM cohorts WHERE id = ?", (cohort,)).fetchone()[0]
+        version, forgotten = db.execute("SELECT version, forgotten FROM cohorts WHERE id = ?", (cohort,)).fetchone()
         before = db.execute(_MEMBERS_OF, (cohort,)).fetchone()[0]
         db.execute(
             f"UPDATE members SET {_STEPS[kind].format(_PASSED)}",
@@ -321,6 +354,7 @@ def walk(db: sqlite3.Connection, *, by_name: bool) -> bool:
                 "up_to": up_to,
                 "round": round_,
                 "version": version if by_name else 1,
+                "forgotten": forgotten,
             },
         )
         collect(db, "{0} > ? AND {0} <= ?", (cursor, up_to))
@@ -328,6 +362,16 @@ def walk(db: sqlite3.Connection, *, by_name: bool) -> bool:
         db.execute('UPDATE rounds SET "left" = "left" + ? WHERE id = ?', (left, round_))
         db.execute("UPDATE walks SET cursor = ? WHERE id = ?", (up_to, id_))
     return True
+
+
+def _end(db: sqlite3.Connection) -> None:
+    """What may be so after any step: a cohort can be buried, and one whose pages have all come is in step without a write."""
+    bury(db)
+    incomplete = "EXISTS (SELECT 1 FROM rounds WHERE cohort = cohorts.id AND complete + superseded = 0)"
+    db.execute(
+        "UPDATE cohorts SET synced_at = last_page_at"
+        f" WHERE synced_at IS NULL AND joining + leaving = 0 AND NOT {incomplete}"
+    )
 
 
 def bury(db: sqlite3.Connection) -> None:

@@ -1,6 +1,13 @@
 """What the membership tells whoever asks: cohorts, sessions, refusals, plans and figures. Pure."""
 
+from typing import Final
+
 from msgspec import Struct
+
+MAX_REFUSALS: Final = 1000
+# Mixpanel tries a page again for a minute, then with its next sync, in half an hour: a session that was silent for so long
+# has broken off.
+BROKEN_OFF_S: Final = 600.0
 
 
 class CohortRow(Struct, frozen=True, kw_only=True):
@@ -51,13 +58,6 @@ class RoundRow(Struct, frozen=True, kw_only=True):
     left: int
 
 
-class CohortDetail(Struct, frozen=True, kw_only=True):
-    """A cohort and its sessions, the newest first."""
-
-    cohort: CohortRow
-    rounds: list[RoundRow]
-
-
 class Refusal(Struct, frozen=True, kw_only=True):
     """A user that Braze refused, with its words."""
 
@@ -68,6 +68,14 @@ class Refusal(Struct, frozen=True, kw_only=True):
     attempts: int
     first_at: float
     last_at: float
+
+
+class CohortDetail(Struct, frozen=True, kw_only=True):
+    """A cohort, its sessions, the newest first, and whom of it Braze refuses, the first 1,000."""
+
+    cohort: CohortRow
+    rounds: list[RoundRow]
+    refusals: list[Refusal]
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -85,7 +93,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class Figures(Struct, frozen=True, kw_only=True):
-    """Sums over all cohorts as of the last commit."""
+    """Sums over all cohorts as of the last commit; the points as of now."""
 
     cohorts: int = 0
     members: int = 0

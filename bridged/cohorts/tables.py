@@ -12,7 +12,11 @@
 
 `wanted` is 0 (out) or the version of the cohort's name under which the user is to be in; `sent` is 0, a version, or -1: a
 request that may or may not have been carried out. A row is due while they differ. -1 is committed before the request
-leaves, so that nobody whom Braze may have is ever forgotten. A row that is out on both sides is deleted.
+leaves, so that nobody whom Braze may have is ever forgotten.
+
+All of that is about the target that is written: a workspace, and in it an attribute or a partner. `elsewhere` has a bit for
+each earlier one that may still have the user in the cohort, for the day on which it is the target again. A row that is out
+on both sides, and nowhere else, is deleted.
 """
 
 import contextlib
@@ -107,7 +111,7 @@ SCRATCH: Final = (
     "CREATE TEMP TABLE taken (user INTEGER NOT NULL, cohort INTEGER NOT NULL, PRIMARY KEY (user, cohort)) WITHOUT ROWID",
 )
 # The first leads from format 1 to 2. Each runs in one transaction with the number of the format.
-MIGRATIONS: Final[tuple[str, ...]] = ()
+MIGRATIONS: Final[tuple[str, ...]] = ("ALTER TABLE members ADD COLUMN elsewhere INTEGER NOT NULL DEFAULT 0",)
 NEWEST: Final = 1 + len(MIGRATIONS)
 
 
@@ -175,8 +179,10 @@ def remedy(error: Exception, path: Path) -> str:
 
 
 def collect(db: sqlite3.Connection, among: str, values: Sequence[object] = ()) -> None:
-    """Deletes rows that are out on both sides, and users who are in no cohort. `among` is a condition on `{}`, a user's key."""
-    db.execute(f"DELETE FROM members WHERE {among.format('user')} AND wanted = 0 AND sent = 0", values)
+    """Deletes rows that are out everywhere, and users who are in no cohort. `among` is a condition on `{}`, a user's key."""
+    db.execute(
+        f"DELETE FROM members WHERE {among.format('user')} AND wanted = 0 AND sent = 0 AND elsewhere = 0", values
+    )
     for table, key in (("refusals", "user"), ("users", "key")):
         nowhere = f"NOT EXISTS (SELECT 1 FROM members WHERE members.user = {table}.{key})"
         db.execute(f"DELETE FROM {table} WHERE {among.format(key)} AND {nowhere}", values)

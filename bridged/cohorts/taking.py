@@ -86,6 +86,19 @@ class Budget(NamedTuple):
     left: int | None
 
 
+class Spent(NamedTuple):
+    """What a day has cost, and what was allowed on it beyond the cap."""
+
+    day: str = ""
+    points: int = 0
+    allowed: int = 0
+
+    def of(self, day: str, cap: int) -> Budget:
+        """The budget under a cap (0: none), on this day or on another, which nothing is known of yet."""
+        _, points, more = self if day == self.day else Spent(day)
+        return Budget(points, cap + more if cap else None, max(0, cap + more - points) if cap else None)
+
+
 class Settled(Struct):
     """What is known of users that had been taken."""
 
@@ -106,12 +119,14 @@ class Settled(Struct):
         self.day = other.day
 
 
+def spent(db: sqlite3.Connection, day: str) -> Spent:
+    """What a day has cost so far."""
+    return Spent(day, *(db.execute("SELECT points, allowed FROM spending WHERE day = ?", (day,)).fetchone() or ()))
+
+
 def budget(db: sqlite3.Connection, day: str, cap: int) -> Budget:
     """What was spent on a day, and what may be. `cap` 0: no cap."""
-    points, allowed = db.execute(
-        "SELECT coalesce(max(points), 0), coalesce(max(allowed), 0) FROM spending WHERE day = ?", (day,)
-    ).fetchone()
-    return Budget(points, cap + allowed if cap else None, max(0, cap + allowed - points) if cap else None)
+    return spent(db, day).of(day, cap)
 
 
 def charge(db: sqlite3.Connection, day: str, points: int, allowed: int = 0) -> None:

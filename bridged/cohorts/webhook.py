@@ -229,16 +229,30 @@ def _number(text: str) -> int | str:
     return text
 
 
+_JSON: Final = msgspec.json.Decoder(float_hook=_number)
+
+
 def _page(info: object) -> tuple[int, int]:
-    """total_pages and page_count; neither told: one of one.
+    """total_pages and page_count; neither told: one of one. They may come as text, which holds the JSON.
 
     A page of an unknown total, and one beyond it, belong to a round that can't be completed: who is absent from it stays.
+    So does one whose numbers are there and can't be read.
     """
-    if not isinstance(info, dict):
+    if isinstance(info, str):
+        try:
+            info = _JSON.decode(info)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            return UNKNOWN_TOTAL, 1
+    if info is None:
         return 1, 1
-    total, page = _count(info.get("total_pages")), _count(info.get("page_count"))
-    if total is None:
-        return (1, 1) if page is None else (UNKNOWN_TOTAL, page)
+    if not isinstance(info, dict):
+        return UNKNOWN_TOTAL, 1
+    said = info.get("total_pages"), info.get("page_count")
+    total, page = map(_count, said)
+    if said == (None, None):
+        return 1, 1
+    if total is None or (page is None and said[1] is not None):
+        return UNKNOWN_TOTAL, page or 1
     if page is None or total == 0:
         page = page or 1
     return max(1, total), page

@@ -294,8 +294,9 @@ class CohortWriter:
             case Delivered(short):
                 self._took(parcel, {}, result)
                 self.unknown_users += short
-            case Reject(failures) if len(failures) < len(parcel.users):
+            case Reject(failures, short) if len(failures) < len(parcel.users):
                 self._took(parcel, {at: failure.message for at, failure in failures.items()}, result)
+                self.unknown_users += short
             case Reject(failures):
                 self._refused(parcel, {at: failure.message for at, failure in failures.items()}, result)
             case Split(perhaps_in=perhaps_in):
@@ -436,7 +437,9 @@ class CohortWriter:
             result.refused += [(user.key, row.cohort, row.sent, row.wanted) for row in user.rows if row.is_due]
             result.reasons.append((user.key, why))
         result.refund += len(failures)
-        self.problem = next(iter(failures.values()), self.problem)
+        # It keeps nobody else back; a rate limit that is used up does, and is said.
+        if not self.pace.is_spent(asyncio.get_running_loop().time()):
+            self.problem = next(iter(failures.values()), self.problem)
 
     def _back(self, parcel: Parcel, result: Settled) -> None:
         """Nothing of it was carried out."""

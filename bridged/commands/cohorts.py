@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from bridged.admin.cohorts import MAX_LISTED, MAX_POINTS, Overview, Refusals
-from bridged.cohorts.records import CohortDetail, CohortRow, Plan, Refusal, RoundRow
+from bridged.admin.cohorts import MAX_POINTS, Overview
+from bridged.cohorts.records import BROKEN_OFF_S, CohortDetail, CohortRow, Plan, RoundRow
 from bridged.commands.client import Daemon
 from bridged.commands.dead_letters import UsageError
 from bridged.commands.printing import agreed, printable, table
@@ -110,9 +110,11 @@ def _show(daemon: Daemon, arguments: argparse.Namespace) -> int:
         print("\nMixpanel's sessions, the newest first")
         head = ("began", "action", "pages", "received", "joined", "left", "", "session")
         print(table([head, *map(_round, detail.rounds[:_ROUNDS_SHOWN])], right=[2, 3, 4, 5]))
-    if refused := _refusals_of(daemon, row.key):
+    if refused := detail.refusals[:_REFUSALS_SHOWN]:
         print("\nrefused by Braze")
         print(table([(r.external_id, f"{r.attempts}x", _when(r.last_at), r.reason[:100]) for r in refused]))
+    if (more := row.rejected + row.rejected_leaving - len(refused)) > 0:
+        print(printable(f"  and {more:,} more: `bridged cohorts show {row.key} --json` has {_how_many(detail)}"))
     return 0
 
 
@@ -199,20 +201,18 @@ def _state(row: CohortRow) -> str:
 
 def _round(one: RoundRow) -> tuple[object, ...]:
     total = f"{one.pages:,} of {one.total_pages:,}" if one.total_pages < 2**30 else f"{one.pages:,}"
-    outcome = "complete" if one.complete else "overtaken" if one.superseded else "under way"
+    silent = time.time() - one.last_page_at >= BROKEN_OFF_S
+    open_ = "broken off" if silent else "under way"
+    outcome = "complete" if one.complete else "overtaken" if one.superseded else open_
     left = one.left
     return _when(one.started_at), one.action, total, one.received, one.joined, left, outcome, one.session[:36]
 
 
-def _refusals_of(daemon: Daemon, key: str) -> list[Refusal]:
-    """The first refusals that concern a cohort."""
-    found: list[Refusal] = []
-    after: int | None = 0
-    while after is not None and len(found) < _REFUSALS_SHOWN:
-        page = daemon.ask("/api/cohorts/refusals", Refusals, after=after, limit=MAX_LISTED)
-        found += [refusal for refusal in page.refusals if key in refusal.cohorts]
-        after = page.next
-    return found[:_REFUSALS_SHOWN]
+def _how_many(detail: CohortDetail) -> str:
+    """How many of the refusals are in the API's answer."""
+    if detail.cohort.rejected + detail.cohort.rejected_leaving <= len(detail.refusals):
+        return "them all"
+    return f"{len(detail.refusals):,} of them, /api/cohorts/refusals all"
 
 
 def _points(text: str) -> int:

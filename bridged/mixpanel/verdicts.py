@@ -73,9 +73,13 @@ class Split(msgspec.Struct, frozen=True):
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """These events, by their position in the request, are refused for good; all the others are in."""
+    """These events, by their position in the request, are refused for good; all the others are in.
+
+    `short`: so many of the others the answer doesn't count.
+    """
 
     failures: dict[int, Failure]
+    short: int = 0
 
 
 class Halt(msgspec.Struct, frozen=True):
