@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import structlog
 
-from bridged import __version__, memory, open_files, options, reloading
+from bridged import __version__, foresight, memory, open_files, options, reloading
 from bridged.activity import Activity
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
@@ -50,7 +50,6 @@ from bridged.delivery.transport import Transport
 from bridged.errors import BridgedError, ConfigError, MembershipDamaged, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping
-from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.redaction import hide, redacted
 from bridged.saved import Saved, SaveUnderWay, applied, in_words
 from bridged.service import Listeners, Notifier, Progress, told_to_stop
@@ -371,10 +370,9 @@ class App:
         if is_other:
             self.delivery.credentials_changed()
 
-    async def watch_secrets(self, read: Callable[[], Config]) -> None:
-        """Reads the configuration again when a file of a secret has changed. Until it is cancelled."""
-        files: Callable[[], list[Path]] = lambda: secret_files(self._configured)  # noqa: E731  # typed, and once
-        await reloading.watch(files, lambda: self.reload(read, asked=False))
+    async def watch_secrets(self, changed: Callable[[], None]) -> None:
+        """Calls `changed` when a file of a secret has changed. Until it is cancelled."""
+        await reloading.watch(lambda: secret_files(self._configured), changed)
 
     def sentence(self) -> str:
         """What it does now, in words."""
@@ -447,12 +445,17 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()
 
+    def take(said: Callable[[], Config], *, asked: bool) -> None:
+        app.reload(said, asked=asked)
+        if asked and not rereading.asked:  # else the next one tells it
+            service.ready(app.sentence())
+
     def read_again() -> None:
         service.reloading()
-        app.reload(reload)
-        service.ready(app.sentence())
+        rereading.want()
 
-    warn(app.config)
+    rereading = reloading.Rereading(reload, take)
+    foresight.warn(app.config)
     open_files.allow(app.config)
     memory.give_back_large_blocks()
     starting = asyncio.create_task(service.starting(stop, app.hurry, app.config.delivery.grace), name="starting")
@@ -474,7 +477,8 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one may have come since `cli` blocked them
         memory.settle()
         beside = [
-            asyncio.create_task(app.watch_secrets(reload), name="secrets"),
+            asyncio.create_task(rereading.run(), name="rereading"),
+            asyncio.create_task(app.watch_secrets(lambda: rereading.want(asked=False)), name="secrets"),
             asyncio.create_task(memory.keep_small(), name="memory"),
         ]
         try:
@@ -487,13 +491,3 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         ending = asyncio.create_task(service.ending(lambda: app.spool.progress), name="ending")
     await _end(ending)
     log.info("stopped")
-
-
-def warn(config: Config) -> None:
-    """Says at start-up what will hurt later."""
-    if config.mixpanel.export and not has_credential(config):
-        log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
-    if options.target(config).credentials.kind == "API secret":
-        log.warning("api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account, set service_account")
-    if config.mixpanel.export and not config.mixpanel.token:
-        log.warning("no_project_token", hint="events carry no `token`, as Braze's connector's do: set mixpanel.token")

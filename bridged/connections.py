@@ -1,19 +1,17 @@
 """The pool of connections that requests leave by: which are used again, who is trusted, and how names are looked up."""
 
-import asyncio
-import contextlib
 import functools
 import os
 import socket
 import ssl
-import threading
-from collections.abc import Callable
 from typing import Any, Final
 
 import aiohttp
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
+
+from bridged.apart import apart
 
 # OpenSSL's variables for a file and for a folder of them.
 _AUTHORITIES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -58,30 +56,7 @@ class _Lookups:
     """
 
     async def getaddrinfo(self, *args: Any, **options: Any) -> Any:
-        return await _apart(lambda: socket.getaddrinfo(*args, **options))
+        return await apart(lambda: socket.getaddrinfo(*args, **options), "look-up")
 
     async def getnameinfo(self, *args: Any) -> Any:
-        return await _apart(lambda: socket.getnameinfo(*args))
-
-
-async def _apart(look_up: Callable[[], Any]) -> Any:
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[Any] = loop.create_future()
-
-    def tell(result: Any, error: Exception | None) -> None:
-        if not found.done() and error is not None:
-            found.set_exception(error)
-        elif not found.done():
-            found.set_result(result)
-
-    def look() -> None:
-        result, error = None, None
-        try:
-            result = look_up()
-        except Exception as failed:  # no such name, or one that can't be
-            error = failed
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(tell, result, error)
-
-    threading.Thread(target=look, name="look-up", daemon=True).start()
-    return await found
+        return await apart(lambda: socket.getnameinfo(*args), "look-up")

@@ -19,6 +19,7 @@ LADDER: dict[str, set[str]] = {
     "redaction": set(),
     "logs": {"redaction"},
     "clock": set(),
+    "apart": set(),
     "activity": {"redaction"},
     "settings": set(),
     "currents": set(),
@@ -26,9 +27,9 @@ LADDER: dict[str, set[str]] = {
     # What the configuration may say of events, in the words of the table and of the mapping.
     "event_rules": {"currents", "mixpanel", "settings"},
     "config": {"addresses", "errors", "event_rules", "redaction", "settings"},
-    "reloading": {"config", "settings"},
+    "reloading": {"apart", "config", "errors", "settings"},
     "memory": set(),
-    "connections": set(),
+    "connections": {"apart"},
     "durable": set(),
     # What was saved on the page, over the configuration.
     "saved": {"config", "durable", "errors", "redaction", "settings"},
@@ -46,6 +47,7 @@ LADDER: dict[str, set[str]] = {
     "open_files": {"settings"},
     # The configuration in each part's own terms.
     "options": {"addresses", "alarms", "backlog", "delivery", "mixpanel", "open_files", "settings", "sources"},
+    "foresight": {"config", "mixpanel", "options", "settings"},
     # The cohorts' parts, made from a configuration.
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
@@ -80,6 +82,7 @@ LADDER: dict[str, set[str]] = {
             "saved",
             "open_files",
             "options",
+            "foresight",
             "activity",
             "alarms",
             "currents",

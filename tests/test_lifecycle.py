@@ -375,6 +375,43 @@ async def test_a_wish_during_the_start_is_granted_after_it(process):
     assert events[1]["changed"] == ["mixpanel.token"]
 
 
+async def test_a_configuration_that_is_never_read_to_its_end(process, emulator, client):
+    """A pipe to which nobody writes, in the configuration's place or in a secret's: at SIGHUP events go on, who looks is
+    answered, the next SIGHUP finds the file that is there by then, and SIGTERM ends it at once.
+    """
+    toml, secret = process.folder / "config.toml", process.folder / "token"
+    secret.write_text("example-token")
+    toml.write_text(f'[mixpanel]\ntoken_file = "{secret}"\n')
+    admin = f"127.0.0.1:{free_port()}"
+    process.settings |= {"admin__listen": admin}
+    del process.settings["mixpanel__token"]
+    await process.start("--config", str(toml))
+    await process.ready()
+    for file in (toml, secret):
+        good = file.read_text()
+        before = process.said().count('"reloaded"')
+        file.unlink()
+        os.mkfifo(file)
+        process.process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(0.3)
+        async with client.get(f"http://{admin}/healthz") as answer:
+            assert answer.status == 200
+        assert await process.post(batch(5)) == 200
+        await until(lambda: process.waiting() == 0, "the delivery")
+        file.unlink()
+        file.write_text(good)
+        process.process.send_signal(signal.SIGHUP)
+        await until(lambda before=before: process.said().count('"reloaded"') > before, "the next SIGHUP", 30)
+        assert "couldn't be read within 5 s" in process.said()
+    toml.unlink()
+    os.mkfifo(toml)
+    process.process.send_signal(signal.SIGHUP)
+    await asyncio.sleep(0.3)
+
+    assert await process.end(seconds=5) == 0
+    assert "stopped" in process.said().splitlines()[-1]
+
+
 async def test_few_open_files(process, emulator):
     """Idle connections can't take them all: the doors take fewer, and who looks and what is delivered still get theirs."""
     admin = f"127.0.0.1:{free_port()}"
