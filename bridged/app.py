@@ -147,6 +147,7 @@ class App:
                 sock.close()
             stream = StreamOptions(listen=())
         self.stream = StreamSource(stream, self.intake, self.spool, self._listeners.take)
+        self.stream.unix.happened = self.activity.tell
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
         if config.sources.http.listen:

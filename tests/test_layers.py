@@ -162,6 +162,7 @@ LONGER = {
     ),
     "sources/http_connections.py": (545, "the same for the HTTP door"),
     "app.py": (500, "knows everyone: opening, reloading and closing mirror each other"),
+    "alarms/rules.py": (505, "one table: an alarm, when it is raised and what it says read best in one place"),
     "config.py": (
         525,
         "reading, checking and writing: how a key is spelled, and what is said of it, is known in one place",

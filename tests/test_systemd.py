@@ -265,6 +265,18 @@ async def test_a_reload_is_told(manager, good):
     await manager.stop()
 
 
+async def test_a_socket_of_a_unit_that_is_gone(manager):
+    """It is told, and not made anew: the unit's next socket would find another there."""
+    await manager.start()
+    await manager.hears("READY=1")
+    (manager.folder / "doors.sock").unlink()
+    await until(lambda: '"socket_lost"' in manager.log(), "the word")
+    assert "restart the .socket unit" in manager.log()
+    await asyncio.sleep(1.2)
+    assert not (manager.folder / "doors.sock").exists()
+    await manager.stop()
+
+
 async def test_nobody_to_tell(folder, emulator):
     """Without a service manager, or with one that is gone, the daemon works as ever."""
     async with restart.Manager(folder, emulator.url) as manager:

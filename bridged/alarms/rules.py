@@ -65,6 +65,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     skew_s: float | None = None  # our wall clock less Mixpanel's
     cohorts_halted: str = ""  # why cohorts aren't imported
     cohorts_capped: str = ""  # that the day's data points are spent
+    door_lost: str = ""  # what of a door nobody finds any more, and why
     configuration_problem: str = ""  # why a changed configuration or credential wasn't taken over
 
 
@@ -307,6 +308,13 @@ RULES: Final = (
         says=_is("refusal"),
         text=lambda facts, _: f"New events are refused (503, reading paused): {facts.refusal}; {_waiting(facts)}",
         end="New events are taken again",
+    ),
+    _Rule(
+        name="door",
+        severity="critical",
+        says=_is("door_lost"),
+        text=lambda facts, _: f"Nobody finds a door any more: {facts.door_lost}",
+        end="The doors are found again",
     ),
     _Rule(
         name="dead_letters",

@@ -21,6 +21,7 @@ const KINDS = {
   replay: "Replay",
   purge: "Purge",
   test_events: "Test events",
+  door: "Door",
 };
 const LEVELS = { critical: "bad", warning: "warn", info: "" };
 
