@@ -30,6 +30,7 @@ from bridged.alarms.webhook import Webhook
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool
+from bridged.certificates import Certificates
 from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
@@ -80,6 +81,7 @@ class App:
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
         self._configured = config  # what the configuration last said, with what was saved
         self._saving = False
+        self.certificates = Certificates(config)
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
         self.activity = Activity(f"{config.spool.path}.activity")
@@ -249,10 +251,12 @@ class App:
             self._not_taken_over("configuration", said_of_it, error)
             return
         self.reload_problem = ""
-        for listener in (self.admin, self.stream, self.http):
+        for name, listener in (("admin", self.admin), ("sources.stream", self.stream), ("sources.http", self.http)):
             try:
                 if listener is not None:
+                    validity = self.certificates.again(name)
                     listener.reload()
+                    self.certificates.show(name, validity)
             except ConfigError as error:
                 self._not_taken_over("certificate", str(error.args[0]), error)
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart

@@ -2,7 +2,7 @@
 
 import structlog
 
-from bridged import options
+from bridged import certificates, options
 from bridged.config import has_credential
 from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.settings import Config
@@ -12,6 +12,8 @@ log = structlog.get_logger()
 
 def warn(config: Config) -> None:
     """Into the log."""
+    for warning in certificates.warnings(config):
+        log.warning("certificate", problem=warning)
     if config.mixpanel.export and not has_credential(config):
         log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
     if options.target(config).credentials.kind == "API secret":

@@ -27,6 +27,8 @@ LADDER: dict[str, set[str]] = {
     # What the configuration may say of events, in the words of the table and of the mapping.
     "event_rules": {"currents", "mixpanel", "settings"},
     "config": {"addresses", "errors", "event_rules", "redaction", "settings"},
+    # Those of the listeners.
+    "certificates": {"errors", "settings"},
     "reloading": {"apart", "config", "errors", "settings"},
     "memory": set(),
     "connections": {"apart"},
@@ -47,7 +49,7 @@ LADDER: dict[str, set[str]] = {
     "open_files": {"settings"},
     # The configuration in each part's own terms.
     "options": {"addresses", "alarms", "backlog", "delivery", "mixpanel", "open_files", "settings", "sources"},
-    "foresight": {"config", "mixpanel", "options", "settings"},
+    "foresight": {"certificates", "config", "mixpanel", "options", "settings"},
     # The cohorts' parts, made from a configuration.
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
@@ -83,6 +85,7 @@ LADDER: dict[str, set[str]] = {
             "open_files",
             "options",
             "foresight",
+            "certificates",
             "activity",
             "alarms",
             "currents",
@@ -100,6 +103,7 @@ LADDER: dict[str, set[str]] = {
     # Commands talk to a daemon, or open the parts that they check.
     "commands": {
         "addresses",
+        "certificates",
         "durable",
         "errors",
         "event_rules",

@@ -229,6 +229,8 @@ def alarm_facts(app: "App") -> AlarmFacts:
         refusal=_refusal(app),
         skew_s=app.transport.clock_skew_s,
         door_lost=_lost(app),
+        certificate_ended=app.certificates.ended(),
+        certificate_ending=app.certificates.ending(),
         configuration_problem=app.reload_problem or app.saved.problem,
         cohorts_halted=cohorts_halted,
         cohorts_capped=cohorts_capped,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from bridged import config, event_rules, options
+from bridged import certificates, config, event_rules, options
 from bridged.commands import check_braze
 from bridged.commands.printing import printable, size, table
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
@@ -67,7 +67,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"saved on the page, over the configuration ({saved.path}): {', '.join(saved.values)}")
     if saved.problem:
         print(f"warning: {saved.problem}")
-    for warning in (*_other_files(settings), *_warnings(settings), *check_braze.warnings(settings)):
+    about_files = (*_other_files(settings), *certificates.warnings(settings))
+    for warning in (*about_files, *_warnings(settings), *check_braze.warnings(settings)):
         print(f"warning: {warning}")
     if arguments.online and settings.mixpanel.export:
         print(f"online: {_online(settings)}")
