@@ -4,6 +4,7 @@ import structlog
 
 from bridged import certificates, options
 from bridged.config import has_credential
+from bridged.connections import unusable_authorities
 from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.settings import Config
 
@@ -14,6 +15,8 @@ def warn(config: Config) -> None:
     """Into the log."""
     for warning in certificates.warnings(config):
         log.warning("certificate", problem=warning)
+    for warning in unusable_authorities():
+        log.warning("authorities_unusable", problem=warning)
     if config.mixpanel.export and not has_credential(config):
         log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
     if options.target(config).credentials.kind == "API secret":

@@ -49,7 +49,7 @@ LADDER: dict[str, set[str]] = {
     "open_files": {"settings"},
     # The configuration in each part's own terms.
     "options": {"addresses", "alarms", "backlog", "delivery", "mixpanel", "open_files", "settings", "sources"},
-    "foresight": {"certificates", "config", "mixpanel", "options", "settings"},
+    "foresight": {"certificates", "config", "connections", "mixpanel", "options", "settings"},
     # The cohorts' parts, made from a configuration.
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
@@ -104,6 +104,7 @@ LADDER: dict[str, set[str]] = {
     "commands": {
         "addresses",
         "certificates",
+        "connections",
         "durable",
         "errors",
         "event_rules",

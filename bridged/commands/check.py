@@ -16,6 +16,7 @@ from typing import Final
 from bridged import certificates, config, event_rules, options
 from bridged.commands import check_braze
 from bridged.commands.printing import printable, size, table
+from bridged.connections import unusable_authorities
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
 from bridged.delivery.probe import probe
 from bridged.errors import ConfigError, UpstreamError
@@ -67,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"saved on the page, over the configuration ({saved.path}): {', '.join(saved.values)}")
     if saved.problem:
         print(f"warning: {saved.problem}")
-    about_files = (*_other_files(settings), *certificates.warnings(settings))
+    about_files = (*_other_files(settings), *certificates.warnings(settings), *unusable_authorities())
     for warning in (*about_files, *_warnings(settings), *check_braze.warnings(settings)):
         print(f"warning: {warning}")
     if arguments.online and settings.mixpanel.export:
