@@ -78,6 +78,7 @@ class App:
         hide(spoken_secrets(config), in_force=True)
         self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before both
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
+        self.source: Callable[[], str] = str  # what the configuration is read from, in words
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
         self._configured = config  # what the configuration last said, with what was saved
         self._saving = False
@@ -237,7 +238,7 @@ class App:
         try:
             base = read()
             said = applied(base, self.saved.values)
-            self._demand_usable(said)
+            self._demand_usable(said, self.source())
             given = self.given_beside(said)
             before = with_credentials(
                 self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given}
@@ -325,12 +326,13 @@ class App:
             self._saving = False
         return changed
 
-    def _demand_usable(self, config: Config) -> None:
+    def _demand_usable(self, config: Config, source: str = "") -> None:
         """Raises ConfigError for what would stop a delivery that works, or can't be in force beside what needs a restart."""
         before, after = (reloading.take_over(self.config, said)[0] for said in (self._configured, config))
-        demand_good(after, "until a restart, with the keys that need one as they were")
+        where = f"{source}: " if source else ""
+        demand_good(after, f"{where}until a restart, with the keys that need one as they were")
         if has_credential(before) and not has_credential(after):
-            raise ConfigError(NO_CREDENTIAL)
+            raise ConfigError(where + NO_CREDENTIAL)
 
     def _take_saved(self, values: dict[str, Any]) -> list[str]:
         """Puts what is on disk now in force."""
@@ -437,7 +439,7 @@ async def _end(task: "asyncio.Task[None]") -> None:
         log.error("task_failed", task=task.get_name(), error=repr(error))
 
 
-async def run(config: Config, reload: Callable[[], Config]) -> None:
+async def run(config: Config, reload: Callable[[], Config], source: Callable[[], str] = str) -> None:
     """Runs the daemon until SIGTERM or SIGINT; a second one skips the grace.
 
     SIGHUP reads the configuration again, and so does a changed secret.
@@ -446,6 +448,7 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
     loop = asyncio.get_running_loop()
     service = Notifier(os.environ, os.getpid())
     app = App(config, Listeners.handed_over(os.environ, os.getpid()))
+    app.source = source
 
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()

@@ -192,5 +192,5 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = read()
     logs.setup(settings.log.level, settings.log.format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.run(settings, read))
+        runner.run(app.run(settings, read, lambda: str(config.find_config(arguments.config) or "the environment")))
     return 0

@@ -917,14 +917,16 @@ async def test_a_socket_that_somebody_listens_at_is_left_alone(door, tmp_path):
     [
         ("file", "a file.*remove what is there"),
         ("folder", "a folder.*remove what is there"),
+        ("link", "a symbolic link to nothing.*remove what is there"),
         ("x" * 200, "107 bytes.*shorter"),
     ],
-    ids=["file", "folder", "long"],
+    ids=["file", "folder", "link", "long"],
 )
 async def test_a_path_where_no_socket_can_be(door, tmp_path, name, said):
     """It is told what is in the way; and that stays as it is."""
     (tmp_path / "file").write_text("a letter")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     options = StreamOptions(listen=(f"unix:{tmp_path}/{name}",))
     with pytest.raises(ListenError, match=f"(?s){said}"):
         await StreamSource(options, door.source.intake, door.spool).__aenter__()

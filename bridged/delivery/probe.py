@@ -138,6 +138,7 @@ def _trusted() -> str:
 
 # By a part of the transport's words, the first that is there.
 _NETWORK: Final = (
+    ("speak HTTP", "something answers at {host} that is no web server: is it the right port, and http:// or https://?"),
     ("DNS", "this machine can't find {host}: is it on a network, and does its DNS work?"),
     ("roxy", "the proxy in HTTPS_PROXY or HTTP_PROXY doesn't let us through: is its address right, and is it running?"),
     (

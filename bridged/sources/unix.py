@@ -22,6 +22,8 @@ def demand_possible(path: str) -> None:
     """Raises OSError for a path that no socket can have: too long a one, or something else is there."""
     if len(os.fsencode(path)) > _MAX_PATH_BYTES:
         raise OSError(errno.ENAMETOOLONG, f"the path of a socket has at most {_MAX_PATH_BYTES} bytes")
+    if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114
+        raise FileExistsError(errno.EEXIST, f"there is a symbolic link to nothing, {os.readlink(path)}")  # noqa: PTH115
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(mode := os.stat(path).st_mode):  # noqa: PTH116
             raise FileExistsError(errno.EEXIST, f"there is a {'folder' if stat.S_ISDIR(mode) else 'file'}, no socket")
@@ -94,6 +96,7 @@ class Sockets:
 
     async def _make_anew(self, path: str, found: os.stat_result | None) -> None:
         try:
+            demand_possible(path)
             if found is not None:
                 await asyncio.to_thread(demand_nobody_listens, path)
             server = await self._made(path, self._files[path])
