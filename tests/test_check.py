@@ -1,5 +1,6 @@
 """`bridged check --online`: what is wrong, in a person's words, and what to do."""
 
+import os
 import ssl
 from datetime import UTC, datetime, timedelta
 
@@ -189,6 +190,20 @@ def test_authorities_that_can_not_be_had(tmp_path, monkeypatch, config, request,
 
     assert [variable in each and said in each for each in found] == ([True] if said else [])
     assert (found[0] in hint) if said else ("inspects TLS" in hint)
+
+
+async def test_a_place_that_is_not_for_a_file(bridged, config, tmp_path):  # noqa: F811  # the fixture
+    """What `run` would end with isn't called good; of a spool with a second name it is said what that means."""
+    pipe, spool = tmp_path / "pipe", tmp_path / "spool.db"
+    os.mkfifo(pipe)
+    code, _, err = await bridged(_Configured(config(spool__path=str(pipe))), "check")
+    assert code == 78
+    assert f"spool.path: {pipe} is a pipe: name a file" in err
+    spool.write_bytes(b"SQLite format 3\0")
+    (tmp_path / "backup.db").hardlink_to(spool)
+    code, out, _ = await bridged(_Configured(config(spool__path=str(spool))), "check")
+    assert code == 0
+    assert "1 hard link beside it" in out
 
 
 async def test_the_check_warns_of_authorities(bridged, config, tmp_path, monkeypatch):  # noqa: F811  # the fixture

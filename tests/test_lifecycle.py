@@ -438,6 +438,53 @@ async def test_few_open_files(process, emulator):
     assert "Too many open files" not in process.said()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "link"])
+async def test_a_spool_that_is_no_file(process, kind):
+    """It is told before anything is made: no lock, journal or ballast is left beside what somebody has put there."""
+    folder = process.folder / "there"
+    folder.mkdir()
+    path = folder / "spool.db"
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(path))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path if kind == "pipe" else folder / "pipe")
+    if kind == "link":
+        path.symlink_to(folder / "pipe")
+    before = sorted(folder.iterdir())
+    await process.start(spool__path=str(path))
+
+    assert await process.exits() == 74
+    assert f"it is a {'pipe' if kind == 'link' else kind}, no file" in process.said()
+    assert sorted(folder.iterdir()) == before
+
+
+async def test_two_names_of_one_spool(process, tmp_path, emulator):
+    """A hard link has a lock and a WAL of its own: a second daemon on it would destroy both. It is refused while the first
+    one runs. A backup by hard links is none, and is told, but no reason not to start.
+    """
+    await process.up()
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "other" / "spool.db"
+    link.hardlink_to(process.folder / "spool.db")
+    second = Process(tmp_path / "other", emulator.url)
+    second.settings["spool__path"] = str(link)
+    await second.start()
+    assert await second.exits() == 74
+    assert f"in use by process {process.process.pid}" in second.said()
+    assert "hard link" in second.said()
+    assert await process.post(batch(5)) == 200
+    await until(lambda: process.waiting() == 0, "the delivery")
+    assert await process.end() == 0
+
+    await process.up()
+    assert "spool_has_other_names" in process.said()
+    assert await process.post(batch(5, 10)) == 200
+    assert await process.end() == 0
+
+
 async def test_two_daemons_on_one_spool(process, tmp_path, emulator):
     """The second says so and ends; the first doesn't notice."""
     await process.up()
