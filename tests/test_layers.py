@@ -46,7 +46,7 @@ LADDER: dict[str, set[str]] = {
     "cohorts": {"errors", "braze", "mixpanel", "presence"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
     "sources": {"addresses", "errors", "memory", "redaction", "backlog", "intake", "cohorts"},
-    "open_files": {"settings"},
+    "open_files": {"errors", "settings"},
     # The configuration in each part's own terms.
     "options": {"addresses", "alarms", "backlog", "delivery", "mixpanel", "open_files", "settings", "sources"},
     "foresight": {"certificates", "config", "connections", "mixpanel", "options", "settings"},
@@ -123,7 +123,7 @@ LADDER: dict[str, set[str]] = {
         "admin",
         "cohort_import",
     },
-    "cli": {"errors", "redaction", "logs", "config", "memory", "app", "emulator", "commands"},
+    "cli": {"errors", "redaction", "logs", "config", "memory", "open_files", "app", "emulator", "commands"},
     "__main__": {"cli"},
 }
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
+import resource
 import signal
 import socket
 import sqlite3
@@ -16,6 +18,7 @@ import pytest
 from conftest import SLOW, currents, free_port, ndjson, until
 
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
+from bridged.errors import whose
 
 ROOT = Path(__file__).parent.parent
 ACKS = b'{"acks":true}\n'
@@ -436,6 +439,40 @@ async def test_few_open_files(process, emulator):
     ]
     assert (said["allowed"], said["http_connections"], said["stream_connections"]) == (64, 16, 16)
     assert "Too many open files" not in process.said()
+
+
+@pytest.mark.parametrize("limit", [8, 16, 20, 63])
+async def test_too_few_open_files(process, limit):
+    """One line that names the limit, whatever of a start it would have been enough for; and nothing is made."""
+    await process.start(before=("sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"))
+    assert await process.exits() == 78
+    assert f"may open {limit} files at most" in process.said()
+    assert "LimitNOFILE=" in process.said()
+    assert "Traceback" not in process.said()
+    assert [file.name for file in process.folder.iterdir()] == ["log"]
+
+
+async def test_a_limit_that_may_be_raised(process):
+    """A soft limit, as some shells have it, is no reason to fail."""
+    await process.start(before=("sh", "-c", 'ulimit -S -n 20; exec "$@"', "sh"))
+    await process.ready()
+    assert await process.end() == 0
+
+
+@pytest.mark.parametrize("of", ["open", "sqlite"])
+def test_a_spool_for_which_there_is_no_more_file(tmp_path, of):
+    """The hint names the limit: the folder's owner has nothing to do with it. (SQLite doesn't say why it can't open.)"""
+    error = OSError(errno.EMFILE, "Too many open files")
+    if of == "sqlite":
+        error = sqlite3.OperationalError("unable to open database file")
+        error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        hint = whose(error, tmp_path / "spool.db", "otherwise")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "ulimit -n" in hint
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "link"])
