@@ -45,6 +45,7 @@ Kind = Literal[
     "replay",
     "purge",
     "test_events",
+    "door",
 ]
 Severity = Literal["info", "warning", "critical"]
 

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import structlog
 
-from bridged import __version__, memory, open_files, options, reloading
+from bridged import __version__, foresight, memory, open_files, options, reloading
 from bridged.activity import Activity
 from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
@@ -30,6 +30,7 @@ from bridged.alarms.webhook import Webhook
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool
+from bridged.certificates import Certificates
 from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
@@ -50,7 +51,6 @@ from bridged.delivery.transport import Transport
 from bridged.errors import BridgedError, ConfigError, MembershipDamaged, SpoolError
 from bridged.intake import Intake
 from bridged.mixpanel.mapping import EventMapping
-from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.redaction import hide, redacted
 from bridged.saved import Saved, SaveUnderWay, applied, in_words
 from bridged.service import Listeners, Notifier, Progress, told_to_stop
@@ -78,9 +78,11 @@ class App:
         hide(spoken_secrets(config), in_force=True)
         self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before both
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
+        self.source: Callable[[], str] = str  # what the configuration is read from, in words
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
         self._configured = config  # what the configuration last said, with what was saved
         self._saving = False
+        self.certificates = Certificates(config)
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
         self.activity = Activity(f"{config.spool.path}.activity")
@@ -148,6 +150,7 @@ class App:
                 sock.close()
             stream = StreamOptions(listen=())
         self.stream = StreamSource(stream, self.intake, self.spool, self._listeners.take)
+        self.stream.unix.happened = self.activity.tell
         await stack.enter_async_context(self.stream)
         self.http: HttpSource | None = None
         if config.sources.http.listen:
@@ -235,7 +238,7 @@ class App:
         try:
             base = read()
             said = self.saved.in_force(base)
-            self._demand_usable(said)
+            self._demand_usable(said, self.source())
             given = self.given_beside(said)
             before = with_credentials(
                 self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given}
@@ -249,10 +252,12 @@ class App:
             self._not_taken_over("configuration", said_of_it, error)
             return
         self.reload_problem = ""
-        for listener in (self.admin, self.stream, self.http):
+        for name, listener in (("admin", self.admin), ("sources.stream", self.stream), ("sources.http", self.http)):
             try:
                 if listener is not None:
+                    validity = self.certificates.again(name)
                     listener.reload()
+                    self.certificates.show(name, validity)
             except ConfigError as error:
                 self._not_taken_over("certificate", str(error.args[0]), error)
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
@@ -321,12 +326,13 @@ class App:
             self._saving = False
         return changed
 
-    def _demand_usable(self, config: Config) -> None:
+    def _demand_usable(self, config: Config, source: str = "") -> None:
         """Raises ConfigError for what would stop a delivery that works, or can't be in force beside what needs a restart."""
         before, after = (reloading.take_over(self.config, said)[0] for said in (self._configured, config))
-        demand_good(after, "until a restart, with the keys that need one as they were")
+        where = f"{source}: " if source else ""
+        demand_good(after, f"{where}until a restart, with the keys that need one as they were")
         if has_credential(before) and not has_credential(after):
-            raise ConfigError(NO_CREDENTIAL)
+            raise ConfigError(where + NO_CREDENTIAL)
 
     def _take_saved(self, values: dict[str, Any]) -> list[str]:
         """Puts what is on disk now in force."""
@@ -371,10 +377,9 @@ class App:
         if is_other:
             self.delivery.credentials_changed()
 
-    async def watch_secrets(self, read: Callable[[], Config]) -> None:
-        """Reads the configuration again when a file of a secret has changed. Until it is cancelled."""
-        files: Callable[[], list[Path]] = lambda: secret_files(self._configured)  # noqa: E731  # typed, and once
-        await reloading.watch(files, lambda: self.reload(read, asked=False))
+    async def watch_secrets(self, changed: Callable[[], None]) -> None:
+        """Calls `changed` when a file of a secret has changed. Until it is cancelled."""
+        await reloading.watch(lambda: secret_files(self._configured), changed)
 
     def sentence(self) -> str:
         """What it does now, in words."""
@@ -434,7 +439,7 @@ async def _end(task: "asyncio.Task[None]") -> None:
         log.error("task_failed", task=task.get_name(), error=repr(error))
 
 
-async def run(config: Config, reload: Callable[[], Config]) -> None:
+async def run(config: Config, reload: Callable[[], Config], source: Callable[[], str] = str) -> None:
     """Runs the daemon until SIGTERM or SIGINT; a second one skips the grace.
 
     SIGHUP reads the configuration again, and so does a changed secret.
@@ -443,16 +448,22 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
     loop = asyncio.get_running_loop()
     service = Notifier(os.environ, os.getpid())
     app = App(config, Listeners.handed_over(os.environ, os.getpid()))
+    app.source = source
 
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()
 
+    def take(said: Callable[[], Config], *, asked: bool) -> None:
+        app.reload(said, asked=asked)
+        if asked and not rereading.asked:  # else the next one tells it
+            service.ready(app.sentence())
+
     def read_again() -> None:
         service.reloading()
-        app.reload(reload)
-        service.ready(app.sentence())
+        rereading.want()
 
-    warn(app.config)
+    rereading = reloading.Rereading(reload, take)
+    foresight.warn(app.config)
     open_files.allow(app.config)
     memory.give_back_large_blocks()
     starting = asyncio.create_task(service.starting(stop, app.hurry, app.config.delivery.grace), name="starting")
@@ -474,7 +485,8 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one may have come since `cli` blocked them
         memory.settle()
         beside = [
-            asyncio.create_task(app.watch_secrets(reload), name="secrets"),
+            asyncio.create_task(rereading.run(), name="rereading"),
+            asyncio.create_task(app.watch_secrets(lambda: rereading.want(asked=False)), name="secrets"),
             asyncio.create_task(memory.keep_small(), name="memory"),
         ]
         try:
@@ -487,13 +499,3 @@ async def run(config: Config, reload: Callable[[], Config]) -> None:
         ending = asyncio.create_task(service.ending(lambda: app.spool.progress), name="ending")
     await _end(ending)
     log.info("stopped")
-
-
-def warn(config: Config) -> None:
-    """Says at start-up what will hurt later."""
-    if config.mixpanel.export and not has_credential(config):
-        log.warning("not_set_up", hint=f"give Mixpanel's credential on the page, http://{config.admin.listen}/")
-    if options.target(config).credentials.kind == "API secret":
-        log.warning("api_secret_retires", on=API_SECRET_RETIRED, hint="create a service account, set service_account")
-    if config.mixpanel.export and not config.mixpanel.token:
-        log.warning("no_project_token", hint="events carry no `token`, as Braze's connector's do: set mixpanel.token")

@@ -169,8 +169,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     # It would end the process as long as nobody listens. Kept by the kernel, until `app` can read the configuration again.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    from bridged import memory  # noqa: PLC0415
+    from bridged import memory, open_files  # noqa: PLC0415
 
+    open_files.demand_enough()
     memory.only_grows()
     if "rich" not in sys.modules:
         # structlog imports it for tracebacks that `logs` doesn't ask for: a seventh of what a start takes.
@@ -192,5 +193,5 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = read()
     logs.setup(settings.log.level, settings.log.format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.run(settings, read))
+        runner.run(app.run(settings, read, lambda: str(config.find_config(arguments.config) or "the environment")))
     return 0

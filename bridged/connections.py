@@ -1,13 +1,12 @@
 """The pool of connections that requests leave by: which are used again, who is trusted, and how names are looked up."""
 
-import asyncio
-import contextlib
 import functools
 import os
+import re
 import socket
 import ssl
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -15,8 +14,12 @@ from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
+from bridged.apart import apart
+
 # OpenSSL's variables for a file and for a folder of them.
 _AUTHORITIES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+# As it looks for a certificate in a folder: by a hash of whose it is.
+_HASHED: Final = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 class Connector(aiohttp.TCPConnector):
@@ -58,30 +61,53 @@ class _Lookups:
     """
 
     async def getaddrinfo(self, *args: Any, **options: Any) -> Any:
-        return await _apart(lambda: socket.getaddrinfo(*args, **options))
+        return await apart(lambda: socket.getaddrinfo(*args, **options), "look-up")
 
     async def getnameinfo(self, *args: Any) -> Any:
-        return await _apart(lambda: socket.getnameinfo(*args))
+        return await apart(lambda: socket.getnameinfo(*args), "look-up")
 
 
-async def _apart(look_up: Callable[[], Any]) -> Any:
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[Any] = loop.create_future()
+def unusable_authorities(environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """What is wrong with the variables that name authorities, in words: OpenSSL passes over it in silence."""
+    for name, problem in zip(_AUTHORITIES, (_file_problem, _folders_problem), strict=True):
+        if (path := environ.get(name)) is not None and (said := problem(path)):
+            yield f"the environment variable {name}={path}: {said}; whom it should name is not trusted"
 
-    def tell(result: Any, error: Exception | None) -> None:
-        if not found.done() and error is not None:
-            found.set_exception(error)
-        elif not found.done():
-            found.set_result(result)
 
-    def look() -> None:
-        result, error = None, None
-        try:
-            result = look_up()
-        except Exception as failed:  # no such name, or one that can't be
-            error = failed
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(tell, result, error)
+def _file_problem(path: str) -> str:
+    if not path:
+        return "it is empty: unset it"
+    try:
+        if Path(path).is_dir():
+            return "it is a folder: SSL_CERT_DIR is for those"
+        if Path(path).exists() and not Path(path).is_file():  # a pipe can be read once
+            return ""
+        # The size first: an empty one is garbage in other words, by each version of OpenSSL.
+        if not Path(path).stat().st_size:
+            return "it is empty"
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+    except ssl.SSLError as error:
+        return f"it holds no certificate in PEM ({error.reason or error})"
+    except OSError as error:
+        return f"{error.strerror}{_FOR_EVERYBODY if isinstance(error, PermissionError) else ''}"
+    return ""
 
-    threading.Thread(target=look, name="look-up", daemon=True).start()
-    return await found
+
+_FOR_EVERYBODY: Final = " (for this user: it must be a file that everybody may read)"
+
+
+def _folders_problem(paths: str) -> str:
+    return ", and ".join(filter(None, map(_folder_problem, paths.split(":"))))
+
+
+def _folder_problem(path: str) -> str:
+    try:
+        if not any(map(_HASHED.fullmatch, os.listdir(path))):  # noqa: PTH208  # names
+            return (
+                f"{path or 'an empty name'} holds no certificate by the name that is looked for: run `openssl rehash`"
+            )
+    except PermissionError as error:
+        return "" if os.access(path, os.X_OK, effective_ids=True) else f"{path}: {error.strerror}"
+    except OSError as error:
+        return f"{path or 'an empty name'}: {error.strerror}"
+    return ""

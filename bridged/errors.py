@@ -99,6 +99,9 @@ def is_locked(error: BaseException) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
+_NO_MORE_FILES = "the process may open no more files: raise the limit (ulimit -n, LimitNOFILE=)"
+
+
 def whose(error: Exception, path: Path, otherwise: str) -> str:
     """The hint for a file of ours that can't be opened: in our own folder, and not for us, it is somebody else's.
 
@@ -106,17 +109,21 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
     """
     if is_locked(error):
         return LOCKED
+    if getattr(error, "errno", 0) == errno.EMFILE:
+        return _NO_MORE_FILES
     folder = path.parent
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     try:
+        if code == sqlite3.SQLITE_CANTOPEN:
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # why, it doesn't tell
         disk = os.statvfs(folder)
         if code == sqlite3.SQLITE_CANTOPEN and disk.f_files and not disk.f_favail:
             return "its disk has no inodes left for another file (df -i): delete some files there"
         refused = isinstance(error, PermissionError) or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
         found = folder.stat()
         ours = refused and found.st_uid == os.geteuid()
-    except OSError:
-        return otherwise
+    except OSError as why:
+        return _NO_MORE_FILES if why.errno == errno.EMFILE else otherwise
     if ours and found.st_mode & 0o700 != 0o700:
         return f"chmod u+rwx {folder}"
     said = "was it made by another user, such as root with `bridged run`, or copied? stop the daemon, then:"

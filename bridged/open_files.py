@@ -8,11 +8,14 @@ from typing import Final, NamedTuple
 
 import structlog
 
+from bridged.errors import ConfigError
 from bridged.settings import Config
 
 log = structlog.get_logger()
 
 _RESERVE: Final = 256
+# With fewer a start fails somewhere in its midst, or takes a handful of connections.
+_LEAST: Final = 64
 
 
 class Connections(NamedTuple):
@@ -20,6 +23,19 @@ class Connections(NamedTuple):
 
     http: int
     stream: int
+
+
+def demand_enough() -> None:
+    """Raises the limit to what a start needs. Raises ConfigError if there may not be so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= _LEAST:
+        return
+    if hard != resource.RLIM_INFINITY and hard < _LEAST:
+        said = (
+            f"the process may open {hard} files at most, and needs {_LEAST}, or better {_RESERVE} and one a connection"
+        )
+        raise ConfigError(said, "raise the limit: ulimit -n, LimitNOFILE=")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_LEAST, hard))
 
 
 def allow(config: Config) -> None:

@@ -7,6 +7,8 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import stat
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,54 @@ def claim(file: int, what: str, otherwise: str, error: Callable[[str, str], Brid
     except OSError as why:
         hint = "put it on a local disk: it needs locks, which NFS and the like may not have"
         raise error(f"{what} can't be locked: {why}", hint) from why
+
+
+def demand_regular(path: Path, what: str, error: Callable[[str, str], BridgedError]) -> None:
+    """Raises the error for what is there and is no file, before anything is made beside it."""
+    if (kind := no_file(path)) != "":
+        raise error(f"can't open {what}: it is {kind}, no file", "name a file, or a path where nothing is yet")
+
+
+def no_file(path: Path) -> str:
+    """What is there, if it is no file, in words; empty: a file, or nothing, or we may not look."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return ""
+    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+_KINDS: Final = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def other_names(path: Path) -> int:
+    """How many hard links there are to a file besides the one that we know. Raises OSError but for a file that isn't there."""
+    try:
+        return path.stat().st_nlink - 1
+    except FileNotFoundError:
+        return 0
+
+
+def demand_alone(path: Path, what: str, error: Callable[[str, str], BridgedError]) -> None:
+    """Raises the error if another process has a database open by another name of its file, where our lock says nothing.
+
+    Its WAL has that other name, too: two that write by two names destroy the file. Not while this process has it open: closing a
+    file drops all its locks.
+    """
+    with path.open("rb") as file:
+        # SQLite's own: whoever has a database in WAL mode open shares these bytes.
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _SHARED_FIRST, _SHARED_SIZE, 0)
+        kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    if kind != fcntl.F_UNLCK:
+        raise error(
+            f"{what} is in use by process {pid}, by another name of the file (a hard link)",
+            "end that, then give each daemon a file of its own, and remove the link",
+        )
+
+
+_FLOCK: Final = "hhqqi"  # Linux's, as C lays it out
+_SHARED_FIRST: Final = 0x40000002
+_SHARED_SIZE: Final = 510
 
 
 class Presence:

@@ -8,9 +8,11 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
+from bridged.apart import apart
 from bridged.config import keys, replaced, value_at
+from bridged.errors import ConfigError
 from bridged.settings import Config
 
 # Sections, and single keys, that take effect at once...
@@ -35,6 +37,8 @@ _AT_ONCE: Final = (
 # ... but for these, which only the start reads.
 _AT_START: Final = (("mixpanel", "export"),)
 _LOOK_S: Final = 1.0
+# Files are read in milliseconds; a network's folder that is away for longer is asked again.
+_READ_S: Final = 5.0
 # More is no secret; what is compared stays small.
 _MAX_SECRET_BYTES: Final = 64 * 1024
 
@@ -52,6 +56,51 @@ def take_over(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
         else:
             restart.append(name)
     return old, changed, restart
+
+
+class Take(Protocol):
+    """Takes what was read: `said` gives the configuration, or raises why there is none."""
+
+    def __call__(self, said: Callable[[], Config], *, asked: bool) -> None:
+        """`asked`: by somebody, and not only by a changed file."""
+
+
+class Rereading:
+    """Reads the configuration again for whoever asks, one at a time; who asks meanwhile gets another reading after it.
+
+    In a thread: what comes to no end, such as a pipe to which nobody writes, holds up nothing else.
+    """
+
+    def __init__(self, read: Callable[[], Config], take: Take) -> None:
+        self.asked = False  # somebody waits for the next one, and not only a changed file
+        self._read = read
+        self._take = take
+        self._wanted = asyncio.Event()
+
+    def want(self, *, asked: bool = True) -> None:
+        """The next reading begins as soon as it can."""
+        self.asked = self.asked or asked
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Reads when it is wanted. Until it is cancelled."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            asked, self.asked = self.asked, False
+            reading = asyncio.ensure_future(apart(self._read, "configuration"))
+            try:
+                done, _ = await asyncio.wait([reading], timeout=_READ_S)
+                self._take(reading.result if done else _never_ends, asked=asked)
+            finally:
+                reading.cancel()
+
+
+def _never_ends() -> Config:
+    raise ConfigError(
+        f"it, or the file of a secret, couldn't be read within {_READ_S:g} s",
+        "is one of them a pipe to which nobody writes, or on a disk that doesn't answer?",
+    )
 
 
 async def watch(files: Callable[[], Sequence[Path]], changed: Callable[[], None]) -> None:

@@ -540,3 +540,25 @@ async def test_no_counter_falls_when_a_replay_finds_another_type(daemon, client,
     assert app.spool.accounts.by_type(NAMES).keys() == {"(unknown)"}
     assert emulator.events()[0]["event"] == "Email Open"
     balanced(app)
+
+
+async def test_a_lost_socket_is_told(daemon, client, tmp_path):
+    """While it can't be made anew: an alarm, a warning, and no readiness if it was the only door."""
+    path = tmp_path / "d" / "s.sock"
+    path.parent.mkdir()
+    app = await daemon(sources__stream__listen=f'["unix:{path}"]', sources__http__listen="")
+    base = f"http://{app.config.admin.listen}"
+    path.unlink()
+    path.parent.rmdir()
+    await until(lambda: app.stream.unix.lost, "the loss")
+    async with client.get(f"{base}/readyz") as got:
+        assert got.status == 503
+    await until(lambda: "door" in {one.alarm for one in app.watch.alarms.open}, "the alarm")
+    async with client.get(f"{base}/api/status") as got:
+        said = await got.json()
+    assert any(str(path) in warning and "removed" in warning for warning in said["warnings"])
+    path.parent.mkdir()
+    await until(path.exists, "another one")
+    async with client.get(f"{base}/readyz") as got:
+        assert got.status == 200
+    assert any(entry.kind == "door" for entry in app.activity.entries)

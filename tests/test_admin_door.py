@@ -475,9 +475,9 @@ async def test_what_is_no_http_is_not_repeated(daemon):
 def certificate(tmp_path):
     """Writes a certificate of a private authority: for a name, of which nobody on this machine has heard."""
 
-    def write(name="bridged.example"):
+    def write(name="bridged.example", **time):
         authority = trustme.CA()
-        issued = authority.issue_cert(name)
+        issued = authority.issue_cert(name, **time)
         issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
         issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
         context = ssl.create_default_context()

@@ -146,6 +146,9 @@ def test_who_wants_to_be_told_at_once_is_told_of_the_end_as_well():
         ("undelivered", {"waiting": 1, "undelivered_s": 600.0}, {"waiting": 1, "undelivered_s": 550.0}),
         ("stuck", {"waiting": 9, "in_vain": 1, "in_vain_s": 600.0}, {"in_vain": 1, "in_vain_s": 550.0}),
         ("no_progress", {"stalled": "nothing"}, None),
+        ("certificate_ended", {"certificate_ended": "it has ended"}, None),
+        ("certificate_ending", {"certificate_ending": "it ends"}, None),
+        ("door", {"door_lost": "it was removed"}, None),
         ("clock", {"skew_s": 301.0}, {"skew_s": 290.0}),
         ("clock", {"skew_s": -301.0}, {"skew_s": None}),
         ("archive", {"archive_problem": "no such folder"}, None),
@@ -325,6 +328,7 @@ def test_the_words_are_for_people():
         archive_problem="p", stalled="s", dead_lettered=500, accepted=1000, dead_letters_dropped=3, damaged=2, missing=4,
         used_bytes=2**34, refusal="full", skew_s=-1000.0, configuration_problem="c", disk_free_bytes=None,
         cohorts_halted="Halted: 401", cohorts_capped="Stopped at the cap",
+        door_lost="d", certificate_ended="e", certificate_ending="n",
     )  # fmt: skip
     told = {notice.alarm: notice.text for at in range(10) for notice in alarms.look(bad, 1.0 + at)}
     told |= {
@@ -368,6 +372,9 @@ some_facts = st.builds(
     max_bytes=st.sampled_from([0, 2**24, 2**33]),
     disk_free_bytes=st.none() | st.integers(0, 2**40),
     refusal=st.sampled_from(["", "full"]),
+    certificate_ended=st.sampled_from(["", "over"]),
+    certificate_ending=st.sampled_from(["", "soon"]),
+    door_lost=st.sampled_from(["", "gone"]),
     skew_s=st.none() | st.floats(-1e6, 1e6),
     configuration_problem=st.sampled_from(["", "no"]),
     cohorts_halted=st.sampled_from(["", "no"]),

@@ -1,14 +1,17 @@
 """`bridged check --online`: what is wrong, in a person's words, and what to do."""
 
+import os
 import ssl
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import trustme
 from conftest import free_port
+from structlog.testing import capture_logs
 from test_cli import _Configured, bridged  # noqa: F401  # a fixture
 from test_wire import Proxy, port
 
-from bridged import options
+from bridged import connections, foresight, options
 from bridged.commands import check
 from bridged.delivery import probe
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
@@ -16,6 +19,7 @@ from bridged.mixpanel import requests
 from bridged.mixpanel.verdicts import Retry
 from bridged.settings import Config, SpoolSettings
 
+NOW, DAY = datetime.now(UTC), timedelta(days=1)
 ACCOUNT = {
     "mixpanel__service_account": "ada",
     "mixpanel__service_secret": "wrong",
@@ -126,6 +130,92 @@ async def test_a_certificate_of_nobody(bridged, config, emulator):  # noqa: F811
 
     assert code == 69
     assert "SSL_CERT_FILE" in err
+
+
+@pytest.mark.parametrize(
+    ("time", "said"),
+    [
+        ({"not_before": NOW - 9 * DAY, "not_after": NOW - DAY}, "has ended by this machine's clock (2"),
+        ({"not_before": NOW + DAY, "not_after": NOW + 9 * DAY}, "isn't valid yet by this machine's clock (2"),
+    ],
+)
+async def test_a_certificate_out_of_its_time(bridged, config, emulator, tmp_path, monkeypatch, time, said):  # noqa: F811
+    """That is said, with our clock's time: it is the clock or the certificate, and no authority that should be named."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", **time).configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    async with Proxy(port(emulator), context=context) as proxy:
+        settings = _Configured(config(mixpanel__url=f"https://127.0.0.1:{proxy.port}"))
+        code, _, err = await bridged(settings, "check", "--online")
+
+    assert code == 69
+    assert said in err
+    assert "SSL_CERT_FILE" not in err
+
+
+@pytest.mark.parametrize(
+    ("variable", "kind", "said"),
+    [
+        ("SSL_CERT_FILE", "none", "No such file or directory"),
+        ("SSL_CERT_FILE", "garbage", "holds no certificate"),
+        ("SSL_CERT_FILE", "empty", "it is empty"),
+        ("SSL_CERT_FILE", "folder", "SSL_CERT_DIR is for those"),
+        ("SSL_CERT_FILE", "nothing", "it is empty: unset it"),
+        ("SSL_CERT_FILE", "closed", "everybody may read"),
+        ("SSL_CERT_FILE", "good", ""),
+        ("SSL_CERT_DIR", "none", "No such file or directory"),
+        ("SSL_CERT_DIR", "garbage", "Not a directory"),
+        ("SSL_CERT_DIR", "folder", "run `openssl rehash`"),
+        ("SSL_CERT_DIR", "closed folder", "Permission denied"),
+        ("SSL_CERT_DIR", "good folder", ""),
+    ],
+)
+def test_authorities_that_can_not_be_had(tmp_path, monkeypatch, config, request, variable, kind, said):
+    """OpenSSL passes over a variable that names nothing of use. It is told with why, and the hint doesn't tell to set it."""
+    path = tmp_path / "ca"
+    if kind in ("garbage", "empty", "closed", "good"):
+        trustme.CA().cert_pem.write_to_path(str(path))
+    if kind in ("garbage", "empty"):
+        path.write_text("nonsense" if kind == "garbage" else "")
+    if "folder" in kind:
+        path.mkdir()
+    if kind == "good folder":
+        trustme.CA().cert_pem.write_to_path(str(path / "0a1b2c3d.0"))
+    if kind.startswith("closed"):
+        request.getfixturevalue("an_ordinary_user")
+    monkeypatch.setenv(variable, "" if kind == "nothing" else str(path))
+    found = list(connections.unusable_authorities())
+    hint = probe._unreachable(options.target(config()), Retry("network", "ClientConnectorCertificateError: ..."))[1]
+
+    assert [variable in each and said in each for each in found] == ([True] if said else [])
+    assert (found[0] in hint) if said else ("inspects TLS" in hint)
+
+
+async def test_a_place_that_is_not_for_a_file(bridged, config, tmp_path):  # noqa: F811  # the fixture
+    """What `run` would end with isn't called good; of a spool with a second name it is said what that means."""
+    pipe, spool = tmp_path / "pipe", tmp_path / "spool.db"
+    os.mkfifo(pipe)
+    code, _, err = await bridged(_Configured(config(spool__path=str(pipe))), "check")
+    assert code == 78
+    assert f"spool.path: {pipe} is a pipe: name a file" in err
+    spool.write_bytes(b"SQLite format 3\0")
+    (tmp_path / "backup.db").hardlink_to(spool)
+    code, out, _ = await bridged(_Configured(config(spool__path=str(spool))), "check")
+    assert code == 0
+    assert "1 hard link beside it" in out
+
+
+async def test_the_check_warns_of_authorities(bridged, config, tmp_path, monkeypatch):  # noqa: F811  # the fixture
+    """Without asking anybody, and it is no reason to fail: other authorities are trusted as ever."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    code, out, _ = await bridged(_Configured(config()), "check")
+    assert code == 0
+    said = f"the environment variable SSL_CERT_FILE={tmp_path}/none.pem: No such file"
+    assert f"warning: {said}" in out
+    with capture_logs() as logged:
+        foresight.warn(config())
+    assert [entry["problem"].startswith(said) for entry in logged if entry["event"] == "authorities_unusable"] == [True]
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ import asyncio
 import gzip
 import itertools
 import signal
+import threading
 import time
 
 import msgspec
 import pytest
-from conftest import balanced, currents, free_port, until
+from conftest import SLOW, balanced, currents, free_port, until
 from test_lifecycle import Process
 
 from bridged import reloading
@@ -483,7 +484,8 @@ async def test_a_changed_file_is_noticed(daemon, client, emulator, tmp_path, mon
         environ["CREDENTIALS_DIRECTORY"] = str(folder)
         monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
     async with App(load(None, environ)) as app:
-        watching = asyncio.create_task(app.watch_secrets(lambda: load(None, environ)))
+        read_again = lambda: app.reload(lambda: load(None, environ), asked=False)  # noqa: E731  # short
+        watching = asyncio.create_task(app.watch_secrets(read_again))
         await post(client, app, batch(5))
         await until(lambda: app.delivery.halted is not None, "the halt")
         await asyncio.sleep(0.4)  # the first look
@@ -513,6 +515,44 @@ async def test_a_file_that_is_lost_or_empty_changes_nothing(tmp_path, monkeypatc
     watching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await watching
+
+
+async def test_one_reading_at_a_time(monkeypatch):
+    """Whoever asks meanwhile gets one more, all together; the last one wins; one that never ends is given up and told."""
+    monkeypatch.setattr(reloading, "_READ_S", 0.2)
+    began, ends, taken = [], threading.Event(), []
+
+    def read():
+        began.append(ends.wait(20 * SLOW))
+        return Config()
+
+    def take(said, *, asked):
+        try:
+            taken.append((said(), asked))
+        except ConfigError as error:
+            taken.append((str(error), asked))
+
+    rereading = reloading.Rereading(read, take)
+    reading = asyncio.create_task(rereading.run())
+    rereading.want()
+    await until(lambda: taken, "the end of its patience")
+    assert "couldn't be read within 0.2 s" in taken[0][0]
+    assert "pipe" in taken[0][0]
+    assert began == []
+    monkeypatch.setattr(reloading, "_READ_S", 20 * SLOW)
+    rereading.want(asked=False)
+    await asyncio.sleep(0.1)
+    for asked in (True, False, False):
+        rereading.want(asked=asked)
+    await asyncio.sleep(0.1)
+    assert len(taken) == 1
+    ends.set()
+    await until(lambda: len(taken) == 3, "the others")
+    await asyncio.sleep(0.1)
+    reading.cancel()
+
+    assert taken[1:] == [(Config(), False), (Config(), True)]
+    assert len(began) == 3
 
 
 def test_where_secrets_come_from(tmp_path):

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
+import resource
 import signal
 import socket
 import sqlite3
@@ -16,6 +18,7 @@ import pytest
 from conftest import SLOW, currents, free_port, ndjson, until
 
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
+from bridged.errors import whose
 
 ROOT = Path(__file__).parent.parent
 ACKS = b'{"acks":true}\n'
@@ -375,6 +378,46 @@ async def test_a_wish_during_the_start_is_granted_after_it(process):
     assert events[1]["changed"] == ["mixpanel.token"]
 
 
+async def test_a_configuration_that_is_never_read_to_its_end(process, emulator, client):
+    """A pipe to which nobody writes, in the configuration's place or in a secret's: at SIGHUP events go on, who looks is
+    answered, the next SIGHUP finds the file that is there by then, and SIGTERM ends it at once.
+    """
+    toml, secret = process.folder / "config.toml", process.folder / "token"
+    secret.write_text("example-token")
+    toml.write_text(f'[mixpanel]\ntoken_file = "{secret}"\n')
+    admin = f"127.0.0.1:{free_port()}"
+    process.settings |= {"admin__listen": admin}
+    del process.settings["mixpanel__token"]
+    await process.start("--config", str(toml))
+    await process.ready()
+    for file in (toml, secret):
+        good = file.read_text()
+        before = process.said().count('"reloaded"')
+        file.unlink()
+        os.mkfifo(file)
+        process.process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(0.3)
+        async with client.get(f"http://{admin}/healthz") as answer:
+            assert answer.status == 200
+        assert await process.post(batch(5)) == 200
+        await until(lambda: process.waiting() == 0, "the delivery")
+        file.unlink()
+        file.write_text(good)
+        process.process.send_signal(signal.SIGHUP)
+        await until(lambda before=before: process.said().count('"reloaded"') > before, "the next SIGHUP", 30)
+        assert "couldn't be read within 5 s" in process.said()
+    toml.write_text("")
+    process.process.send_signal(signal.SIGHUP)
+    await until(lambda: f"{toml}: mixpanel has no credential" in process.said(), "which file has none")
+    toml.unlink()
+    os.mkfifo(toml)
+    process.process.send_signal(signal.SIGHUP)
+    await asyncio.sleep(0.3)
+
+    assert await process.end(seconds=5) == 0
+    assert "stopped" in process.said().splitlines()[-1]
+
+
 async def test_few_open_files(process, emulator):
     """Idle connections can't take them all: the doors take fewer, and who looks and what is delivered still get theirs."""
     admin = f"127.0.0.1:{free_port()}"
@@ -396,6 +439,87 @@ async def test_few_open_files(process, emulator):
     ]
     assert (said["allowed"], said["http_connections"], said["stream_connections"]) == (64, 16, 16)
     assert "Too many open files" not in process.said()
+
+
+@pytest.mark.parametrize("limit", [8, 16, 20, 63])
+async def test_too_few_open_files(process, limit):
+    """One line that names the limit, whatever of a start it would have been enough for; and nothing is made."""
+    await process.start(before=("sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"))
+    assert await process.exits() == 78
+    assert f"may open {limit} files at most" in process.said()
+    assert "LimitNOFILE=" in process.said()
+    assert "Traceback" not in process.said()
+    assert [file.name for file in process.folder.iterdir()] == ["log"]
+
+
+async def test_a_limit_that_may_be_raised(process):
+    """A soft limit, as some shells have it, is no reason to fail."""
+    await process.start(before=("sh", "-c", 'ulimit -S -n 20; exec "$@"', "sh"))
+    await process.ready()
+    assert await process.end() == 0
+
+
+@pytest.mark.parametrize("of", ["open", "sqlite"])
+def test_a_spool_for_which_there_is_no_more_file(tmp_path, of):
+    """The hint names the limit: the folder's owner has nothing to do with it. (SQLite doesn't say why it can't open.)"""
+    error = OSError(errno.EMFILE, "Too many open files")
+    if of == "sqlite":
+        error = sqlite3.OperationalError("unable to open database file")
+        error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        hint = whose(error, tmp_path / "spool.db", "otherwise")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "ulimit -n" in hint
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "link"])
+async def test_a_spool_that_is_no_file(process, kind):
+    """It is told before anything is made: no lock, journal or ballast is left beside what somebody has put there."""
+    folder = process.folder / "there"
+    folder.mkdir()
+    path = folder / "spool.db"
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(path))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path if kind == "pipe" else folder / "pipe")
+    if kind == "link":
+        path.symlink_to(folder / "pipe")
+    before = sorted(folder.iterdir())
+    await process.start(spool__path=str(path))
+
+    assert await process.exits() == 74
+    assert f"it is a {'pipe' if kind == 'link' else kind}, no file" in process.said()
+    assert sorted(folder.iterdir()) == before
+
+
+async def test_two_names_of_one_spool(process, tmp_path, emulator):
+    """A hard link has a lock and a WAL of its own: a second daemon on it would destroy both. It is refused while the first
+    one runs. A backup by hard links is none, and is told, but no reason not to start.
+    """
+    await process.up()
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "other" / "spool.db"
+    link.hardlink_to(process.folder / "spool.db")
+    second = Process(tmp_path / "other", emulator.url)
+    second.settings["spool__path"] = str(link)
+    await second.start()
+    assert await second.exits() == 74
+    assert f"in use by process {process.process.pid}" in second.said()
+    assert "hard link" in second.said()
+    assert await process.post(batch(5)) == 200
+    await until(lambda: process.waiting() == 0, "the delivery")
+    assert await process.end() == 0
+
+    await process.up()
+    assert "spool_has_other_names" in process.said()
+    assert await process.post(batch(5, 10)) == 200
+    assert await process.end() == 0
 
 
 async def test_two_daemons_on_one_spool(process, tmp_path, emulator):

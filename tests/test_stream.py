@@ -917,14 +917,16 @@ async def test_a_socket_that_somebody_listens_at_is_left_alone(door, tmp_path):
     [
         ("file", "a file.*remove what is there"),
         ("folder", "a folder.*remove what is there"),
+        ("link", "a symbolic link to nothing.*remove what is there"),
         ("x" * 200, "107 bytes.*shorter"),
     ],
-    ids=["file", "folder", "long"],
+    ids=["file", "folder", "link", "long"],
 )
 async def test_a_path_where_no_socket_can_be(door, tmp_path, name, said):
     """It is told what is in the way; and that stays as it is."""
     (tmp_path / "file").write_text("a letter")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     options = StreamOptions(listen=(f"unix:{tmp_path}/{name}",))
     with pytest.raises(ListenError, match=f"(?s){said}"):
         await StreamSource(options, door.source.intake, door.spool).__aenter__()
@@ -941,6 +943,66 @@ async def test_a_stale_socket_file_is_replaced(tmp_path):
         assert (tmp_path / "s.sock").stat().st_mode & 0o777 == 0o660
         assert acked(await door.talk(ACKS + ndjson(batch(1)), "unix")) == [1]
     assert not (tmp_path / "s.sock").exists()
+
+
+async def test_a_socket_that_somebody_removes_is_made_anew(door, tmp_path):
+    """With its rights, and told; who is connected stays so; nothing of it is left at the end."""
+    path = tmp_path / "s.sock"
+    path.chmod(0o666)
+    reader, writer = await door.connect("unix")
+    writer.write(ACKS + ndjson(batch(1)))
+    assert acked(await reader.readline()) == [1]
+    told = []
+    door.source.unix.happened = lambda kind, text, severity: told.append((kind, text, severity))
+    for _ in range(2):
+        await asyncio.sleep(1.2)  # it is seen as it is
+        path.unlink()
+        await until(path.exists, "another one")
+        await until(lambda: told, "the word")
+        assert path.stat().st_mode & 0o777 == 0o666
+        assert acked(await door.talk(ACKS + ndjson(batch(1)), "unix")) == [1]
+        [(kind, text, severity)] = told
+        assert (kind, severity, str(path) in text) == ("door", "warning", True)
+        told.clear()
+    writer.write(ndjson(batch(1)))
+    assert acked(await reader.readline()) == [2]
+    await goodbye(writer)
+
+    await door.source.__aexit__(None, None, None)
+    assert not path.exists()
+
+
+async def test_a_socket_that_can_not_be_made_anew(door, tmp_path):
+    """While something else is in its place, or its folder is away, it is told why; that is left alone, and what is ours
+    comes back as soon as there is room for it.
+    """
+    path, lost = tmp_path / "s.sock", door.source.unix.lost
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind(str(path))
+        another.listen()
+        await until(lambda: lost, "the loss")
+        assert "somebody listens" in lost[str(path)]
+        another.setblocking(False)
+        await asyncio.sleep(1.2)
+        another.accept()[0].close()  # whether somebody is there was asked once
+        with pytest.raises(BlockingIOError):
+            another.accept()
+    path.unlink()
+    path.write_text("a letter")
+    await until(lambda: "a file" in lost.get(str(path), ""), "the other loss")
+    path.unlink()
+    await until(lambda: not lost, "the way back")
+    assert acked(await door.talk(ACKS + ndjson(batch(1)), "unix")) == [1]
+
+
+async def test_a_socket_that_was_moved_away_and_comes_back(door, tmp_path):
+    """The new one takes its place only while it is away; the old one is nobody's then."""
+    path = tmp_path / "s.sock"
+    path.rename(tmp_path / "away")
+    await until(path.exists, "another one")
+    assert acked(await door.talk(ACKS + ndjson(batch(1)), "unix")) == [1]
+    assert not door.source.unix.lost
 
 
 @pytest.mark.parametrize("second", ["tcp:127.0.0.1:{port}", "unix:/nowhere/at/all.sock"])

@@ -265,6 +265,18 @@ async def test_a_reload_is_told(manager, good):
     await manager.stop()
 
 
+async def test_a_socket_of_a_unit_that_is_gone(manager):
+    """It is told, and not made anew: the unit's next socket would find another there."""
+    await manager.start()
+    await manager.hears("READY=1")
+    (manager.folder / "doors.sock").unlink()
+    await until(lambda: '"socket_lost"' in manager.log(), "the word")
+    assert "restart the .socket unit" in manager.log()
+    await asyncio.sleep(1.2)
+    assert not (manager.folder / "doors.sock").exists()
+    await manager.stop()
+
+
 async def test_nobody_to_tell(folder, emulator):
     """Without a service manager, or with one that is gone, the daemon works as ever."""
     async with restart.Manager(folder, emulator.url) as manager:
@@ -388,18 +400,44 @@ async def test_a_process_that_stands_still_is_noticed(manager):
     await manager.stop()
 
 
-async def test_a_loop_that_is_blocked_is_noticed(manager):
-    """The loop waits for ever for somebody to write a secret into a pipe, while the writer's thread is well: no beat comes."""
+BLOCKS = """
+import signal, sys, time
+from bridged.cli import main
+signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))
+sys.exit(main())
+"""
+
+
+async def test_a_loop_that_is_blocked_is_noticed(manager, monkeypatch):
+    """The loop waits in the midst of something, while the writer's thread is well: no beat comes."""
+    command = '"-m", "bridged", "run"'
+    assert command in restart._HAND_OVER
+    monkeypatch.setattr(restart, "_HAND_OVER", restart._HAND_OVER.replace(command, f'"-c", {BLOCKS!r}, "run"'))
+    await manager.start()
+    await manager.hears("WATCHDOG=1")
+    manager.process.send_signal(signal.SIGUSR1)
+    blocked = time.monotonic()
+    assert await manager.misses_a_beat() <= blocked + WATCHDOG_S
+
+
+async def test_a_reload_that_hangs_is_no_hang(manager):
+    """The heart beats on while a secret's file is a pipe to which nobody writes: a restart would wait for it, too."""
     secret = manager.folder / "token"
     secret.write_text("example-token")
     manager.settings |= {"mixpanel__token": "", "mixpanel__token_file": str(secret)}
     await manager.start()
-    await manager.hears("WATCHDOG=1")
+    await manager.hears("READY=1")
+    manager.told.clear()
     secret.unlink()
     os.mkfifo(secret)
     manager.process.send_signal(signal.SIGHUP)
-    blocked = time.monotonic()
-    assert await manager.misses_a_beat() <= blocked + WATCHDOG_S
+    await manager.hears("RELOADING=1")
+    beats = len(manager.beats())
+    await until(lambda: len(manager.beats()) > beats + 2, "heartbeats")
+    assert not manager.has_heard("READY=1")
+    await manager.hears("READY=1")
+    assert "reload_failed" in manager.log()
+    await manager.stop()
 
 
 async def test_a_writer_that_hangs_is_noticed(manager):

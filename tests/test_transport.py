@@ -15,6 +15,7 @@ from conftest import free_port, until
 from yarl import URL
 
 from bridged.delivery import transport as module
+from bridged.delivery.probe import probe
 from bridged.delivery.transport import Transport
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.errors import ConfigError
@@ -121,6 +122,38 @@ async def test_every_exception_of_the_network_means_try_again(answers, exception
     assert reason in verdict.reason
     assert SECRET not in verdict.reason
     assert "\n" not in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "can't be read"),
+        (b"\x15\x03\x01\x00\x02\x02\x16", "can't be read"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 20_000 + b"\r\n\r\n{}", "can't be read: Got more than"),
+    ],
+    ids=["ssh", "tls", "long"],
+)
+async def test_what_is_no_http_is_no_status(sent, said):
+    """The library calls it 400, which no server has said: a person would look for a mistake in the request."""
+
+    async def serve(reader, writer):
+        await reader.read(10)
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with Transport(Target(url=url, credentials=Credentials(token="t")), 5.0) as opened:
+            verdict = await opened.ask()
+        found = await probe(Target(url=url, credentials=Credentials(token="t")))
+
+    assert isinstance(verdict, Retry)
+    assert verdict.kind == "network"
+    assert "it doesn't speak HTTP" in verdict.reason
+    assert said in verdict.reason
+    assert "400" not in verdict.reason
+    assert "no web server" in found.hint
 
 
 async def test_no_timeout_configured(answers):

@@ -67,6 +67,7 @@ class _BridgedCollector(Collector):
         yield from self._spool()
         yield from self._doors()
         yield from self._delivery()
+        yield from self._certificates()
         yield from self._alarms()
         yield from self._cohorts()
         yield _gauge(
@@ -157,6 +158,15 @@ class _BridgedCollector(Collector):
             unknown.add_metric([TYPE_NAMES.get(code, ""), field], seen)
         yield unknown
         yield _counters("skips", "Skipped events since this start, by reason.", "reason", app.intake.reasons)
+
+    def _certificates(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily(
+            "bridged_certificate_ends_timestamp_seconds", "When a listener's certificate ends.", labels=["listener"]
+        )
+        for section, validity in self._app.certificates.shown.items():
+            if validity is not None:
+                gauge.add_metric([section], validity.ends)
+        yield gauge
 
     def _alarms(self) -> Iterator[Metric]:
         watch = self._app.watch

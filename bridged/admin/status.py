@@ -228,6 +228,9 @@ def alarm_facts(app: "App") -> AlarmFacts:
         spool_share=config.alerts.spool_share,
         refusal=_refusal(app),
         skew_s=app.transport.clock_skew_s,
+        door_lost=_lost(app),
+        certificate_ended=app.certificates.ended(),
+        certificate_ending=app.certificates.ending(),
         configuration_problem=_configuration_problem(app),
         cohorts_halted=cohorts_halted,
         cohorts_capped=cohorts_capped,
@@ -252,6 +255,12 @@ def totals(app: "App") -> Totals:
         waiting=app.backlog.events,
         latency_s=_finite(pace.latency_s) or None,
     )
+
+
+def _lost(app: "App") -> str:
+    """The sockets that nobody finds any more, and why; empty: there are none."""
+    stream = getattr(app, "stream", None)
+    return "; ".join(f"{path}: {why}" for path, why in stream.unix.lost.items()) if stream else ""
 
 
 def _open_alarms(app: "App") -> list[AlarmStatus]:
@@ -287,7 +296,12 @@ def _expires_in_s(app: "App") -> float | None:
 def _doors_open(app: "App") -> bool:
     """Whether the last door is open; they are opened after the admin listener, and closed before it."""
     http = getattr(app, "http", None)
-    return not http.stopping if http else hasattr(app, "http") and not app.config.sources.http.listen
+    if http:
+        return not http.stopping
+    if not hasattr(app, "http") or app.config.sources.http.listen:
+        return False
+    # Without the HTTP door: one that somebody finds is enough.
+    return not app.stream.unix.lost or len(app.stream.unix.lost) < len(app.config.sources.stream.listen)
 
 
 def oldest_age_s(app: "App", now_s: float | None = None) -> float | None:
@@ -430,6 +444,8 @@ def _warnings(app: "App") -> list[str]:
             f"{spool.dropped_dead_letters} dead letters, the oldest, were dropped: there were more than "
             "spool.max_dead_letters, or they took more than a quarter of spool.max_bytes"
         )
+    if lost := _lost(app):
+        found.append(f"nobody finds this door any more: {lost}")
     if app.given:
         found.append(
             "the credential in force was given by the API and is gone with the next start: put it into the configuration"

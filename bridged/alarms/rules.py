@@ -27,6 +27,7 @@ BURST_SHARE: Final = 0.02
 _BURST_SLOTS: Final = 30
 
 SKEW_S: Final = 300.0
+_RENEWED: Final = ". A renewed file is read at SIGHUP, or by a restart"
 CALM: Final = 0.85  # of a raising threshold: below it the facts are good again
 SMALLEST_DISK_RESERVE_BYTES: Final = 64 * 2**20
 LARGEST_DISK_RESERVE_BYTES: Final = 2**30
@@ -65,6 +66,9 @@ class Facts(Struct, frozen=True, kw_only=True):
     skew_s: float | None = None  # our wall clock less Mixpanel's
     cohorts_halted: str = ""  # why cohorts aren't imported
     cohorts_capped: str = ""  # that the day's data points are spent
+    door_lost: str = ""  # what of a door nobody finds any more, and why
+    certificate_ended: str = ""  # which listener's certificate nobody takes, and why
+    certificate_ending: str = ""  # which soon ends
     configuration_problem: str = ""  # why a changed one wasn't taken over, or something of it isn't in force
 
 
@@ -307,6 +311,27 @@ RULES: Final = (
         says=_is("refusal"),
         text=lambda facts, _: f"New events are refused (503, reading paused): {facts.refusal}; {_waiting(facts)}",
         end="New events are taken again",
+    ),
+    _Rule(
+        name="door",
+        severity="critical",
+        says=_is("door_lost"),
+        text=lambda facts, _: f"Nobody finds a door any more: {facts.door_lost}",
+        end="The doors are found again",
+    ),
+    _Rule(
+        name="certificate_ended",
+        severity="critical",
+        says=_is("certificate_ended"),
+        text=lambda facts, _: f"Who checks certificates doesn't come in: {facts.certificate_ended}{_RENEWED}",
+        end="The certificates are good again",
+    ),
+    _Rule(
+        name="certificate_ending",
+        severity="warning",
+        says=_is("certificate_ending"),
+        text=lambda facts, _: f"A certificate needs to be renewed: {facts.certificate_ending}{_RENEWED}",
+        end="No certificate ends soon",
     ),
     _Rule(
         name="dead_letters",

@@ -11,7 +11,7 @@ from bridged import __version__
 from bridged.braze.requests import Request, Target
 from bridged.braze.verdicts import RateLimit, judge, rate_limit
 from bridged.connections import Connector
-from bridged.delivery.transport import CONNECT_S, proxy_for, read_answer
+from bridged.delivery.transport import CONNECT_S, in_words, proxy_for, read_answer
 from bridged.errors import ConfigError
 from bridged.mixpanel.verdicts import Halt, Retry, Verdict, clean
 from bridged.redaction import redacted, redacted_bytes
@@ -103,8 +103,7 @@ class Transport:
         except aiohttp.InvalidURL as error:
             return _impossible(error)
         except aiohttp.ClientError as error:
-            # The class is our own word: a long one isn't to be taken for a secret.
-            why = f"{type(error).__name__}: {clean(redacted(str(error)))}"
+            why = in_words(error)
         except (OSError, ConfigError) as error:
             why = clean(redacted(str(error)))
         except ValueError as error:

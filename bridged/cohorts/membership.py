@@ -27,7 +27,7 @@ from bridged.cohorts.records import CohortDetail, CohortRow, Figures, Plan, Refu
 from bridged.cohorts.taking import Block, Named, Settled
 from bridged.cohorts.webhook import Page
 from bridged.errors import MembershipDamaged, MembershipError, is_locked, whose
-from bridged.presence import Presence, claim
+from bridged.presence import Presence, claim, demand_regular
 
 log = structlog.get_logger()
 
@@ -94,6 +94,7 @@ class Membership:
     async def __aenter__(self) -> Self:
         """Opens the file, starts the writer. Raises MembershipError."""
         path = Path(self.options.path)
+        demand_regular(path, f"the cohorts' file {path}", MembershipError)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -13,14 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from bridged import config, event_rules, options
+from bridged import certificates, config, event_rules, options
 from bridged.commands import check_braze
 from bridged.commands.printing import printable, size, table
+from bridged.connections import unusable_authorities
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
 from bridged.delivery.probe import probe
 from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.mapping import mixpanel_name, selected
 from bridged.mixpanel.requests import API_SECRET_RETIRED
+from bridged.presence import no_file, other_names
 from bridged.saved import read_for
 from bridged.settings import Config
 from bridged.sources.tls import server_context
@@ -67,7 +69,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"saved on the page, over the configuration ({saved.path}): {', '.join(saved.values)}")
     if saved.problem:
         print(f"warning: {saved.problem}")
-    for warning in (*_other_files(settings), *_warnings(settings), *check_braze.warnings(settings)):
+    about_files = (*_other_files(settings), *certificates.warnings(settings), *unusable_authorities())
+    for warning in (*about_files, *_warnings(settings), *check_braze.warnings(settings)):
         print(f"warning: {warning}")
     if arguments.online and settings.mixpanel.export:
         print(f"online: {_online(settings)}")
@@ -93,8 +96,8 @@ def _missing_places(settings: Config) -> Iterator[str]:
         {"cohorts.path": settings.cohorts.path} if settings.cohorts.enabled else {}
     )
     for key, file in files.items():
-        if os.path.isdir(file):  # noqa: PTH112  # where we may not look it says no
-            yield f"{key}: {file} is a folder: name a file in it"
+        if kind := no_file(Path(file)):
+            yield f"{key}: {file} is {kind}: name a file{' in it' if kind == 'a folder' else ''}"
     for key, folder in folders.items():
         # It is made when it is needed, with those above it.
         path = folder.absolute()
@@ -167,6 +170,11 @@ def _other_files(settings: Config) -> Iterator[str]:
         if path.is_file():
             with path.open("rb") as file:
                 head = file.read(len(_SQLITE))
+        if links := other_names(path):
+            yield (
+                f"spool.path: {path} has {links} hard link{'' if links == 1 else 's'} beside it: what is written goes to each of "
+                "them, so that is no backup, and a daemon on one would destroy both"
+            )
     if head and head != _SQLITE:
         yield f"spool.path: {path} is no spool: the start would rename it to {path}.corrupt-<time>, and begin an empty one"
 

@@ -4,12 +4,15 @@ The record has no event name: a refusal of the record proves that the credential
 page's "Test connection", which tell what is wrong in the same words.
 """
 
+import os
+from datetime import UTC, datetime
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
+from bridged.connections import unusable_authorities
 from bridged.delivery.transport import Transport
 from bridged.errors import ConfigError
 from bridged.mixpanel.requests import HOSTS, Region, Target
@@ -120,18 +123,33 @@ def _unreachable(target: Target, verdict: Retry) -> tuple[Problem, str]:
         return "network", "this machine can't find the proxy in HTTPS_PROXY or HTTP_PROXY: is its name right?"
     for sign, advice in _NETWORK:
         if sign in verdict.reason:
-            return "network", advice.format(host=host)
+            return "network", advice.format(host=host, now=f"{datetime.now(UTC):%Y-%m-%d %H:%M}", trusted=_trusted())
     return "network", "try again; check the network and any proxy"
+
+
+def _trusted() -> str:
+    """What to do about an authority that isn't known."""
+    if unusable := next(unusable_authorities(), ""):
+        return unusable
+    if file := os.environ.get("SSL_CERT_FILE"):
+        return f"if a proxy here inspects TLS, its authority is not in SSL_CERT_FILE ({file}); if none does, stop"
+    return "if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop"
 
 
 # By a part of the transport's words, the first that is there.
 _NETWORK: Final = (
+    ("speak HTTP", "something answers at {host} that is no web server: is it the right port, and http:// or https://?"),
     ("DNS", "this machine can't find {host}: is it on a network, and does its DNS work?"),
     ("roxy", "the proxy in HTTPS_PROXY or HTTP_PROXY doesn't let us through: is its address right, and is it running?"),
     (
-        "ertificate",
-        "{host} can't prove to be it: if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop",
+        "certificate has expired",
+        "the certificate of {host} has ended by this machine's clock ({now} UTC): is it right? then it has to be renewed there",
     ),
+    (
+        "certificate is not yet valid",
+        "the certificate of {host} isn't valid yet by this machine's clock ({now} UTC): is it right? set it by NTP",
+    ),
+    ("ertificate", "{host} can't prove to be it: {trusted}"),
     (
         "ClientConnectorSSLError",
         "{host} answers, and speaks no TLS: is http:// meant, or another port, or is a proxy in the way?",

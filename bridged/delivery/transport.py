@@ -94,8 +94,7 @@ class Transport:
         except aiohttp.ClientError as error:
             if isinstance(error, aiohttp.ClientHttpProxyError) and error.status == 407:
                 return judge(407, {}, b"", insert_ids, events)
-            # The class is our own word: a long one isn't to be taken for a secret.
-            return Retry("network", f"{type(error).__name__}: {clean(redacted(str(error)))}")
+            return Retry("network", in_words(error))
         except (OSError, ConfigError) as error:
             return Retry("network", clean(redacted(str(error))))
         except ValueError as error:
@@ -106,6 +105,14 @@ def _impossible(error: ValueError) -> Halt:
     """The client couldn't even write the request, or look for whom it is for: another address could be."""
     words = f"{type(error).__name__}: {clean(redacted(str(error)))}"
     return Halt(0, f"no request can be made with this address: check [mixpanel] url, and any proxy ({words})")
+
+
+def in_words(error: aiohttp.ClientError) -> str:
+    """Why there was no answer."""
+    if type(error) is aiohttp.ClientResponseError:  # whose 400 is aiohttp's own: nobody has sent it
+        return f"it doesn't speak HTTP (what it sent can't be read: {clean(redacted(error.message))})"
+    # The class is our own word: a long one isn't to be taken for a secret.
+    return f"{type(error).__name__}: {clean(redacted(str(error)))}"
 
 
 def _timeout(total_s: float) -> aiohttp.ClientTimeout:

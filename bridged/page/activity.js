@@ -24,6 +24,7 @@ const KINDS = {
   replay: "Replay",
   purge: "Purge",
   test_events: "Test events",
+  door: "Door",
 };
 const LEVELS = { critical: "bad", warning: "warn", info: "" };
 

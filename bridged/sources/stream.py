@@ -15,13 +15,12 @@ half-closed connections: a client that speaks it waits for its last ack before i
 
 import asyncio
 import io
-import os
 import select
 import socket
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 import structlog
@@ -34,7 +33,7 @@ from bridged.intake import Intake
 from bridged.sources import tcp, tls
 from bridged.sources.clients import Clients, Refusals
 from bridged.sources.first_line import NO_HTTP, handshake, is_http
-from bridged.sources.unix import demand_nobody_listens, remove
+from bridged.sources.unix import Sockets
 
 log = structlog.get_logger()
 
@@ -93,8 +92,8 @@ class StreamSource:
         self.clients = Clients(options.max_connections_per_client)
         self._options = options
         self._handed_over = handed_over
-        self._servers: list[asyncio.Server] = []
-        self._own: dict[str, int] = {}  # path of a Unix socket that we made: its inode
+        self._servers: list[asyncio.Server] = []  # of TCP
+        self.unix = Sockets(self.accept)
 
     async def __aenter__(self) -> Self:
         self._tls = tls.server_context("sources.stream", self._options.tls_cert, self._options.tls_key)
@@ -107,48 +106,47 @@ class StreamSource:
             try:
                 if sockets := self._handed_over(address):
                     for sock in sockets:
-                        self._servers.append(await self._listen_at(sock))
+                        await self._listen_at(sock)
                 else:
-                    self._servers.append(await self._listen(address))
+                    await self._listen(address)
             except OSError as error:
                 self._look.cancel()
                 self._room.cancel()
-                for server in self._servers:
-                    server.close()
+                self._close_doors()
                 raise ListenError(f"can't listen on {address} of sources.stream.listen", error) from error
+        self._watching = asyncio.create_task(self.unix.watch(), name="sockets' files")
         return self
 
-    async def _listen(self, address: str) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
+    async def _listen(self, address: str) -> None:
         kind, _, rest = address.partition(":")
         if kind == "unix":
-            demand_nobody_listens(rest)
-            server = await loop.create_unix_server(self.accept, rest, backlog=1024)
-            os.chmod(rest, 0o660)  # noqa: PTH101  # at start-up, before anybody is served
-            self._own[rest] = os.stat(rest).st_ino  # noqa: PTH116
-        else:
-            host, _, port = rest.rpartition(":")
-            server = await loop.create_server(
-                self.accept, await of_this_machine(host.strip("[]")), int(port), backlog=1024, **tls.options(self._tls)
-            )
-            self.ports.append(server.sockets[0].getsockname()[1])
-        return server
+            await self.unix.listen(rest)
+            return
+        host, _, port = rest.rpartition(":")
+        await self._serve(host=await of_this_machine(host.strip("[]")), port=int(port))
 
-    async def _listen_at(self, sock: socket.socket) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
+    async def _listen_at(self, sock: socket.socket) -> None:
         if sock.family == socket.AF_UNIX:
-            # Its file belongs to whoever made it. (uvloop has the option in every Python, typeshed since 3.13.)
-            return await loop.create_unix_server(self.accept, sock=sock, backlog=1024, cleanup_socket=False)  # type: ignore[call-arg]
-        self.ports.append(sock.getsockname()[1])
-        return await loop.create_server(self.accept, sock=sock, backlog=1024, **tls.options(self._tls))
+            await self.unix.take(sock)
+        else:
+            await self._serve(sock=sock)
+
+    async def _serve(self, **where: Any) -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self.accept, backlog=1024, **where, **tls.options(self._tls))
+        self._servers.append(server)
+        self.ports.append(server.sockets[0].getsockname()[1])
+
+    def _close_doors(self) -> None:
+        for server in self._servers:
+            server.close()
+        self.unix.close()
 
     async def __aexit__(self, *_exc: object) -> None:
         """Stops accepting, commits what was read, sends the last acks, closes."""
-        for server in self._servers:
-            server.close()
-        for address in self._options.listen:
-            if address.startswith("unix:"):
-                remove(address.removeprefix("unix:"), self._own)
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+        self._close_doors()
         for connection in list(self.connections):
             connection.stop()
         loop = asyncio.get_running_loop()
