@@ -144,7 +144,7 @@ class EventsApi:
         if not rows:
             raise BadRequest("no event type is selected", "tick one first")
         now_s, rng = int(time.time()), random.Random()
-        events = [example_event(row, rng, now_s) for row in rows]
+        events = [example_event(row, rng, now_s, every_property=True) for row in rows]
         for event in events:
             event["user"]["external_user_id"] = TEST_USER
         await self._app.intake.accept_body(msgspec.json.encode({"events": events}))

@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     if not http.listen:
         raise ConfigError("sources.http.listen is empty: test events go through the HTTP door", "open it")
     now_s, rng = int(time.time()), random.Random()
-    events = [example_event(row, rng, now_s) for row in rows]
+    events = [example_event(row, rng, now_s, every_property=True) for row in rows]
     door = Daemon(http.listen, http.bearer_token, "[sources.http] listen", http.tls_cert)
     answer = door.call("POST", PATH, {"events": events})
     if answer.status != 200:
