@@ -166,7 +166,7 @@ async def test_a_reload_refuses_what_a_start_would(daemon, client, bridged):  # 
 
 
 @given(begin=st.integers(0, 1000), end=st.integers(0, 1000))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_is_left_of_a_file(tmp_path_factory, begin, end):
     """Whatever is cut out of it: the start is refused, or all that the file still says to protect something is in force."""
     wanted = {
@@ -284,7 +284,7 @@ def _without_empty(value, depth=0):
 
 
 @given(raw=anything())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_anything_that_another_version_may_have_saved(tmp_path_factory, raw):
     """Whatever its keys and values are, they read the same after a save, beside what this version saves."""
     spool = str(tmp_path_factory.getbasetemp() / "kept.db")
@@ -314,7 +314,7 @@ def test_anything_that_another_version_may_have_saved(tmp_path_factory, raw):
     number=st.integers(0, 10**20) | st.floats(0, 1e20),
     unit=st.sampled_from(["", "B", "kB", "TB", "TiB", "ms", "s", "h", "d"]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_is_saved_starts(tmp_path_factory, name, number, unit):
     """A value that the page takes is one that the next start reads: else it would be refused, and nobody had touched the file."""
     file = Saved(str(tmp_path_factory.getbasetemp() / "starts.db"))

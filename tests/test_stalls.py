@@ -412,8 +412,8 @@ def test_more_that_fails_than_may_be_in_memory(play, tmp_path, monkeypatch):
     ("verdict", "events", "each", "hours", "most_bytes"),
     [
         (Retry("server", "503"), 5_000, 50, 3, 16_000),
-        (Halt(401, "no"), 10_000, 25, 20, 10_000),
-        (Halt(302, "a portal"), 10_000, 25, 20, 10_000),
+        (Halt(401, "no"), 5_000, 25, 12, 10_000),
+        (Halt(302, "a portal"), 5_000, 25, 12, 10_000),
     ],
     ids=["503", "401", "302"],
 )
