@@ -44,6 +44,7 @@ SLOW = float(os.environ.get("BRIDGED_TEST_SLOW", "1"))
 NAMES = dict(iter_types(EVENT_TYPES))
 ROWS = {row.event_type: row for row in EVENT_TYPES}
 _LONGEST = "test_stalls.py"  # of the files
+_LONG = {_LONGEST, "test_corruption.py", "test_expiry.py", "test_hostile.py"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,7 +70,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
     (pytest-cov has a mark for it, which does nothing in a worker of xdist: beneath the one that it pauses is another counter.)
     """
-    if item.path.name != _LONGEST and not item.get_closest_marker("hypothesis"):
+    if item.path.name not in _LONG and not item.get_closest_marker("hypothesis"):
         return (yield)
     here, in_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(None)
