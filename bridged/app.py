@@ -67,7 +67,8 @@ TYPE_NAMES = dict(iter_types(EVENT_TYPES))
 class App:
     """The parts of a running daemon, as an async context manager. `config` is what is in force."""
 
-    def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
+    def __init__(self, config: Config, listeners: Listeners | None = None, source: Callable[[], str] = str) -> None:
+        """`source`: what the configuration is read from, in words."""
         self.saved = Saved(str(Path(config.spool.path).absolute()))  # on the page: goes before the configuration
         self.saved.read()
         self.base = config  # what the file and the environment last said
@@ -78,9 +79,9 @@ class App:
         hide(spoken_secrets(config), in_force=True)
         self.given: dict[str, str] = {}  # of [mixpanel], by the API: goes before both
         self.restart_needed: list[str] = []  # keys that have changed and can't be taken over
-        self.source: Callable[[], str] = str  # what the configuration is read from, in words
         self.reload_problem = ""  # why the last changed configuration wasn't taken over
         self._configured = config  # what the configuration last said, with what was saved
+        self._source = source
         self._saving = False
         self.certificates = Certificates(config)
         self.clock = Clock(time.time, time.monotonic)
@@ -238,7 +239,7 @@ class App:
         try:
             base = read()
             said = self.saved.in_force(base)
-            self._demand_usable(said, self.source())
+            self._demand_usable(said, self._source())
             given = self.given_beside(said)
             before = with_credentials(
                 self.config, {name: getattr(self._configured.mixpanel, name) for name in self.given}
@@ -447,8 +448,7 @@ async def run(config: Config, reload: Callable[[], Config], source: Callable[[],
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     service = Notifier(os.environ, os.getpid())
-    app = App(config, Listeners.handed_over(os.environ, os.getpid()))
-    app.source = source
+    app = App(config, Listeners.handed_over(os.environ, os.getpid()), source)
 
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()

@@ -339,9 +339,10 @@ class Backlog:
         if min(in_ring_at, _accepted_at(oldest)) >= before:
             return None
         if in_ring is not None and in_ring_at < _accepted_at(oldest):
-            is_first = in_ring is self._ring[0]
-            alone = None if is_first else Parcel([self._pop(self._ring.index(in_ring))])
-            oldest = alone or self._lease(max_events, max_bytes, scout=False)
+            if in_ring is self._ring[0]:
+                oldest = self._lease(max_events, max_bytes, scout=False)
+            else:
+                oldest = Parcel([self._pop(self._ring.index(in_ring))])
         elif oldest is parcel:
             return parcel
         else:

@@ -26,10 +26,6 @@ class _Lost(Exception):
     """The connection is of no use any more."""
 
 
-class _Stranger(_Lost):
-    """What answers never was the stream door."""
-
-
 class StreamClient:
     """Sends lines, counts acks. Owns the connection and the lines without an ack."""
 
@@ -141,8 +137,11 @@ class StreamClient:
         try:
             said = msgspec.json.decode(answer, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            kind = _Lost if self._ever_acked else _Stranger
-            raise kind(f"what answers isn't bridged's stream door: {answer[:100]!r}") from error
+            what = f"what answers isn't bridged's stream door: {answer[:100]!r}"
+            if self._ever_acked:
+                raise _Lost(what) from error
+            hint = "it is the address of [sources.stream] listen that is wanted"
+            raise UpstreamError(f"no events were taken: {what}", hint) from error
         if "error" in said:
             raise _Lost(str(said["error"]))
         fresh = int(said.get("acked", 0)) - self._told
@@ -161,10 +160,6 @@ class StreamClient:
         now = time.monotonic()
         if self._give_up_at is None:
             self._give_up_at = now + self._patience_s
-        if isinstance(error, _Stranger):
-            raise UpstreamError(
-                f"no events were taken: {error}", "it is the address of [sources.stream] listen that is wanted"
-            ) from error
         if now >= self._give_up_at:
             raise UpstreamError(
                 f"the daemon takes no more events: {error}", "see `bridged status`; then run the same command again"
