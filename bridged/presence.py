@@ -49,6 +49,10 @@ def no_file(path: Path) -> str:
 
 _KINDS: Final = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
+LINKED: Final = (
+    "what is written goes to each of them, so a hard link is no backup; never start a daemon on one: copy the file"
+)
+
 
 def other_names(path: Path) -> int:
     """How many hard links there are to a file besides the one that we know. Raises OSError but for a file that isn't there."""

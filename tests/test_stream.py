@@ -976,13 +976,13 @@ async def test_a_socket_that_can_not_be_made_anew(door, tmp_path):
     """While something else is in its place, or its folder is away, it is told why; that is left alone, and what is ours
     comes back as soon as there is room for it.
     """
-    path, lost = tmp_path / "s.sock", door.source.unix.lost
+    path, sockets = tmp_path / "s.sock", door.source.unix
     path.unlink()
     with socket.socket(socket.AF_UNIX) as another:
         another.bind(str(path))
         another.listen()
-        await until(lambda: lost, "the loss")
-        assert "somebody listens" in lost[str(path)]
+        await until(lambda: sockets.lost, "the loss")
+        assert "somebody listens" in sockets.lost[str(path)]
         another.setblocking(False)
         await asyncio.sleep(1.2)
         another.accept()[0].close()  # whether somebody is there was asked once
@@ -990,9 +990,9 @@ async def test_a_socket_that_can_not_be_made_anew(door, tmp_path):
             another.accept()
     path.unlink()
     path.write_text("a letter")
-    await until(lambda: "a file" in lost.get(str(path), ""), "the other loss")
+    await until(lambda: "a file" in sockets.lost.get(str(path), ""), "the other loss")
     path.unlink()
-    await until(lambda: not lost, "the way back")
+    await until(lambda: not sockets.lost, "the way back")
     assert acked(await door.talk(ACKS + ndjson(batch(1)), "unix")) == [1]
 
 

@@ -35,7 +35,7 @@ from bridged.backlog.segment import Batch, Packer, Segment, cut
 from bridged.backlog.tables import NONE, SEGMENT_COLUMNS, Letters
 from bridged.backlog.witness import Witness
 from bridged.errors import SpoolError, SpoolFull, is_locked, whose
-from bridged.presence import Presence, claim, demand_alone, demand_regular, other_names
+from bridged.presence import LINKED, Presence, claim, demand_alone, demand_regular, other_names
 
 __all__ = ["DeadLetter", "DeadLetterRow", "Intaken", "Settlement", "Spool", "SpoolOptions", "Stage"]
 
@@ -58,10 +58,6 @@ _LITTLE_BYTES = 2**16
 _MEASURE_BYTES = 2**20
 # Dead letters may take a quarter of the file: however large they are, they must not close the doors.
 _LETTERS_SHARE = 4
-
-_LINKED = (
-    "what is written goes to each of them, so a hard link is no backup; never start a daemon on one: copy the file"
-)
 
 T = TypeVar("T")
 
@@ -142,7 +138,7 @@ class Spool:
             claim(self._lock, f"the spool {path}", "one daemon a spool: set spool.path", SpoolError)
             if links := other_names(path):
                 demand_alone(path, f"the spool {path}", SpoolError)
-                log.warning("spool_has_other_names", links=links, spool=str(path), hint=_LINKED)
+                log.warning("spool_has_other_names", links=links, spool=str(path), hint=LINKED)
             self._witness = Witness(self._lock)
             self._found = await asyncio.to_thread(salvage.recover, path, self._names, self._witness.known)
             await self._open(path)

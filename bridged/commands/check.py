@@ -22,7 +22,7 @@ from bridged.delivery.probe import probe
 from bridged.errors import ConfigError, UpstreamError
 from bridged.mixpanel.mapping import mixpanel_name, selected
 from bridged.mixpanel.requests import API_SECRET_RETIRED
-from bridged.presence import no_file, other_names
+from bridged.presence import LINKED, no_file, other_names
 from bridged.saved import read_for
 from bridged.settings import Config
 from bridged.sources.tls import server_context
@@ -171,10 +171,7 @@ def _other_files(settings: Config) -> Iterator[str]:
             with path.open("rb") as file:
                 head = file.read(len(_SQLITE))
         if links := other_names(path):
-            yield (
-                f"spool.path: {path} has {links} hard link{'' if links == 1 else 's'} beside it: what is written goes to each of "
-                "them, so that is no backup, and a daemon on one would destroy both"
-            )
+            yield f"spool.path: {path} has {links} hard link{'' if links == 1 else 's'} beside it: {LINKED}"
     if head and head != _SQLITE:
         yield f"spool.path: {path} is no spool: the start would rename it to {path}.corrupt-<time>, and begin an empty one"
 

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -38,6 +39,18 @@ def demand_nobody_listens(path: str) -> None:
         raise OSError(errno.EADDRINUSE, f"somebody listens at {path}")
 
 
+@dataclass(slots=True)
+class _Socket:
+    """One that we listen at."""
+
+    path: str
+    server: asyncio.Server
+    file: os.stat_result | None  # as we last saw it
+    ours: bool  # or whose who handed it over
+    lost: str = ""  # why nobody finds us there
+    other: tuple[int, ...] = ()  # the file that was in the way when it could not be made anew
+
+
 class Sockets:
     """A door's Unix sockets. A file of ours that is gone is made anew: without it nobody finds the door.
 
@@ -45,86 +58,90 @@ class Sockets:
     """
 
     def __init__(self, accept: Callable[[], asyncio.Protocol]) -> None:
-        self.lost: dict[str, str] = {}  # paths at which nobody finds us, and why
         self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
         self._accept = accept
-        self._servers: dict[str, asyncio.Server] = {}
-        self._files: dict[str, os.stat_result | None] = {}  # as we last saw them: ours, and those that we were handed
-        self._others: dict[str, tuple[int, ...]] = {}  # what was in the way of a socket of ours
+        self._sockets: list[_Socket] = []
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Paths at which nobody finds us, and why."""
+        return {each.path: each.lost for each in self._sockets if each.lost}
 
     async def listen(self, path: str) -> None:
         """Makes a socket. Raises OSError."""
         demand_nobody_listens(path)
-        self._servers[path] = await self._made(path)
+        server, file = await self._made(path)
+        self._sockets.append(_Socket(path, server, file, ours=True))
 
     async def take(self, sock: socket.socket) -> None:
         """One that was handed over; its file belongs to whoever made it."""
         loop, path = asyncio.get_running_loop(), os.fsdecode(sock.getsockname())
         # (uvloop has the option in every Python, typeshed since 3.13.)
         server = await loop.create_unix_server(self._accept, sock=sock, backlog=1024, cleanup_socket=False)  # type: ignore[call-arg]
-        self._servers[f"handed over: {path}"] = server
-        if path.startswith("/"):  # others have no file, or one of a folder that we don't know
-            self._files[path] = _look_at(path)
+        self._sockets.append(_Socket(path, server, _look_at(path), ours=False))
 
     def close(self) -> None:
         """Nobody can connect any more. Files of ours go."""
-        for path, server in self._servers.items():
-            server.close()
-            if (known := self._files.get(path)) is not None and _is_same(_look_at(path), known):
+        for each in self._sockets:
+            each.server.close()
+            if each.ours and _is_same(_look_at(each.path), each.file):
                 with contextlib.suppress(OSError):
-                    os.unlink(path)  # noqa: PTH108
+                    os.unlink(each.path)  # noqa: PTH108
 
     async def watch(self) -> None:
         """Looks at the files until it is cancelled."""
+        # Of those that were handed over some have no file, or one of a folder that we don't know.
+        watched = [each for each in self._sockets if each.path.startswith("/") or each.ours]
         while True:
             await asyncio.sleep(_LOOK_S)
-            for path, found in (await asyncio.to_thread(self._look)).items():
-                await self._look_after(path, found)
+            found = await asyncio.to_thread(lambda: [_look_at(each.path) for each in watched])
+            for each, file in zip(watched, found, strict=True):
+                await self._look_after(each, file)
 
-    def _look(self) -> dict[str, os.stat_result | None]:
-        return {path: _look_at(path) for path in self._files}
+    async def _look_after(self, one: _Socket, found: os.stat_result | None) -> None:
+        if _is_same(found, one.file):
+            one.file = found  # somebody may have given it to another group
+            if one.lost:
+                one.lost = ""
+                log.info("socket_found", socket=one.path)
+        elif not one.ours:
+            _lose(one, "it was removed or replaced: restart the .socket unit that made it")
+        elif found is None or _identity(found) != one.other:
+            await self._make_anew(one, found)
 
-    async def _look_after(self, path: str, found: os.stat_result | None) -> None:
-        if _is_same(found, self._files[path]):
-            self._files[path] = found  # somebody may have given it to another group
-            if self.lost.pop(path, None):
-                log.info("socket_found", socket=path)
-        elif path not in self._servers:
-            self._lose(path, "it was removed or replaced: restart the .socket unit that made it")
-        elif found is None or _identity(found) != self._others.get(path):
-            await self._make_anew(path, found)
-
-    async def _make_anew(self, path: str, found: os.stat_result | None) -> None:
+    async def _make_anew(self, one: _Socket, found: os.stat_result | None) -> None:
         try:
-            demand_possible(path)
+            demand_possible(one.path)
             if found is not None:
-                await asyncio.to_thread(demand_nobody_listens, path)
-            server = await self._made(path, self._files[path])
+                await asyncio.to_thread(demand_nobody_listens, one.path)
+            server, file = await self._made(one.path, one.file)
         except OSError as error:
             if found is not None:
-                self._others[path] = _identity(found)
-            self._lose(path, f"it was removed or replaced, and can't be made anew: {error.strerror or error}")
+                one.other = _identity(found)
+            _lose(one, f"it was removed or replaced, and can't be made anew: {error.strerror or error}")
             return
-        self._servers[path].close()
-        self._servers[path] = server
-        self._others.pop(path, None)
-        self.lost.pop(path, None)
-        log.warning("socket_made_anew", socket=path, hint="somebody has removed its file: see who does that there")
-        self.happened("door", f"Somebody removed the socket {path}: it was made anew", "warning")
+        one.server.close()
+        one.server, one.file, one.lost, one.other = server, file, "", ()
+        log.warning("socket_made_anew", socket=one.path, hint="somebody has removed its file: see who does that there")
+        self.happened("door", f"Somebody removed the socket {one.path}: it was made anew", "warning")
 
-    def _lose(self, path: str, why: str) -> None:
-        if self.lost.get(path) != why:
-            log.error("socket_lost", socket=path, error=why, hint="nobody who comes now finds the stream door there")
-        self.lost[path] = why
-
-    async def _made(self, path: str, before: os.stat_result | None = None) -> asyncio.Server:
+    async def _made(self, path: str, before: os.stat_result | None = None) -> tuple[asyncio.Server, os.stat_result]:
         server = await asyncio.get_running_loop().create_unix_server(self._accept, path, backlog=1024)
         if before is not None:
             with contextlib.suppress(OSError):  # a group that isn't ours
                 os.chown(path, -1, before.st_gid)
-        os.chmod(path, _MODE if before is None else stat.S_IMODE(before.st_mode))  # noqa: PTH101
-        self._files[path] = os.stat(path)  # noqa: PTH116
-        return server
+        try:
+            os.chmod(path, _MODE if before is None else stat.S_IMODE(before.st_mode))  # noqa: PTH101
+            return server, os.stat(path)  # noqa: PTH116
+        except OSError:  # removed again
+            server.close()
+            raise
+
+
+def _lose(one: _Socket, why: str) -> None:
+    if one.lost != why:
+        log.error("socket_lost", socket=one.path, error=why, hint="nobody who comes now finds the stream door there")
+    one.lost = why
 
 
 def _look_at(path: str) -> os.stat_result | None:
