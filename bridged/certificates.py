@@ -47,11 +47,11 @@ def _moment(at: float) -> str:
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def listeners(config: Config) -> dict[str, str]:
-    """The certificate's file of each listener that has one, by its section."""
+def listeners(config: Config) -> dict[str, tuple[str, str]]:
+    """The files of each listener that has a certificate, by its section: that of the certificate, and that of the key."""
     http, stream, admin = config.sources.http, config.sources.stream, config.admin
     sections = (("sources.http", http), ("sources.stream", stream), ("admin", admin))
-    return {name: section.tls_cert for name, section in sections if section.listen and section.tls_cert}
+    return {name: (section.tls_cert, section.tls_key) for name, section in sections if section.listen and section.tls_cert}
 
 
 def read(file: str) -> Validity | None:
@@ -105,16 +105,17 @@ class Certificates:
 
     def __init__(self, config: Config) -> None:
         self._files = listeners(config)
-        self.shown: Mapping[str, Validity | None] = {name: read(file) for name, file in self._files.items()}
+        self.shown: Mapping[str, Validity | None] = {name: read(cert) for name, (cert, _) in self._files.items()}
 
     def again(self, section: str) -> Validity | None:
-        """What its file says now. Raises ConfigError if it is none, but a pipe or the like: that can't be read again."""
-        file = self._files.get(section)
-        if file is None:
+        """What its file says now. Raises ConfigError if a file is none, but a pipe or the like: that can't be read again."""
+        files = self._files.get(section)
+        if files is None:
             return None
-        if (there := Path(file)).exists() and not there.is_file():
-            raise ConfigError(f"{section}.tls_cert = {file!r} is no file that can be read again", "name a file")
-        return read(file)
+        for key, file in zip(("tls_cert", "tls_key"), files, strict=True):
+            if (there := Path(file)).exists() and not there.is_file():
+                raise ConfigError(f"{section}.{key} = {file!r} is no file that can be read again", "name a file")
+        return read(files[0])
 
     def show(self, section: str, validity: Validity | None) -> None:
         """A listener shows another one now."""

@@ -413,7 +413,7 @@ async def test_what_is_tried_again_is_told(daemon, client, emulator):
 @pytest.mark.parametrize(
     ("configured", "faults"),
     [
-        ({}, [{"status": 503, "headers": {"Retry-After": "1"}, "times": 1}, {"action": "hang"}]),
+        ({}, [{"status": 503, "headers": {"Retry-After": "2"}, "times": 1}, {"action": "hang"}]),
         ({"delivery__flush_interval": "1h"}, []),
         ({"delivery__probe_interval": "1h"}, [{"status": 400, "body": "no"}]),
         ({"delivery__max_events_per_second": "1", "delivery__max_batch_events": "1"}, [{"status": 503, "times": 1}]),
@@ -422,12 +422,12 @@ async def test_what_is_tried_again_is_told(daemon, client, emulator):
 )
 async def test_an_orderly_pause_is_no_stall(daemon, client, emulator, monkeypatch, configured, faults):
     """Whatever pause was asked for, by us or by Mixpanel: the doors stay in service while it lasts, and when it ends."""
-    monkeypatch.setattr("bridged.admin.health.STALL_MARGIN_S", 0.5)
+    monkeypatch.setattr("bridged.admin.health.STALL_MARGIN_S", 1.0)
     app = await daemon(delivery__timeout="200ms", **configured)
     emulator.script(faults)
     told = []
     await post(client, app, [currents(seed=seed) for seed in range(3)])
-    until_then = asyncio.get_running_loop().time() + 2
+    until_then = asyncio.get_running_loop().time() + 3.5
     while asyncio.get_running_loop().time() < until_then:
         told.append(judge_now(app).reason)
         await asyncio.sleep(0.02)

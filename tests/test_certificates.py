@@ -123,15 +123,16 @@ async def test_an_alarm_until_another_is_shown(daemon, certificate, client, tmp_
     assert (app.certificates.ended(), app.certificates.ending()) == ("", "")
 
 
-async def test_a_certificate_that_is_a_pipe_by_now(daemon, certificate, tmp_path):  # noqa: F811
-    """Reading it would wait for whoever writes into it: it is refused, and the old one stays."""
+@pytest.mark.parametrize("key", ["cert", "key"])
+async def test_a_certificate_that_is_a_pipe_by_now(daemon, certificate, tmp_path, key):  # noqa: F811
+    """Reading it, or its key, would wait for whoever writes into it: it is refused, and the old one stays."""
     certificate()
-    cert = tmp_path / "cert.pem"
-    app = await daemon(admin__tls_cert=str(cert), admin__tls_key=str(tmp_path / "key.pem"))
-    cert.unlink()
-    os.mkfifo(cert)
+    app = await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=str(tmp_path / "key.pem"))
+    pipe = tmp_path / f"{key}.pem"
+    pipe.unlink()
+    os.mkfifo(pipe)
     app.reload(lambda: app.config)
-    assert "admin.tls_cert" in app.reload_problem
+    assert f"admin.tls_{key}" in app.reload_problem
 
 
 async def test_the_log_says_it_at_the_start(tmp_path, emulator, certificate):  # noqa: F811
