@@ -51,7 +51,9 @@ def listeners(config: Config) -> dict[str, tuple[str, str]]:
     """The files of each listener that has a certificate, by its section: that of the certificate, and that of the key."""
     http, stream, admin = config.sources.http, config.sources.stream, config.admin
     sections = (("sources.http", http), ("sources.stream", stream), ("admin", admin))
-    return {name: (section.tls_cert, section.tls_key) for name, section in sections if section.listen and section.tls_cert}
+    return {
+        name: (section.tls_cert, section.tls_key) for name, section in sections if section.listen and section.tls_cert
+    }
 
 
 def read(file: str) -> Validity | None:
