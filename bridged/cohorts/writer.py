@@ -102,11 +102,6 @@ class CohortWriter:
         return len(self._in_flight)
 
     @property
-    def retry_at(self) -> float | None:
-        """Loop time of the next request after a failure; None: the last one didn't fail."""
-        return self.pace.until_s if self.pace.failures else None
-
-    @property
     def failing_s(self) -> float:
         """Seconds since the first of the failures without a success between them; 0: the last request didn't fail."""
         return asyncio.get_running_loop().time() - self.pace.failing_since_s if self.pace.failures else 0.0
