@@ -95,6 +95,33 @@ def load(
     Raises ConfigError that names the file and the key for anything unreadable, unknown, ill-typed or contradictory.
     """
     where = str(path) if path else "the environment"
+    raw = _read(path, environ)
+    try:
+        config = convert(raw)
+    except msgspec.ValidationError as error:
+        raise _explained(where, error, environ) from error
+    config = _with_secrets(config, environ, secrets)
+    if path and any(name.startswith("BRIDGED__") for name in environ):
+        where += " and the environment"
+    hint = "" if "CREDENTIALS_DIRECTORY" in environ else WITH_SYSTEMD
+    demand_good(config, where, complete=secrets is SECRETS, about_secrets=hint)
+    return config
+
+
+def load_admin(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Of a file that `load` refuses, [admin] alone: where the daemon that runs is asked what it thinks of it.
+
+    Raises ConfigError if that can't be used either.
+    """
+    admin = _read(path, environ).get("admin", {})
+    try:
+        return _with_secrets(convert({"admin": admin}), environ, [("admin", "token")])
+    except msgspec.ValidationError as error:
+        raise _explained(str(path), error, environ) from error
+
+
+def _read(path: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    """What a file and the environment say. Raises ConfigError."""
     raw: dict[str, Any] = {}
     if path is not None:
         try:
@@ -106,16 +133,7 @@ def load(
         except (ValueError, RecursionError) as error:  # a number of thousands of digits is no TOMLDecodeError
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _apply_environment(raw, environ)
-    try:
-        config = convert(raw)
-    except msgspec.ValidationError as error:
-        raise _explained(where, error, environ) from error
-    config = _with_secrets(config, environ, secrets)
-    if path and any(name.startswith("BRIDGED__") for name in environ):
-        where += " and the environment"
-    hint = "" if "CREDENTIALS_DIRECTORY" in environ else WITH_SYSTEMD
-    demand_good(config, where, complete=secrets is SECRETS, about_secrets=hint)
-    return config
+    return raw
 
 
 def demand_good(config: Config, where: str = "", *, complete: bool = True, about_secrets: str = "") -> None:
@@ -396,6 +414,16 @@ def _problems(config: Config) -> Iterator[str]:
         for key, length in (("timeout", waiting.timeout), ("probe_interval", waiting.probe_interval)):
             if length <= 0:
                 yield f"{name}.{key}: more than 0s"
+    # Elsewhere 0 is "no limit"; here it would be the end of every event.
+    if config.retention.max_age <= 0:
+        yield 'retention.max_age: more than 0s (on_expiry = "keep" is never)'
+    if config.retention.on_expiry == "archive" and not config.retention.archive_path:
+        yield "retention.archive_path: expected a folder"
+    if config.alerts.undelivered <= 0:
+        yield "alerts.undelivered: more than 0s"
+    for host in admin.hosts:
+        if not re.fullmatch(r"[^\s:/]+", host):
+            yield f"admin.hosts: expected a name alone, without http://, port and path, got {host!r}"
     if Path(config.spool.path).name == "":
         yield f"spool.path: expected a file, got {config.spool.path!r}"
     if config.spool.max_bytes < 16 * 2**20:

@@ -111,7 +111,9 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
         return LOCKED
     if getattr(error, "errno", 0) == errno.EMFILE:
         return _NO_MORE_FILES
-    folder = path.parent
+    folder = Path(
+        os.path.realpath(path.parent)
+    )  # chown -R doesn't go through a link, as that of systemd's DynamicUser is
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     try:
         if code == sqlite3.SQLITE_CANTOPEN:

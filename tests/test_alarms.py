@@ -128,7 +128,7 @@ def test_what_was_done_about_the_expiry_is_seen():
 
 
 def test_who_wants_to_be_told_at_once_is_told_of_the_end_as_well():
-    """With alerts.undelivered = 0 nothing is below it; when nothing waits any more, it is over."""
+    """With the least alerts.undelivered nothing is below it; when nothing waits any more, it is over."""
     clock = Clock()
     clock.run(60, undelivered_after_s=0.0, waiting=1, undelivered_s=1.0)
     clock.run(60, undelivered_after_s=0.0)

@@ -396,7 +396,7 @@ async def test_a_token_stays_while_its_door_is_open_to_others(daemon, client, im
 
 async def test_ceilings_and_retention_change_while_it_runs(daemon, client, emulator, tmp_path):
     """The pace, the timeout, the age and the archive's place are those of the last configuration."""
-    app = await halted(daemon, client, retention__on_expiry="keep", retention__max_age="0s")
+    app = await halted(daemon, client, retention__on_expiry="keep", retention__max_age="1ms")
     said = app.config
     for path, value in (
         (("delivery", "max_events_per_second"), 1000.0),

@@ -428,7 +428,7 @@ async def test_only_what_is_too_old_expires(daemon, emulator, client, tmp_path):
 
 async def test_expiry_archives_what_is_too_old(daemon, emulator, client, tmp_path):
     """While halted, what is older than max_age is moved to a file; the books say so."""
-    app = await daemon(delivery__probe_interval=FOREVER, retention__max_age="0s")
+    app = await daemon(delivery__probe_interval=FOREVER, retention__max_age="1ms")
     emulator.script([{"status": 401}])
     await post(client, app, batch(10))
     await settled(app)
@@ -440,7 +440,7 @@ async def test_expiry_archives_what_is_too_old(daemon, emulator, client, tmp_pat
 async def test_an_archive_that_cannot_be_written(daemon, emulator, client, tmp_path):
     """Expired events are kept until it can; the daemon goes on."""
     (tmp_path / "archive").write_text("in the way")
-    app = await daemon(delivery__probe_interval="100ms", retention__max_age="0s")
+    app = await daemon(delivery__probe_interval="100ms", retention__max_age="1ms")
     emulator.script([{"status": 401}])
     await post(client, app, batch(10))
     await until(lambda: app.delivery.halted is not None)

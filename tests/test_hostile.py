@@ -385,36 +385,43 @@ async def test_what_comes_behind_a_request_is_held(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_each_byte_that_is_held_is_somebodys(tmp_path, seed):
+@pytest.mark.parametrize("known", [True, False])
+async def test_each_byte_that_is_held_is_somebodys(tmp_path, seed, known):
     """Requests of every kind, one behind the other and cut anywhere: what is held is what came and has no answer, and in the
-    end it is nothing.
+    end it is nothing. Who is told that there is nothing here before the body is whole is told that this is the last answer.
     """
     rng = random.Random(seed)
     packed = gzip.compress(body(30))
     kinds = [
         request(body(5), close=False),
         request(packed, "Content-Encoding: gzip", close=False),
-        request(b"x" * 5000, target="/nowhere", close=False),
         request(b"{", close=False),
         b"POST /v1/currents HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
     ]
+    if not known:
+        kinds.append(request(b"x" * 5000, target="/nowhere", close=False))
     async with opened(tmp_path, limits=HttpLimits()) as doors:
         reader, writer = await doors.connect()
         await until(lambda: doors.http.connections.alive)
         [connection] = doors.http.connections.alive
         sent = [rng.choice(kinds) for _ in range(200)]
-        left, answered = b"".join(sent), 0
-        while answered < len(sent):
+        left, said = b"".join(sent), bytearray()
+        while len(statuses(said)) < len(sent) and not (reader.at_eof() or reader.exception()):
             cut = rng.choice([1, 100, 3000, 20_000])
             writer.write(left[:cut])
             left = left[cut:]
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
                 async with asyncio.timeout(0.001 if left else None):
-                    answered += len(statuses(await reader.read(65536)))
+                    said += await reader.read(65536)
             assert connection.held == connection._shares.total
             assert doors.http.connections.held == connection.held >= 0
-        assert doors.http.answers.total() == doors.http.requests == answered == len(sent)
-        assert connection.held == 0
+        assert doors.http.answers.total() == doors.http.requests
+        if len(statuses(said)) < len(sent):
+            assert not known
+            assert statuses(said)[-1] == 404
+            assert b"\r\nConnection: close\r\n" in said
+            await until(lambda: not doors.http.connections.alive)
+        assert doors.http.connections.held == connection.held == 0
         writer.transport.abort()
 
 
@@ -502,12 +509,14 @@ async def test_a_field_that_a_proxy_has_added_twice(doors, field):
     assert b"Duplicate 'Host' header" in twice
 
 
-async def test_a_body_coded_on_its_way_is_told_so(doors):
-    """Nobody codes transfers but by chunks; who does hears that it is this, and not that his events are no JSON."""
-    start = b"POST /v1/currents HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip", b"identity", b"chunked, gzip", b"chunked;q=1"])
+async def test_a_body_coded_on_its_way_is_told_so(doors, coding):
+    """Nobody codes transfers but by chunks; who does hears that it is this: for a 400 Braze would drop good events."""
+    start = b"POST /v1/currents HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: " + coding + b"\r\n\r\n"
     packed = gzip.compress(body())
     answer = await doors.raw(start + b"%x\r\n" % len(packed) + packed + b"\r\n0\r\n\r\n")
     assert statuses(answer) == [501]
+    assert b"Transfer-Encoding" in answer
     assert await doors.events() == 0
 
 
@@ -1017,7 +1026,7 @@ def test_there_are_many():
 
 async def test_requests_that_two_parsers_would_cut_differently(tmp_path):
     """Each is refused and its connection closed, or read in the one way there is; what hides behind it is taken only as
-    a request of its own after one that was understood to its end. Never a 5xx.
+    a request of its own after one that was understood to its end. Never a 5xx but for another coding than chunked.
     """
     hidden_id = currents(seed=99)["id"]
     understood = []
@@ -1027,13 +1036,13 @@ async def test_requests_that_two_parsers_would_cut_differently(tmp_path):
         async def one(data):
             async with gate:
                 answers = statuses(await doors.raw(data + HIDDEN, eof=True))
-            assert all(status < 500 for status in answers), data
+            assert all(status in (200, 400, 408, 411, 501) for status in answers), (data, answers)
             assert answers, data
-            if answers[0] != 400 and answers[0] != 408:
+            if answers[0] not in (400, 408, 501):
                 understood.append(data)
             else:
                 # Refused, and so is what comes behind it, if it had an end at all.
-                assert set(answers) <= {400, 408}, (data, answers)
+                assert set(answers) <= {400, 408, 501}, (data, answers)
                 assert len(answers) <= 2, (data, answers)
 
         await asyncio.gather(*map(one, SMUGGLED))

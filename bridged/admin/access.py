@@ -79,7 +79,7 @@ class Access:
         self._csrf = secrets.token_urlsafe(32)  # while there is no token, and so no session
         self._sessions = Sessions()
         self._guesses = Guesses()
-        self._hosts = {"localhost", *(host.lower() for host in admin.hosts)}
+        self._hosts = {"localhost", *(host.lower().removesuffix(".") for host in admin.hosts)}
         if admin.listen:
             self._hosts.add(split_address(admin.listen)[0].lower())
 

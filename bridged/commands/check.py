@@ -184,6 +184,8 @@ def _warnings(settings: Config) -> Iterator[str]:
         yield f"Mixpanel retires API secrets on {API_SECRET_RETIRED}: create a service account"
     if not settings.mixpanel.token:
         yield "mixpanel.token is empty: events carry no `token` property, as those of Braze's connector do"
+    if not settings.spool.max_dead_letters:
+        yield "spool.max_dead_letters is 0: what can't be delivered is dropped at once, and counted"
     if not (settings.sources.http.listen or settings.sources.stream.listen):
         yield "both doors are closed: no event can come in"
     if not settings.mixpanel.partner_id:

@@ -2,6 +2,7 @@
 
 import http.client
 import ssl
+import sys
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
@@ -9,8 +10,9 @@ from urllib.parse import urlencode
 import msgspec
 
 from bridged.addresses import split_address
-from bridged.config import WITH_SYSTEMD, find_config, load
+from bridged.config import WITH_SYSTEMD, find_config, load, load_admin
 from bridged.errors import BridgedError, ConfigError, UpstreamError
+from bridged.redaction import redacted
 from bridged.settings import Config
 
 T = TypeVar("T")
@@ -62,8 +64,20 @@ class Daemon:
 
     @classmethod
     def configured(cls, flag: str | None) -> "Daemon":
-        """The admin API of the configuration that `--config` names, if any. Raises ConfigError."""
-        return cls.admin(load(find_config(flag), secrets=_ADMIN_SECRETS))
+        """The admin API of the configuration that `--config` names, if any. Raises ConfigError.
+
+        A mistake elsewhere in it is told, and no reason not to ask: the daemon that runs may be alarmed by just that.
+        """
+        path = find_config(flag)
+        try:
+            return cls.admin(load(path, secrets=_ADMIN_SECRETS))
+        except ConfigError as error:
+            try:
+                daemon = cls.admin(load_admin(path))
+            except ConfigError:
+                raise error from None
+            print(redacted(f"bridged: {error}\n  the daemon is asked nevertheless"), file=sys.stderr)
+            return daemon
 
     @classmethod
     def admin(cls, config: Config) -> "Daemon":

@@ -93,7 +93,7 @@ def said(error: BridgedError) -> bytes:
 def malformed(error: BaseException | None) -> tuple[int, str, str]:
     """What is answered to what is no HTTP as it should be: the status, what it is called, and why. No byte of it is in there.
 
-    A good request that a proxy has added to is none of those: for a 400 Braze would drop its events.
+    A good request that a proxy has added to, or coded, is none of those: for a 400 Braze would drop its events.
     """
     # The lines below the first one quote what came.
     why = str(getattr(error, "message", "")).partition("\n")[0].rstrip(":")[:_MAX_WHY] or type(error).__name__
@@ -101,4 +101,6 @@ def malformed(error: BaseException | None) -> tuple[int, str, str]:
         return 431, "the request's head is too large", type(error).__name__
     if (twice := _TWICE.search(why)) and twice[1].lower() != "host":
         return 503, f"the head has {twice[1]} twice: something in between adds it", why
+    if "invalid `transfer-encoding`" in why.lower():
+        return 501, "the Transfer-Encoding is another than chunked", why
     return 400, "this is not HTTP as it should be", why
