@@ -426,7 +426,7 @@ async def test_an_orderly_pause_is_no_stall(daemon, client, emulator, monkeypatc
     app = await daemon(delivery__timeout="200ms", **configured)
     emulator.script(faults)
     told = []
-    await post(client, app, [currents(seed=seed) for seed in range(3)])
+    await post(client, app, [currents(seed=seed) for seed in range(9)])
     until_then = asyncio.get_running_loop().time() + 3.5
     while asyncio.get_running_loop().time() < until_then:
         told.append(judge_now(app).reason)
