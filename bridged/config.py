@@ -10,7 +10,6 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
@@ -48,16 +47,17 @@ def _plain(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _sections(struct: type[Struct], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type[Struct]]]:
+def sections(struct: type[Struct], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type[Struct]]]:
+    """Every section in it, by where it stands."""
     for field in msgspec.structs.fields(struct):
         if isinstance(field.type, type) and issubclass(field.type, Section):
             yield (*path, field.name), field.type
-            yield from _sections(field.type, (*path, field.name))
+            yield from sections(field.type, (*path, field.name))
 
 
 def keys() -> Iterator[Key]:
     """Every key, in the order of config.toml."""
-    for path, struct in _sections(Config):
+    for path, struct in sections(Config):
         for field in msgspec.structs.fields(struct):
             if isinstance(field.type, type) and issubclass(field.type, Section):
                 continue
@@ -190,7 +190,7 @@ def _explained(where: str, error: msgspec.ValidationError, environ: Mapping[str,
     unknown = re.search(r"unknown field `(.+)`", message)
     if unknown:
         known = [k.path[-1] for k in keys() if ".".join(k.path[:-1]) == place] or [
-            ".".join(p) for p, _ in _sections(Config)
+            ".".join(p) for p, _ in sections(Config)
         ]
         near = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
@@ -495,39 +495,6 @@ def _is_remote(address: str) -> bool:
         return not is_loopback(split_address(address)[0])
     except ValueError:
         return False
-
-
-def default_toml() -> str:
-    """Every key at its default with its description: the text of config.toml."""
-    lines = [
-        "# bridged's configuration: every key, at its default. Only mixpanel needs yours.",
-        "# A key can also be set by the environment: [mixpanel] token is BRIDGED__MIXPANEL__TOKEN.",
-    ]
-    section: tuple[str, ...] = ()
-    docs = {path: struct.__doc__ or "" for path, struct in _sections(Config)}
-    for key in keys():
-        if key.path[:-1] != section:
-            section = key.path[:-1]
-            lines += ["", f"# {docs[section]}", f"[{'.'.join(section)}]"]
-        lines += [f"# {key.description}", f"{key.path[-1]} = {toml_value(key.default)}"]
-    return "\n".join(lines) + "\n"
-
-
-def toml_value(value: Any) -> str:
-    """A value as TOML writes it; what `tomllib` reads back is the same."""
-    if isinstance(value, Size | Seconds):
-        return f'"{value}"'
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, date | time):
-        return value.isoformat()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return repr(value)  # JSON has no nan, and bounds to its numbers
-    if isinstance(value, dict):
-        members = ", ".join(f"{toml_value(name)} = {toml_value(of)}" for name, of in value.items())
-        return f"{{ {members} }}" if members else "{}"
-    # A string of JSON is one of TOML, but for one character that only JSON takes raw.
-    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
 
 
 def masked(config: Config) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from bridged.settings import Config
 log = structlog.get_logger()
 
 _RESERVE: Final = 256
+_OWN: Final = 32  # of it: the spool, the listeners, and a few requests to Mixpanel
 # With fewer a start fails somewhere in its midst, or takes a handful of connections.
 _LEAST: Final = 64
 
@@ -62,10 +63,20 @@ def connections(config: Config) -> Connections:
     """What each door may take: as configured, or both less, in proportion, where the process may open too few files."""
     wished = _wished(config)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = soft - min(_RESERVE, soft // 2)
+    room = soft - _kept_back(soft)
     if soft == resource.RLIM_INFINITY or sum(wished) <= room:
         return wished
     return Connections(*[max(1, room * of // sum(wished)) for of in wished])
+
+
+def admin_connections() -> int:
+    """What the admin side may take: half of what is left of the rest. Who may not ask anything could have them all."""
+    return (_kept_back(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - _OWN) // 2
+
+
+def _kept_back(soft: int) -> int:
+    """What isn't for the doors, of a limit."""
+    return _RESERVE if soft == resource.RLIM_INFINITY else min(_RESERVE, max(soft // 2, 3 * _OWN // 2))
 
 
 def _wished(config: Config) -> Connections:

@@ -102,7 +102,7 @@ class Presence:
         gone = [f"{self._path}{suffix}" for suffix, known in self._files.items() if not self._is_there(suffix, known)]
         if not gone:
             return ""
-        what = f"{' and '.join(gone)} was removed or replaced while bridged ran"
+        what = f"{' and '.join(gone)} {'was' if len(gone) == 1 else 'were'} removed or replaced while bridged ran"
         hint = "see what does that there, and start again"
         try:
             saved = self._save(db)

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 import msgspec
 
-from bridged.config import Key, choices, convert, demand_good, keys, replaced, secret_problem, toml_value, value_at
+from bridged.config import Key, choices, convert, demand_good, keys, replaced, secret_problem, value_at
+from bridged.config_text import toml_value
 from bridged.durable import settle_file
 from bridged.errors import BridgedError, ConfigError, whose
 from bridged.redaction import hide
@@ -313,10 +314,7 @@ def read_for(config: Config) -> Saved:
             raise
         why = f"{error.__cause__}; {_NOT_OURS}"
     if not (why or path.is_absolute() or path.exists() or saved.path.exists()):
-        why = (
-            f"spool.path is relative, and there is no {path} in {Path.cwd()}; from the daemon's working directory it could, once "
-            "it has run"
-        )
+        why = f"spool.path is relative, and there is no {path} in {Path.cwd()}; run this in the daemon's working directory"
     if why:
         saved.problem = f"whether settings were saved on the page can't be seen: {why}"
     return saved

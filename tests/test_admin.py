@@ -155,7 +155,7 @@ async def test_halted_stays_ready_and_says_so(daemon, client, emulator):
     assert (code, ready["halted"]) == (200, True)
     assert status["state"] == "halted"
     assert status["halted"]["status"] == 401
-    assert re.match(r"Halted since \d\d:\d\d, HTTP 401: Mixpanel .*3 events safe on disk", status["sentence"])
+    assert re.match(r"Halted since \d\d:\d\d [A-Z]\w+, HTTP 401: Mixpanel .*3 events safe on disk", status["sentence"])
     assert status["health"]["ready"]
     samples = await metrics(client, app)
     assert samples["bridged_delivery_halted"] == 1

@@ -24,7 +24,8 @@ from bench import restart
 from bridged import cli
 from bridged.admin import server
 from bridged.commands.client import Daemon, this_certificate
-from bridged.config import default_toml, load
+from bridged.config import load
+from bridged.config_text import default_toml
 from bridged.errors import ConfigError, UpstreamError
 from bridged.sources.tls import server_context
 
@@ -361,7 +362,7 @@ async def known(app):
 
 async def test_so_many_connections_and_no_more(daemon, monkeypatch):
     """Who opens one connection after the other takes none of the doors' files; when they have gone, others may come."""
-    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(server, "admin_connections", lambda: 4)
     app = await daemon(admin__token="0123456789abcdef")
     opened = [await known(app) for _ in range(4)]
     head = "GET /healthz HTTP/1.1\nHost: localhost\n"
@@ -376,7 +377,7 @@ async def test_so_many_connections_and_no_more(daemon, monkeypatch):
 
 async def test_who_shows_no_token_keeps_nobody_out(daemon, monkeypatch):
     """However many connections strangers hold, and whatever they ask: who comes next has a place, and who is known keeps his."""
-    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(server, "admin_connections", lambda: 4)
     app = await daemon(admin__token="0123456789abcdef")
     reader, writer = await known(app)
     sent = (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", LOGIN.replace("\n", "\r\n").encode())
@@ -398,7 +399,7 @@ async def test_who_shows_no_token_keeps_nobody_out(daemon, monkeypatch):
 
 async def test_many_at_once_are_no_more(daemon, monkeypatch):
     """Those that are accepted in one turn of the loop are counted one by one."""
-    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(server, "admin_connections", lambda: 4)
     app = await daemon(admin__token="0123456789abcdef")
     opened = await asyncio.gather(*[asyncio.open_connection("127.0.0.1", app.admin.port) for _ in range(40)])
     ended = [asyncio.ensure_future(reader.read()) for reader, _ in opened]
@@ -411,7 +412,7 @@ async def test_many_at_once_are_no_more(daemon, monkeypatch):
 
 async def test_a_handshake_takes_a_place_and_is_not_waited_for(daemon, certificate, tmp_path, monkeypatch):
     """Over TLS, too, silent ones keep nobody out; who made room during his handshake is gone, and who never ends it soon is."""
-    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(server, "admin_connections", lambda: 2)
     monkeypatch.setattr(server, "_HANDSHAKE_S", 2.0 * SLOW)
     trust = certificate("127.0.0.1")
     app = await daemon(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROWS, currents, free_port, until
 
-from bridged import cli, config
+from bridged import cli, config, config_text
 from bridged.commands import check
 from bridged.commands.printing import duration, printable, size, table
 from bridged.config import replaced
@@ -290,7 +290,7 @@ async def test_config_default(bridged):
     code, out, _ = await bridged(None, "config", "--default")
 
     assert code == 0
-    assert out == config.default_toml()
+    assert out == config_text.default_toml()
     assert tomllib.loads(out)["delivery"]["max_concurrency"] == 20
 
 
@@ -405,6 +405,23 @@ async def test_check_online_fails_with_69(bridged, config, emulator, trouble):
 
 
 # -- status and test events -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slip", ["[mixpanel]\nurl = 5", '[retention]\nmax_age = "2 weeks"', "[delivery]\ntimeout = 0"])
+async def test_a_daemon_is_asked_whose_file_has_a_slip(bridged, daemon, tmp_path, slip):
+    """It runs on with the configuration that it has, and has an alarm for that one: that is what `status` is asked for. What
+    is wrong is said first. A slip in [admin] itself leaves nobody to ask.
+    """
+    app = await daemon()
+    file = tmp_path / "slip.toml"
+    file.write_text(f'{slip}\n[admin]\nlisten = "{app.config.admin.listen}"\n')
+    code, out, err = await bridged(None, "status", "--config", str(file))
+    assert code == 0
+    assert "nothing waiting" in out
+    assert str(file) in err
+    assert err.endswith("the daemon is asked nevertheless\n")
+    file.write_text(f'{slip}\n[admin]\nlistne = "{app.config.admin.listen}"\n')
+    assert (await bridged(None, "status", "--config", str(file)))[0] == 78
 
 
 async def test_test_events_and_status(bridged, daemon, emulator):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from bridged.addresses import is_loopback, split_address
 from bridged.config import (
-    default_toml,
     find_config,
     has_credential,
     keys,
@@ -19,6 +18,7 @@ from bridged.config import (
     masked,
     secret_problem,
 )
+from bridged.config_text import default_toml
 from bridged.errors import ConfigError
 from bridged.settings import SECRETS, Config, Seconds, Size
 
@@ -151,6 +151,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
             ["sources.stream.listen: ~ stands for no folder"],
         ),
         ("mixpanel.token = 't'\ndelivery.timeout = 0", ["delivery.timeout", "more than 0s"]),
+        ("mixpanel.token = 't'\nretention.max_age = 0", ["retention.max_age", "more than 0s", "keep"]),
+        ("mixpanel.token = 't'\nretention.archive_path = ''", ["retention.archive_path", "a folder"]),
+        ("mixpanel.token = 't'\nalerts.undelivered = 0", ["alerts.undelivered", "more than 0s"]),
+        ("mixpanel.token = 't'\nadmin.hosts = ['b.example:8443']", ["admin.hosts", "a name alone", "b.example:8443"]),
+        ("mixpanel.token = 't'\nadmin.hosts = ['https://b.example']", ["admin.hosts", "a name alone"]),
         ("mixpanel.token = 't'\ndelivery.probe_interval = '0ms'", ["delivery.probe_interval", "more than 0s"]),
         ("mixpanel.token = 't'\nsources.http.listen = '127.0.0.1:8482'", ["127.0.0.1:8482", "two listeners"]),
         ("mixpanel.token = 't'\nsources.http.listen = 'localhost:8481'", ["localhost:8481 and 127.0.0.1:8481", "two"]),

@@ -13,7 +13,8 @@ import pytest
 
 from bridged.admin.openapi import document
 from bridged.cli import main
-from bridged.config import default_toml, keys, load
+from bridged.config import keys, load
+from bridged.config_text import default_toml
 from bridged.currents.readme import events_markdown
 from bridged.currents.table import EVENT_TYPES
 

@@ -29,6 +29,7 @@ LADDER: dict[str, set[str]] = {
     # And of cohorts.
     "cohort_rules": {"settings"},
     "config": {"addresses", "cohort_rules", "errors", "event_rules", "redaction", "settings"},
+    "config_text": {"config", "settings"},
     # Those of the listeners.
     "certificates": {"errors", "settings"},
     "reloading": {"apart", "config", "errors", "settings"},
@@ -36,7 +37,7 @@ LADDER: dict[str, set[str]] = {
     "connections": {"apart"},
     "durable": set(),
     # What was saved on the page, over the configuration.
-    "saved": {"config", "durable", "errors", "redaction", "settings"},
+    "saved": {"config", "config_text", "durable", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
     "alarms": {"connections"},
     "presence": {"durable", "errors"},
@@ -56,6 +57,7 @@ LADDER: dict[str, set[str]] = {
     "cohort_import": {"errors", "clock", "settings", "braze", "cohorts", "sources"},
     # The admin side looks at everything that runs, and changes only dead letters and, through the app, the credential.
     "admin": {
+        "open_files",
         "activity",
         "addresses",
         "event_rules",
@@ -113,6 +115,8 @@ LADDER: dict[str, set[str]] = {
         "event_rules",
         "settings",
         "config",
+        "config_text",
+        "redaction",
         "saved",
         "options",
         "currents",

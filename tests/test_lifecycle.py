@@ -418,12 +418,16 @@ async def test_a_configuration_that_is_never_read_to_its_end(process, emulator, 
     assert "stopped" in process.said().splitlines()[-1]
 
 
-async def test_few_open_files(process, emulator):
-    """Idle connections can't take them all: the doors take fewer, and who looks and what is delivered still get theirs."""
+@pytest.mark.parametrize(("limit", "doors"), [(64, 8), (128, 32), (300, 75)])
+async def test_few_open_files(process, emulator, limit, doors):
+    """Idle connections can't take them all: the doors take fewer, and who looks and what is delivered still get theirs. So
+    does the admin side, where anybody may connect.
+    """
     admin = f"127.0.0.1:{free_port()}"
-    await process.start(before=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh"), admin__listen=admin)
+    await process.start(before=("sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"), admin__listen=admin)
     await process.ready()
-    idle = [socket.create_connection(("127.0.0.1", process.tcp)) for _ in range(100)]
+    ports = (process.tcp, int(admin.rpartition(":")[2])) * 100
+    idle = [socket.create_connection(("127.0.0.1", port)) for port in ports]
     async with aiohttp.ClientSession() as session:
         for _ in range(3):
             async with session.get(f"http://{admin}/healthz") as answer:
@@ -437,7 +441,7 @@ async def test_few_open_files(process, emulator):
     [said] = [
         line for line in map(msgspec.json.decode, process.said().splitlines()) if line["event"] == "few_open_files"
     ]
-    assert (said["allowed"], said["http_connections"], said["stream_connections"]) == (64, 16, 16)
+    assert (said["allowed"], said["http_connections"], said["stream_connections"]) == (limit, doors, doors)
     assert "Too many open files" not in process.said()
 
 
@@ -457,6 +461,14 @@ async def test_a_limit_that_may_be_raised(process):
     await process.start(before=("sh", "-c", 'ulimit -S -n 20; exec "$@"', "sh"))
     await process.ready()
     assert await process.end() == 0
+
+
+def test_whose_a_file_is_behind_a_link(tmp_path):
+    """`chown -R` doesn't go through a link, as the folder of systemd's DynamicUser is one: the hint names what it leads to."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    hint = whose(PermissionError(errno.EACCES, "no"), tmp_path / "link" / "spool.db", "otherwise")
+    assert hint.endswith(f"chown -R --reference={tmp_path}/real {tmp_path}/real")
 
 
 @pytest.mark.parametrize("of", ["open", "sqlite"])

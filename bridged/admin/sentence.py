@@ -36,7 +36,7 @@ def in_words(
     waiting = f"{well.waiting:,} events" if well.waiting != 1 else "1 event"
     if halted is not None:
         since = time.strftime(
-            "%H:%M" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M", time.localtime(halted.since)
+            "%H:%M %Z" if time.time() - halted.since < 43_200 else "%Y-%m-%d %H:%M %Z", time.localtime(halted.since)
         )
         # With a status, the reason begins with it.
         why = f", HTTP {halted.reason}" if halted.status else f": {halted.reason}"

@@ -31,6 +31,7 @@ from bridged.admin.settings import SettingsApi
 from bridged.admin.status import health, totals
 from bridged.config import keys
 from bridged.errors import BridgedError, ConfigError, ListenError, about_pem
+from bridged.open_files import admin_connections
 from bridged.redaction import redacted_bytes, spare
 from bridged.saved import BadSettings
 
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# Half of what `open_files` keeps back from the doors.
-_MAX_CONNECTIONS: Final = 128
 _MAX_BODY_BYTES: Final = 16 * 2**20
 _MAX_LOGIN_BYTES: Final = 4096
 _BODY_S: Final = 30.0
@@ -129,10 +128,11 @@ class _Server(web.Server):
 
     def __init__(self, handler: Any, request_factory: Any) -> None:
         super().__init__(handler, request_factory=request_factory)
+        self._most = admin_connections()
         self.alive: dict[_Connection, None] = {}  # oldest first; from the first packet on, so a handshake takes a place
 
     def __call__(self) -> _Connection | _Full:  # type: ignore[override]  # or an end to it
-        if len(self.alive) >= _MAX_CONNECTIONS and not self._displace():
+        if len(self.alive) >= self._most and not self._displace():
             return _Full()
         options = {"keepalive_timeout": _HEAD_S, "lingering_time": _LINGER_S, "access_log": None}  # none at all
         connection = _Connection(self, loop=self._loop, **options)

@@ -437,7 +437,8 @@ def _warnings(app: "App") -> list[str]:
         )
     if spool.set_aside:
         found.append(
-            f"the spool was damaged and salvaged: check the disk; the damaged file is kept as {', '.join(spool.set_aside[-3:])}"
+            "the spool was damaged and salvaged: check the disk; what was damaged is kept as "
+            + ", ".join(f"{kept}*" for kept in spool.set_aside[-3:])
         )
     if spool.dropped_dead_letters:
         found.append(
@@ -473,6 +474,6 @@ def _warnings(app: "App") -> list[str]:
     if app.intake.unknown_fields:
         count = len(app.intake.unknown_fields)
         found.append(
-            f"Braze sends {count} field(s) that this version doesn't know and doesn't forward: see unknown_fields"
+            f"Braze sends {count} field(s) that this version doesn't know and doesn't forward: see the unknown fields"
         )
     return found

@@ -74,7 +74,8 @@ class Daemon:
         except ConfigError as error:
             try:
                 daemon = cls.admin(load_admin(path))
-            except ConfigError:
+                daemon.call("GET", "/healthz")
+            except BridgedError:  # nor is there one to ask
                 raise error from None
             print(redacted(f"bridged: {error}\n  the daemon is asked nevertheless"), file=sys.stderr)
             return daemon

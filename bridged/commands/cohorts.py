@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommands and their options."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="as for `bridged run`")
+    common.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="the configuration (see `bridged --help`)"
+    )
     common.add_argument("--json", action="store_true", help="print the API's answer as it is")
 
     verbs.add_parser("list", parents=[common], help="every cohort, and how far it is")

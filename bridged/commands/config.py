@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from bridged import config
+from bridged import config, config_text
 from bridged.saved import read_for
 
 EPILOG = """\
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Prints."""
     if arguments.default:
-        print(config.default_toml(), end="")
+        print(config_text.default_toml(), end="")
     else:
         path = config.find_config(arguments.config)
         configured = config.load(path)

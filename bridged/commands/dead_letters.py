@@ -55,10 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=STAGES,
         help="only refused by our door, by bridged behind it (too large, damaged), or by Mixpanel",
     )
-    filters.add_argument("--since", metavar="TIME", type=_time, help="only refused then or later: 2026-01-31[T14:00]")
+    filters.add_argument(
+        "--since",
+        metavar="TIME",
+        type=_time,
+        help="only refused then or later: 2026-01-31[T14:00], local time unless with +00:00",
+    )
     filters.add_argument("--until", metavar="TIME", type=_time, help="only refused before")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="as for `bridged run`")
+    common.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="the configuration (see `bridged --help`)"
+    )
 
     verb = verbs.add_parser("list", parents=[common, filters], help="what there is, and why")
     verb.add_argument(

@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from bridged.config import toml_value
+from bridged.config_text import toml_value
 from bridged.errors import BridgedError
 
 _START_S: Final = 20.0

@@ -68,12 +68,12 @@ def lines(status: Status) -> Iterator[str]:
         if more > 0:
             yield f"  and {more} more types: see --json"
     if status.unknown_fields:
-        yield from ("", "fields that Braze sends and this version doesn't forward (seen in samples)")
+        yield from ("", "unknown fields, which Braze sends and this version doesn't forward (seen in samples)")
         yield table([[f.event_type, f.field, f.seen] for f in status.unknown_fields[:20]], right=[2])
 
 
 def _alarm(alarm: AlarmStatus) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alarm.since))
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(alarm.since))
     ending = ", ending (its cause is gone)" if alarm.ending else ""
     return f"ALARM {alarm.alarm} ({alarm.severity}) since {since}{ending}: {printable(alarm.text)}"
 
