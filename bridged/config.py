@@ -103,7 +103,10 @@ def load(
     config = _with_secrets(config, environ, secrets)
     if path and any(name.startswith("BRIDGED__") for name in environ):
         where += " and the environment"
-    hint = "" if "CREDENTIALS_DIRECTORY" in environ else WITH_SYSTEMD
+    credentials = environ.get("CREDENTIALS_DIRECTORY")
+    hint = WITH_SYSTEMD if credentials is None else ""
+    if credentials and not os.path.exists(credentials):  # noqa: PTH110  # which says no where we may not look
+        hint = f"{credentials} isn't there: systemd makes it when the service starts, and removes it when that ends"
     demand_good(config, where, complete=secrets is SECRETS, about_secrets=hint)
     return config
 

@@ -385,6 +385,13 @@ def test_no_credential_directory_or_no_such_credential(tmp_path: Path) -> None:
     assert load(None, TOKEN | {"CREDENTIALS_DIRECTORY": str(tmp_path / "missing")}).admin.token == ""
 
 
+def test_systemds_copies_are_gone_when_the_service_is(tmp_path):
+    """Who looks for a secret there before the first start, or after the last, is told why there is none."""
+    with pytest.raises(ConfigError) as refused:
+        load(None, {"BRIDGED__ADMIN__LISTEN": "", "CREDENTIALS_DIRECTORY": str(tmp_path / "missing")})
+    assert "missing isn't there: systemd makes it when the service starts" in refused.value.hint
+
+
 def test_masked_never_shows_a_secret() -> None:
     """For logs, `check` and the API: every secret is replaced, whatever holds it; an unset one stays empty."""
     environ = {variable(path): secret(path, f"s3cr3t-{'-'.join(path)}") for path in SECRETS}

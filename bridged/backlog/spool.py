@@ -313,7 +313,8 @@ class Spool:
                 "free space on that disk; what waits is delivered meanwhile",
             )
         return SpoolFull(
-            f"the spool is near its cap: {self.used_bytes:,} of {options.max_bytes:,} bytes in {options.path}",
+            f"the spool is near its cap: {self.used_bytes:,} of {options.max_bytes:,} bytes in {options.path}, "
+            f"{self.pending_bytes:,} about to be written, {reserve_of(options.max_bytes):,} kept to settle what waits",
             "raise spool.max_bytes, or see why Mixpanel takes nothing",
         )
 
