@@ -285,6 +285,22 @@ def test_without_an_id_the_bytes_make_one() -> None:
     assert properties_of(events[0])["$insert_id"] == ids[0]
 
 
+@pytest.mark.parametrize("event_type", ["users.behaviors.CustomEvent", OPEN, UNHEARD_OF])
+def test_without_an_id_the_spelling_makes_none(event_type: str) -> None:
+    """Blanks between its members are no part of an event: by HTTP, as a line and out of an array it is the same one."""
+    event = {k: v for k, v in custom_event({"a": [1.50, "b  c"]}).items() if k != "id"} | {"event_type": event_type}
+    spellings = [
+        json.dumps(event, separators=(",", ":")).encode(),
+        json.dumps(event).encode(),
+        json.dumps(event, indent=2).encode(),
+        json.dumps(event, indent="\t").replace("\n", "\r\n").encode(),
+    ]
+    by = made(unknown="forward")
+    assert len({properties_of(line, by=by)["$insert_id"] for line in spellings}) == 1
+    another = spellings[0].replace(b"b  c", b"b c")
+    assert properties_of(another, by=by)["$insert_id"] != properties_of(spellings[0], by=by)["$insert_id"]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_bytes_that_are_kept() -> None:
     """A dead letter is JSON without it, and an event without an id gets the same one with and without it."""
     odd = [{k: v for k, v in currents().items() if k != "id"}, custom_event({"a": nested(20)}), currents(time=1)]

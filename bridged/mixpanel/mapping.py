@@ -251,7 +251,7 @@ class EventMapping:
             # The same event always gets the same id, or Mixpanel could not recognise its repetition. A placeholder is none:
             # as one it would make all events of a user and a day that have it repetitions of the first.
             own = b"" if event.id.strip().lower() in _NO_IDS else event.id.encode()
-            event.id = hashlib.sha256(own or original).hexdigest()[:36]
+            event.id = hashlib.sha256(own or _minified(original)).hexdigest()[:36]
         return None
 
     def _whole(self, event_type: str, event: Event, original: bytes, now_s: float) -> Struct | Skip | Refusal:
@@ -330,6 +330,14 @@ def _are_plain(ids: list[str]) -> bool:
 
 def _is_plain(insert_id: str) -> bool:
     return INSERT_ID.fullmatch(insert_id) is not None and insert_id.lower() not in REFUSED_IDS
+
+
+def _minified(original: bytes) -> bytes:
+    """An event without the blanks between its members: each door, and each tool before it, has its own."""
+    try:
+        return msgspec.json.format(original, indent=-1)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return original
 
 
 def derived_name(event_type: str) -> str:
