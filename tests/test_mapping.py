@@ -522,7 +522,9 @@ def test_single_unknown_types_can_be_included_excluded_and_named() -> None:
 def test_all_properties_of_an_undocumented_type_are_forwarded() -> None:
     """Types whose fields Braze hasn't published keep everything, but nothing that Mixpanel would act upon."""
     own = {"page": "Sale", "nested": {"a": [1]}, "big": 2**70, "none": None}
-    reserved = dict.fromkeys(["token", "distinct_id", "bucket", "$ignore", "time", "$insert_id", "ip"], "evil")
+    names = ["token", "distinct_id", "bucket", "$ignore", "time", "$insert_id", "ip"]
+    names += ["$city", "$region", "mp_country_code", "$latitude", "$failure_reason", "$duration_s", "$warehouse_type"]
+    reserved = dict.fromkeys(names, "evil")
     properties = properties_of(currents(OPEN, properties=own | reserved))
     assert {name for name, value in properties.items() if value == "evil"} == {f"braze_{name}" for name in reserved}
     assert exactly({name: properties.get(name) for name in own}) == exactly(own)
@@ -542,6 +544,16 @@ def test_a_property_that_is_called_otherwise_takes_no_others_place() -> None:
             "braze_ip": 4,
             "braze_braze_braze_ip": 5,
         }
+
+
+@pytest.mark.parametrize("event_type", [OPEN, UNHEARD_OF])
+def test_an_undocumented_types_own_device_id_is_kept_beside_the_users(event_type: str) -> None:
+    """It was lost to the user's, although all properties of such a type are forwarded. Without one of the user it keeps its name."""
+    by = made(unknown="forward")
+    event = currents() | {"event_type": event_type, "properties": {"device_id": "own"}}
+    for device, kept in (("theirs", {"device_id": "theirs", "braze_device_id": "own"}), (None, {"device_id": "own"})):
+        properties = properties_of(event | {"user": {"external_user_id": "ada", "device_id": device}}, by=by)
+        assert {name: value for name, value in properties.items() if "device_id" in name} == kept
 
 
 @pytest.mark.parametrize("naming", ["seed", "current"])
