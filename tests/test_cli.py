@@ -462,6 +462,14 @@ async def test_test_events_and_status(bridged, daemon, emulator):
     assert json.loads(out)["events"]["delivered"] == len(selected)
 
 
+async def test_status_says_why_events_were_skipped(bridged, daemon, client):
+    """And since when it knows: the count of those that were skipped outlives a restart, their reasons don't."""
+    app = await daemon(events__exclude='["users.messages.email.Send"]')
+    assert "skipped since this start" not in (await bridged(app, "status"))[1]
+    await send(client, app, currents("users.messages.email.Send"), *[currents(user={}) | {"id": i} for i in "ab"])
+    assert "  skipped since this start: 2 no external_user_id, 1 not selected\n" in (await bridged(app, "status"))[1]
+
+
 async def test_test_events_of_some_types(bridged, daemon, emulator):
     """Only the named types are sent; a type that isn't selected is an error."""
     app = await daemon(events__exclude='["users.behaviors.Purchase"]')
