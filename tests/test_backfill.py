@@ -709,6 +709,48 @@ async def test_an_export_arrives_as_the_connector_would_have_sent_it(backfill, d
         assert ours == theirs
 
 
+@pytest.mark.parametrize("form", ["lines", "array"])
+async def test_flat_records_as_json_are_the_same_events(backfill, daemon, emulator, client, tmp_path, form):
+    """As somebody makes JSON of an export: all of them were skipped for want of an external_user_id, which they have."""
+    app = await daemon()
+    events = [currents(row.event_type, seed) for seed, row in enumerate(EVENT_TYPES)]
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": events}) as answer:
+        assert answer.status == 200
+    await arrived(app, emulator, len(events))
+    over_http = sorted((event["event"], event["properties"]) for event in emulator.events())
+    emulator.clear()
+    records = [{"event_type": event["event_type"], "a_field_of_next_year": None} | flat(event) for event in events]
+    path = tmp_path / "events.json"
+    path.write_bytes(json.dumps(records, indent=2).encode() if form == "array" else ndjson(records))
+
+    code, out, err = await backfill(app, path)
+
+    assert (code, f"{len(events)} acked, 0 not" in out) == (0, True), err
+    await arrived(app, emulator, 2 * len(events))
+    assert sorted((event["event"], event["properties"]) for event in emulator.events()) == over_http
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event_type":"users.canvas.Entry","time":1,"user" : {"external_user_id":"ada"},"user_id":"b"}\n',
+        b'{"event_type":"users.canvas.Entry","time":1,"external_user_id":"ada","properties":{"canvas_id":"c"}}\n',
+        b'{"event_type":"users.canvas.Entry","time":1,"properties":{"canvas_id":"c"}}\n',
+        b'{"event_type":"users.canvas.Entry","time":1,"canvas_id":"c"}\n',
+        b'{"time":1,"external_user_id":"ada"}\n',
+        b'{"event_type":"users.canvas.Entry","external_user_id":"ada","time":1e999}\n',
+        b'[{"event_type":1}, 2]\n',
+        b"no JSON\n",
+    ],
+)
+def test_what_is_no_flat_record_comes_as_it_is(tmp_path, line):
+    """An event as the connector sends it, however little is in it, and what the daemon says of as a dead letter."""
+    path = tmp_path / "events.ndjson"
+    path.write_bytes(ndjson([currents()]) + line)
+    assert list(currents_files.lines(path, MAX_LINE))[1] == line
+
+
 @pytest.mark.parametrize(
     ("own", "reason"),
     [
@@ -764,6 +806,30 @@ async def test_an_archive_is_for_the_other_command(backfill, daemon, tmp_path):
     assert "holds events as Mixpanel gets them" in err
     assert "bridged replay" in err
     assert app.spool.accounts.total("accepted") == 0
+
+
+async def test_an_export_of_dead_letters_is_for_another_command(backfill, daemon, client, tmp_path):
+    """Each of its lines became a dead letter anew: it is told, and left alone. What is said to type makes a file of its events."""
+    app = await daemon()
+    wrong = currents("users.behaviors.Purchase", id="p", properties={"price": "9.99"})
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": [wrong, "no event"]}) as answer:
+        assert answer.status == 200
+    path = tmp_path / "letters.ndjson"
+    async with client.get(f"http://{app.config.admin.listen}/api/dead-letters/export") as answer:
+        path.write_bytes(await answer.read())
+
+    code, _, err = await backfill(app, path)
+
+    assert code == 74
+    assert "is an export of dead letters: nothing of it was sent" in err
+    assert "bridged dead-letters replay tries those again" in err
+    assert app.spool.accounts.total("accepted") == 2
+    if shutil.which("jq"):
+        command = err.partition("its door refused: ")[2].strip()
+        await asyncio.to_thread(subprocess.run, command, shell=True, cwd=tmp_path, check=True)
+        [line] = currents_files.lines(tmp_path / "events.ndjson", MAX_LINE)
+        assert json.loads(line) == wrong
 
 
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n \r\n"])

@@ -33,7 +33,8 @@ from bridged.settings import Config
 
 EPILOG = """\
 Files hold Currents events as Braze's Custom HTTP connector sends them: one a line, or as a JSON array; or they are Avro, as
-Currents' export to cloud storage writes them (for which fastavro must be installed). Any may be gzip. A folder means the files
+Currents' export to cloud storage writes them (for which fastavro must be installed), or such records as JSON, each with its
+event_type. Any may be gzip. A folder means the files
 below it; one that can't be read to its end doesn't stop the others: it is named at the end (exit code 74).
 
 FILE.backfill, beside each, says how far it was sent. After an interruption the same command goes on there; a file that was

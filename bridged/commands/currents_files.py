@@ -1,7 +1,8 @@
 """Files of Currents events, made into the lines that the stream door takes: NDJSON, a JSON array, Avro, gzip of any.
 
 Avro is what Currents' export to cloud storage writes: a flat record of an event. What Braze's Custom HTTP connector puts under
-`user` and `properties` stands beside each other in it, and the customer's own properties are a JSON string.
+`user` and `properties` stands beside each other in it, and the customer's own properties are a JSON string. Whoever makes
+JSON of such records, with their event_type, keeps that form: it is understood likewise.
 """
 
 import contextlib
@@ -40,6 +41,8 @@ _BLANK = b" \t\r\n"
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"\t\t")
 _LOOK_BYTES = 1024
 _BODY = re.compile(rb'\{\s*"events"\s*:\s*\[')
+_DEAD_LETTER = re.compile(rb'\{\s*"id"\s*:\s*\d+\s*,\s*"first_at"\s*:')
+_HAS_USER = re.compile(rb'"user"\s*:')
 _NO_FILES = Path("/proc")
 # What fastavro says of a codec that needs a library of its own, such as snappy.
 _LACKING = re.compile(r"install one of the following libraries: \('([\w.-]+)'")
@@ -151,7 +154,7 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
                 )
             line += b"\n"
         if not line.isspace() and line:
-            yield line
+            yield _of_flat(line)
 
 
 def _demand_currents(path: Path, first: bytes) -> None:
@@ -168,6 +171,13 @@ def _demand_currents(path: Path, first: bytes) -> None:
         )
     if _another_follows(first):
         raise FileError(f"{path} has several events on a line: nothing of it was sent", f"one a line: {_jq('.', path)}")
+    if _DEAD_LETTER.match(first):
+        theirs = _jq('select(.stage == "door") | .event // empty', path)
+        raise FileError(
+            f"{path} is an export of dead letters: nothing of it was sent",
+            "bridged dead-letters replay tries those again that the daemon has; of another daemon's, the events that "
+            f"its door refused: {theirs}",
+        )
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         msgspec.json.decode(first, type=ArchivedEvent)
         raise FileError(
@@ -204,7 +214,7 @@ def _array(path: Path, data: bytes) -> Iterator[bytes]:
         elements = found
     for element in elements:
         if line := _on_a_line(bytes(element)):
-            yield line + b"\n"
+            yield _of_flat(line + b"\n")
 
 
 def _on_a_line(element: bytes) -> bytes:
@@ -245,6 +255,20 @@ def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
         if lacking := _LACKING.search(str(error)):
             hint = f"nothing of it was sent; {sys.executable} -m pip install {lacking[1]}"
         raise FileError(f"can't read {path} as Avro: {error!r}", hint) from error
+
+
+def _of_flat(line: bytes) -> bytes:
+    """A flat record on a line of JSON made into an event; any other line as it is."""
+    if b'"user":' in line or _HAS_USER.search(line):  # nearly all do, and nearly all are spelled as the first
+        return line
+    try:
+        record = msgspec.json.decode(line, type=dict[str, Any])
+        event_type, own = record.pop("event_type", None), record.get("properties")
+        if not isinstance(event_type, str) or isinstance(own, dict) or not any(map(record.get, _USER)):
+            return line
+        return msgspec.json.encode(event(event_type, record)) + b"\n"
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return line
 
 
 def event(event_type: str, record: dict[str, Any], singles: Iterable[str] = ()) -> dict[str, Any]:
