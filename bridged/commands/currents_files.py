@@ -15,7 +15,7 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -55,6 +55,14 @@ _CUSTOM = {
 
 class FileError(SpoolError):
     """One file can't be read to its end, or resumed: nothing of that is about the others."""
+
+
+class WithoutForm(FileError):
+    """A file of a type that no Mixpanel event is made of: nothing of it was sent, and nothing is wrong with it."""
+
+    def __init__(self, path: Path, event_type: str) -> None:
+        super().__init__(f"{path} holds {event_type}, of which no Mixpanel event is made")
+        self.event_type = event_type
 
 
 def found(paths: Iterable[Path]) -> list[Path]:
@@ -100,11 +108,11 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def lines(path: Path, max_line: int) -> Iterator[bytes]:
+def lines(path: Path, max_line: int, left_out: Collection[str] = WITHOUT_FORM) -> Iterator[bytes]:
     """A file's events in order, one a line. A line longer than `max_line` comes cut, still too long for the door.
 
     What isn't an event comes as it is: the daemon keeps it as a dead letter. Raises FileError when the file can't be read on, or
-    ends within a line.
+    ends within a line; WithoutForm at once for an Avro file of a type that is left out.
     """
     try:
         with path.open("rb") as file:
@@ -113,12 +121,12 @@ def lines(path: Path, max_line: int) -> Iterator[bytes]:
             if magic.startswith(_ZSTD):
                 raise FileError(f"{path} is compressed with zstd", f"unpack it first: zstd -d {shlex.quote(str(path))}")
             if magic.startswith(_AVRO):
-                yield from _avro(path, file)
+                yield from _avro(path, file, left_out)
             elif magic.startswith(_GZIP):
                 with gzip.open(file, "rb") as unpacked:
                     is_avro = unpacked.read(4) == _AVRO
                     unpacked.seek(0)
-                    yield from _avro(path, unpacked) if is_avro else _text(path, unpacked, max_line)
+                    yield from _avro(path, unpacked, left_out) if is_avro else _text(path, unpacked, max_line)
             else:
                 yield from _text(path, file, max_line)
     except (OSError, EOFError, zlib.error) as error:
@@ -228,7 +236,7 @@ def _on_a_line(element: bytes) -> bytes:
 # -- Avro --------------------------------------------------------------------------------------------------------------
 
 
-def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
+def _avro(path: Path, file: "BinaryIO | gzip.GzipFile", left_out: Collection[str]) -> Iterator[bytes]:
     try:
         import fastavro  # noqa: PLC0415  # an extra: only who has Avro files needs it
     except ImportError as error:
@@ -238,8 +246,7 @@ def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
     try:
         reader = fastavro.reader(file)  # type: ignore[arg-type]  # whatever can be read
         event_type = _event_type(path, reader.writer_schema)
-        if event_type in WITHOUT_FORM:
-            return
+        _demand_form(path, event_type, left_out)
         singles = _single_precision(reader.writer_schema)
         records: Iterator[Any] = iter(reader)
         while True:
@@ -255,6 +262,12 @@ def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
         if lacking := _LACKING.search(str(error)):
             hint = f"nothing of it was sent; {sys.executable} -m pip install {lacking[1]}"
         raise FileError(f"can't read {path} as Avro: {error!r}", hint) from error
+
+
+def _demand_form(path: Path, event_type: str, left_out: Collection[str]) -> None:
+    """Raises WithoutForm."""
+    if event_type in left_out:
+        raise WithoutForm(path, event_type)
 
 
 def _of_flat(line: bytes) -> bytes:
