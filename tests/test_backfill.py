@@ -321,11 +321,21 @@ async def test_what_became_of_the_events_is_told(backfill, daemon, client, tmp_p
 
     assert (code, "3 acked, 0 not" in out, "meanwhile" in out) == (0, True, False)
 
+    path = tmp_path / "many.ndjson"
+    path.write_bytes(ndjson([wrong | {"event_type": f"users.messages.fax{n}.Send"} for n in range(12)] + skipped))
+    code, out, _ = await backfill(app, path)
 
-@pytest.mark.parametrize("asked", ["nobody", "no address", "another daemon", "a daemon that isn't the door's"])
+    assert "    3  skipped: no external_user_id\n" in out
+    assert out.count("unknown event type") + out.count("skipped: ") == 10
+    assert "    and 4 more reasons\n" in out
+
+
+@pytest.mark.parametrize(
+    "asked", ["nobody", "no address", "without its token", "another daemon", "a daemon that isn't the door's"]
+)
 async def test_only_the_books_of_who_acked_are_told(backfill, config, daemon, tmp_path, monkeypatch, asked):
     """Where they can't be asked, or are another daemon's, nothing is said of dead letters: it could be false."""
-    app = await daemon()
+    app = await daemon(admin__token="secret" if asked == "without its token" else "")
     another = {
         "spool__path": str(tmp_path / "another.db"),
         "sources__stream__listen": f'["tcp:127.0.0.1:{free_port()}"]',
@@ -334,8 +344,8 @@ async def test_only_the_books_of_who_acked_are_told(backfill, config, daemon, tm
     path = tmp_path / "events.ndjson"
     path.write_bytes(ndjson([{"no": "event"}] * 3))
     listen = {"nobody": f"127.0.0.1:{free_port()}", "no address": "", "another daemon": other.config.admin.listen}
-    if asked in listen:
-        monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", listen[asked])
+    if asked in listen or asked == "without its token":
+        monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", listen.get(asked, app.config.admin.listen))
         code, out, err = await backfill(app, path)
     else:
         code, out, err = await backfill(other, "--to", app.config.sources.stream.listen[0], path)

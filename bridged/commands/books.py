@@ -56,9 +56,11 @@ class Books:
         told = [f"{letters:,} more dead letter{'' if letters == 1 else 's'}"] if letters > 0 else []
         told += [f"{skipped:,} more skipped"] if skipped > 0 else []
         yield f"  meanwhile, in the daemon's books: {', '.join(told)} (of other senders, too, if there were any)"
-        rows = [*self._of_letters(before, letters), *_of_skips(before, after)]
+        rows = sorted((*self._of_letters(before, letters), *_of_skips(before, after)), key=lambda row: -row[0])
         if rows:
             yield table(rows[:_REASONS_SHOWN], right=[0], indent="    ")
+        if len(rows) > _REASONS_SHOWN:
+            yield f"    and {len(rows) - _REASONS_SHOWN:,} more reasons"
         if letters > 0:
             yield "  see `bridged dead-letters list`; `bridged dead-letters replay` tries them again, after the cause is gone"
 
