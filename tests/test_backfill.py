@@ -21,7 +21,7 @@ import fastavro
 import msgspec
 import pytest
 import trustme
-from conftest import SLOW, balanced, currents, heard, ndjson, until
+from conftest import SLOW, balanced, currents, free_port, heard, ndjson, until
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -31,6 +31,8 @@ from bridged.app import App
 from bridged.backlog.dead_letters import DeadLetters
 from bridged.commands import currents_files
 from bridged.commands.backfill import Progress
+from bridged.commands.books import Books
+from bridged.commands.client import Daemon
 from bridged.commands.stream_client import StreamClient
 from bridged.currents.schema import is_json
 from bridged.currents.table import EVENT_TYPES, PROPERTY_TYPES
@@ -47,7 +49,8 @@ def settings(tmp_path):
     def make(app):
         stream = app.config.sources.stream
         at = tmp_path / "backfill.toml"
-        text = f"[mixpanel]\ntoken = 'example-token'\n[sources.stream]\nlisten = {json.dumps(list(stream.listen))}\n"
+        text = f"[mixpanel]\ntoken = 'example-token'\n[admin]\nlisten = {app.config.admin.listen!r}\n"
+        text += f"[sources.stream]\nlisten = {json.dumps(list(stream.listen))}\n"
         if stream.tls_cert:
             text += f"tls_cert = {stream.tls_cert!r}\ntls_key = {stream.tls_key!r}\n"
         at.write_text(text, encoding="utf-8")
@@ -287,6 +290,106 @@ async def test_files_arrive_and_are_not_sent_again(backfill, daemon, emulator, t
     assert "1 more had been sent whole" in out
     assert "1,203 events had been acked before" in out
     assert "one-more" in await arrived(app, emulator, 1204)
+
+
+async def test_what_became_of_the_events_is_told(backfill, daemon, client, tmp_path):
+    """All were acked, and nothing said that all were refused or skipped: what the books have more than before is told, with the
+    reasons and what to do. What was there before isn't.
+    """
+    app = await daemon(events__exclude='["users.canvas.Entry"]')
+    wrong = currents("users.behaviors.Purchase", properties={"price": "9.99"})
+    skipped = [currents("users.canvas.Entry"), *[currents(user={}) for _ in range(3)]]
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": [wrong, {"no": "event"}, *skipped]}) as answer:
+        assert answer.status == 200
+    path = tmp_path / "events.ndjson"
+    unknown = currents() | {"event_type": "users.messages.fax.Send"}
+    path.write_bytes(ndjson([currents(), *[wrong] * 5, *[unknown] * 2, *skipped]))
+
+    code, out, _ = await backfill(app, path)
+
+    assert (code, "12 events read, 12 acked, 0 not" in out) == (0, True)
+    assert "  meanwhile, in the daemon's books: 7 more dead letters, 4 more skipped" in out
+    assert "    5  dead letters: users.behaviors.Purchase: ill-typed: Expected `float | null`" in out
+    assert "    2  dead letters: users.messages.fax.Send: unknown event type\n" in out
+    assert "    3  skipped: no external_user_id\n" in out
+    assert "    1  skipped: not selected\n" in out
+    assert "no event_type" not in out
+    assert "see `bridged dead-letters list`" in out
+
+    code, out, _ = await backfill(app, written(tmp_path / "good.ndjson", 3))
+
+    assert (code, "3 acked, 0 not" in out, "meanwhile" in out) == (0, True, False)
+
+    path = tmp_path / "many.ndjson"
+    path.write_bytes(ndjson([wrong | {"event_type": f"users.messages.fax{n}.Send"} for n in range(12)] + skipped))
+    code, out, _ = await backfill(app, path)
+
+    assert "    3  skipped: no external_user_id\n" in out
+    assert out.count("unknown event type") + out.count("skipped: ") == 10
+    assert "    and 4 more reasons\n" in out
+
+
+@pytest.mark.parametrize(
+    "asked", ["nobody", "no address", "without its token", "another daemon", "a daemon that isn't the door's"]
+)
+async def test_only_the_books_of_who_acked_are_told(backfill, config, daemon, tmp_path, monkeypatch, asked):
+    """Where they can't be asked, or are another daemon's, nothing is said of dead letters: it could be false."""
+    app = await daemon(admin__token="secret" if asked == "without its token" else "")
+    another = {
+        "spool__path": str(tmp_path / "another.db"),
+        "sources__stream__listen": f'["tcp:127.0.0.1:{free_port()}"]',
+    }
+    other = await daemon(**another)
+    path = tmp_path / "events.ndjson"
+    path.write_bytes(ndjson([{"no": "event"}] * 3))
+    listen = {"nobody": f"127.0.0.1:{free_port()}", "no address": "", "another daemon": other.config.admin.listen}
+    if asked in listen or asked == "without its token":
+        monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", listen.get(asked, app.config.admin.listen))
+        code, out, err = await backfill(app, path)
+    else:
+        code, out, err = await backfill(other, "--to", app.config.sources.stream.listen[0], path)
+
+    assert (code, err) == (0, "")
+    assert "3 acked, 0 not" in out
+    assert "3 are no Currents events" in out
+    assert "meanwhile" not in out
+
+
+async def test_books_that_are_changed_by_somebody_else(daemon, client):
+    """A replay meanwhile touches old letters, a purge takes the new ones out: the number is told, and reasons that aren't of these
+    aren't.
+    """
+    app = await daemon()
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    asked = Daemon.admin(app.config)
+
+    async def refused(*events):
+        async with client.post(url, json={"events": events}) as answer:
+            assert answer.status == 200
+
+    async def meanwhile(change):
+        books = await asyncio.to_thread(Books, asked)
+        await change
+        return await asyncio.to_thread(lambda: list(books.meanwhile(1)))
+
+    async def touched():
+        async with client.post(f"http://{app.config.admin.listen}/api/dead-letters/replay", json={"all": True}):
+            pass
+        await refused({"b": 1})
+
+    async def purged():
+        await refused({"c": 1})
+        async with client.post(f"http://{app.config.admin.listen}/api/dead-letters/purge", json={"all": True}):
+            pass
+
+    await refused({"a": 1}, {"a": 2})
+    assert any("1  dead letters: (undecodable): no event_type" in line for line in await meanwhile(refused({"a": 3})))
+    for change in (touched(), purged()):
+        said = await meanwhile(change)
+        assert "1 more dead letter (" in said[0]
+        assert "no event_type" not in "".join(said)
+    assert await meanwhile(asyncio.sleep(0)) == []
 
 
 async def test_old_events_are_warned_of(backfill, daemon, emulator, tmp_path):
@@ -701,12 +804,98 @@ async def test_an_export_arrives_as_the_connector_would_have_sent_it(backfill, d
     code, out, err = await backfill(app, "--state", tmp_path / "state", tmp_path / "currents")
 
     assert code == 0, err
+    assert out.startswith(f"{len(events)} files: ")
+    assert "  1 file of types without a Mixpanel form passed over: users.UserOrphan\n" in out
     assert f"{len(events)} acked, 0 not" in out
     await arrived(app, emulator, 2 * len(events))
     from_avro = sorted((event["event"], event["properties"]) for event in emulator.events())
     assert [name for name, _ in from_avro] == [name for name, _ in over_http]
     for ours, theirs in zip(from_avro, over_http, strict=True):
         assert ours == theirs
+
+
+@pytest.mark.parametrize("how", ["include", "unknown", "on the page", "by the file"])
+async def test_a_type_without_a_form_that_is_forwarded_is_sent(
+    backfill, daemon, client, emulator, tmp_path, monkeypatch, how
+):
+    """Whole files of it were left out without a word, and were done for good. What the daemon forwards counts, if it can be asked;
+    what was passed over before is sent then.
+    """
+    kind = "users.profile.Update"
+    record = {"id": "a", "time": int(time.time()), "external_user_id": "ada", "update_source": "x"}
+    path = tmp_path / f"event_type={kind}" / "x.avro"
+    avro(path, kind, [record], "whatever")
+    given = {"include": {"events__include": f'["{kind}"]'}, "unknown": {"events__unknown": "forward"}}
+    app = await daemon(**given.get(how, {"events__include": f'["{kind}"]'} if how == "by the file" else {}))
+    if how == "on the page":
+        _, out, _ = await backfill(app, path)
+        assert "0 files: 0 events" in out
+        assert "1 file of types without a Mixpanel form passed over: users.profile.Update" in out
+        url = f"http://{app.config.admin.listen}/api/settings"
+        async with client.put(url, json={"set": {"events.include": [kind]}}) as answer:
+            assert answer.status == 200
+    elif how == "by the file":
+        monkeypatch.setenv("BRIDGED__ADMIN__LISTEN", "")
+        monkeypatch.setenv("BRIDGED__EVENTS__INCLUDE", f'["{kind}"]')
+
+    _, out, err = await backfill(app, path)
+
+    assert "1 file: 1 events read, 1 acked" in out, err
+    assert "passed over" not in out
+    await arrived(app, emulator, 1)
+    [event] = emulator.events()
+    assert event["event"] == "Profile Update"
+
+
+async def test_a_type_without_a_form_that_is_excluded_is_not_sent(backfill, daemon, tmp_path):
+    """Although all others that nobody knows are."""
+    kind = "users.profile.Update"
+    avro(tmp_path / f"event_type={kind}" / "x.avro", kind, [{"id": "a", "time": 1}], "whatever")
+    app = await daemon(events__unknown="forward", events__exclude=f'["{kind}"]')
+    _, out, _ = await backfill(app, tmp_path)
+    assert "1 file of types without a Mixpanel form passed over: users.profile.Update" in out
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+async def test_flat_records_as_json_are_the_same_events(backfill, daemon, emulator, client, tmp_path, form):
+    """As somebody makes JSON of an export: all of them were skipped for want of an external_user_id, which they have."""
+    app = await daemon()
+    events = [currents(row.event_type, seed) for seed, row in enumerate(EVENT_TYPES)]
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": events}) as answer:
+        assert answer.status == 200
+    await arrived(app, emulator, len(events))
+    over_http = sorted((event["event"], event["properties"]) for event in emulator.events())
+    emulator.clear()
+    records = [{"event_type": event["event_type"], "a_field_of_next_year": None} | flat(event) for event in events]
+    path = tmp_path / "events.json"
+    path.write_bytes(json.dumps(records, indent=2).encode() if form == "array" else ndjson(records))
+
+    code, out, err = await backfill(app, path)
+
+    assert (code, f"{len(events)} acked, 0 not" in out) == (0, True), err
+    await arrived(app, emulator, 2 * len(events))
+    assert sorted((event["event"], event["properties"]) for event in emulator.events()) == over_http
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event_type":"users.canvas.Entry","time":1,"user" : {"external_user_id":"ada"},"user_id":"b"}\n',
+        b'{"event_type":"users.canvas.Entry","time":1,"external_user_id":"ada","properties":{"canvas_id":"c"}}\n',
+        b'{"event_type":"users.canvas.Entry","time":1,"properties":{"canvas_id":"c"}}\n',
+        b'{"event_type":"users.canvas.Entry","time":1,"canvas_id":"c"}\n',
+        b'{"time":1,"external_user_id":"ada"}\n',
+        b'{"event_type":"users.canvas.Entry","external_user_id":"ada","time":1e999}\n',
+        b'[{"event_type":1}, 2]\n',
+        b"no JSON\n",
+    ],
+)
+def test_what_is_no_flat_record_comes_as_it_is(tmp_path, line):
+    """An event as the connector sends it, however little is in it, and what the daemon says of as a dead letter."""
+    path = tmp_path / "events.ndjson"
+    path.write_bytes(ndjson([currents()]) + line)
+    assert list(currents_files.lines(path, MAX_LINE))[1] == line
 
 
 @pytest.mark.parametrize(
@@ -764,6 +953,30 @@ async def test_an_archive_is_for_the_other_command(backfill, daemon, tmp_path):
     assert "holds events as Mixpanel gets them" in err
     assert "bridged replay" in err
     assert app.spool.accounts.total("accepted") == 0
+
+
+async def test_an_export_of_dead_letters_is_for_another_command(backfill, daemon, client, tmp_path):
+    """Each of its lines became a dead letter anew: it is told, and left alone. What is said to type makes a file of its events."""
+    app = await daemon()
+    wrong = currents("users.behaviors.Purchase", id="p", properties={"price": "9.99"})
+    url = f"http://{app.config.sources.http.listen}/v1/currents"
+    async with client.post(url, json={"events": [wrong, "no event"]}) as answer:
+        assert answer.status == 200
+    path = tmp_path / "letters.ndjson"
+    async with client.get(f"http://{app.config.admin.listen}/api/dead-letters/export") as answer:
+        path.write_bytes(await answer.read())
+
+    code, _, err = await backfill(app, path)
+
+    assert code == 74
+    assert "is an export of dead letters: nothing of it was sent" in err
+    assert "bridged dead-letters replay tries those again" in err
+    assert app.spool.accounts.total("accepted") == 2
+    if shutil.which("jq"):
+        command = err.partition("its door refused: ")[2].strip()
+        await asyncio.to_thread(subprocess.run, command, shell=True, cwd=tmp_path, check=True)
+        [line] = currents_files.lines(tmp_path / "events.ndjson", MAX_LINE)
+        assert json.loads(line) == wrong
 
 
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n \r\n"])

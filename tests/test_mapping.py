@@ -285,6 +285,22 @@ def test_without_an_id_the_bytes_make_one() -> None:
     assert properties_of(events[0])["$insert_id"] == ids[0]
 
 
+@pytest.mark.parametrize("event_type", ["users.behaviors.CustomEvent", OPEN, UNHEARD_OF])
+def test_without_an_id_the_spelling_makes_none(event_type: str) -> None:
+    """Blanks between its members are no part of an event: by HTTP, as a line and out of an array it is the same one."""
+    event = {k: v for k, v in custom_event({"a": [1.50, "b  c"]}).items() if k != "id"} | {"event_type": event_type}
+    spellings = [
+        json.dumps(event, separators=(",", ":")).encode(),
+        json.dumps(event).encode(),
+        json.dumps(event, indent=2).encode(),
+        json.dumps(event, indent="\t").replace("\n", "\r\n").encode(),
+    ]
+    by = made(unknown="forward")
+    assert len({properties_of(line, by=by)["$insert_id"] for line in spellings}) == 1
+    another = spellings[0].replace(b"b  c", b"b c")
+    assert properties_of(another, by=by)["$insert_id"] != properties_of(spellings[0], by=by)["$insert_id"]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_bytes_that_are_kept() -> None:
     """A dead letter is JSON without it, and an event without an id gets the same one with and without it."""
     odd = [{k: v for k, v in currents().items() if k != "id"}, custom_event({"a": nested(20)}), currents(time=1)]
@@ -506,7 +522,9 @@ def test_single_unknown_types_can_be_included_excluded_and_named() -> None:
 def test_all_properties_of_an_undocumented_type_are_forwarded() -> None:
     """Types whose fields Braze hasn't published keep everything, but nothing that Mixpanel would act upon."""
     own = {"page": "Sale", "nested": {"a": [1]}, "big": 2**70, "none": None}
-    reserved = dict.fromkeys(["token", "distinct_id", "bucket", "$ignore", "time", "$insert_id", "ip"], "evil")
+    names = ["token", "distinct_id", "bucket", "$ignore", "time", "$insert_id", "ip"]
+    names += ["$city", "$region", "mp_country_code", "$latitude", "$failure_reason", "$duration_s", "$warehouse_type"]
+    reserved = dict.fromkeys(names, "evil")
     properties = properties_of(currents(OPEN, properties=own | reserved))
     assert {name for name, value in properties.items() if value == "evil"} == {f"braze_{name}" for name in reserved}
     assert exactly({name: properties.get(name) for name in own}) == exactly(own)
@@ -526,6 +544,16 @@ def test_a_property_that_is_called_otherwise_takes_no_others_place() -> None:
             "braze_ip": 4,
             "braze_braze_braze_ip": 5,
         }
+
+
+@pytest.mark.parametrize("event_type", [OPEN, UNHEARD_OF])
+def test_an_undocumented_types_own_device_id_is_kept_beside_the_users(event_type: str) -> None:
+    """It was lost to the user's, although all properties of such a type are forwarded. Without one of the user it keeps its name."""
+    by = made(unknown="forward")
+    event = currents() | {"event_type": event_type, "properties": {"device_id": "own"}}
+    for device, kept in (("theirs", {"device_id": "theirs", "braze_device_id": "own"}), (None, {"device_id": "own"})):
+        properties = properties_of(event | {"user": {"external_user_id": "ada", "device_id": device}}, by=by)
+        assert {name: value for name, value in properties.items() if "device_id" in name} == kept
 
 
 @pytest.mark.parametrize("naming", ["seed", "current"])

@@ -272,6 +272,31 @@ def test_person_and_device_of_undocumented_types(event_type):
     assert (sent["distinct_id"], sent["device_id"]) == (f"$device:{hashed('abc')}", REMOVED)
 
 
+@pytest.mark.parametrize("depth", [11, 900])
+@pytest.mark.parametrize("event_type", [*OPEN_TYPES, "users.behaviors.CustomEvent"])
+def test_what_the_rules_take_away_can_be_too_deep(event_type, depth):
+    """What is left decides whether Mixpanel takes an event: of every type `remove` saves one whose removed value it would refuse."""
+    deep = functools.reduce(lambda inner, _: [inner], range(depth), "x")
+    event, rule, name = open_event(event_type, {"blob": deep}), "blob", "blob"
+    if event_type == "users.behaviors.CustomEvent":
+        event["properties"] = {"name": "n", "custom_properties": event["properties"]}
+        rule, name = "properties.blob", "[Custom event property] blob"
+    sent = mapped(event, transform={event_type: {rule: "remove"}}, unknown="forward")["properties"]
+    assert sent[name] == REMOVED
+
+
+@pytest.mark.parametrize("event_type", OPEN_TYPES)
+def test_what_is_too_deep_to_be_hashed_is_refused(event_type):
+    """As one that is too deep to be sent, whatever the depth that this Python can walk: with its reason, and nobody fails on it."""
+    mapping = mapping_of(msgspec.json.encode({"transform": {event_type: {"blob": "hash"}}, "unknown": "forward"}))
+    for depth in (50, 300, 600, 900):
+        # Of a list each element is hashed: what is too deep stands within an object.
+        blob = functools.reduce(lambda inner, _: {"a": inner}, range(depth), "x")
+        found = mapping.map(mapping.schema.lines([msgspec.json.encode(open_event(event_type, {"blob": [blob]}))]), NOW)
+        assert len(found.forms) + len(found.refusals) == 1
+        assert all("nested deeper" in refusal.reason for refusal in found.refusals)
+
+
 def test_a_long_name_of_a_type_has_its_rules():
     """The name is cut for the books, and was looked up by what was left of it."""
     event_type = f"users.messages.{'fax' * 80}.Send"

@@ -5,6 +5,7 @@ last line that is known to be on disk. At most one window of lines can be sent t
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ import ssl
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
@@ -25,21 +27,25 @@ from msgspec import Struct
 from bridged import config
 from bridged.addresses import split_address
 from bridged.commands import currents_files
-from bridged.commands.client import EVERYWHERE, this_certificate
-from bridged.commands.currents_files import FileError
+from bridged.commands.books import Books
+from bridged.commands.client import EVERYWHERE, Daemon, this_certificate
+from bridged.commands.currents_files import WITHOUT_FORM, FileError, WithoutForm
 from bridged.commands.stream_client import StreamClient
 from bridged.errors import BridgedError, ConfigError, SpoolError
-from bridged.settings import Config
+from bridged.settings import Config, Events
 
 EPILOG = """\
 Files hold Currents events as Braze's Custom HTTP connector sends them: one a line, or as a JSON array; or they are Avro, as
-Currents' export to cloud storage writes them (for which fastavro must be installed). Any may be gzip. A folder means the files
-below it; one that can't be read to its end doesn't stop the others: it is named at the end (exit code 74).
+Currents' export to cloud storage writes them (for which fastavro must be installed), or such records as JSON, each with its
+event_type. Any may be gzip. A folder means the files
+below it; one that can't be read to its end doesn't stop the others: it is named at the end (exit code 74). Avro files of types
+without a Mixpanel form (users.UserOrphan and the like) are passed over, unless [events] forwards the type.
 
 FILE.backfill, beside each, says how far it was sent. After an interruption the same command goes on there; a file that was
 sent whole is passed over. To send one again, delete it. --state keeps them elsewhere, if the folder can't be written.
 
-Bad events become dead letters, as those of any door. Mixpanel recognises an event that it has by its id, its time, its user
+Bad events become dead letters, as those of any door, and some are skipped, as [events] says: how many more there are
+afterwards is told. Mixpanel recognises an event that it has by its id, its time, its user
 and its name; it drops or hides events older than the project's retention (two years in newer projects, five in older ones).
 
 examples:
@@ -79,7 +85,35 @@ def main(arguments: argparse.Namespace) -> int:
     """Sends them in order; goes on behind one that can't be read to its end."""
     settings = config.load(config.find_config(arguments.config), secrets=())
     files = currents_files.found(path for path in arguments.files if path.suffix != _SUFFIX)
-    return Backfill(settings, arguments.to, arguments.state, arguments.events_per_second).run(files)
+    books = Books(_daemon(settings, arguments))
+    return Backfill(settings, arguments.to, arguments.state, arguments.events_per_second, books).run(files)
+
+
+def _daemon(settings: Config, arguments: argparse.Namespace) -> Daemon | None:
+    """Who can be asked what became of the events. None: whoever is at `--to` may be another one, or we don't know the token."""
+    if arguments.to and arguments.to not in settings.sources.stream.listen:
+        return None
+    with contextlib.suppress(ConfigError):
+        return Daemon.configured(arguments.config)
+    return None
+
+
+class _Events(Struct):
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    unknown: str
+
+
+class _InForce(Struct):
+    """Of the configuration that the daemon has, what was saved on the page included."""
+
+    events: _Events
+
+
+def _left_out(events: Events | _Events) -> frozenset[str]:
+    """The types without a form that aren't forwarded all the same."""
+    forwarded = WITHOUT_FORM if events.unknown == "forward" else WITHOUT_FORM.intersection(events.include)
+    return WITHOUT_FORM - forwarded.difference(events.exclude)
 
 
 class _State(Struct):
@@ -133,7 +167,8 @@ class Progress:
     @property
     def done(self) -> bool:
         """Whether the whole file, as it is now, was sent."""
-        return self.state.whole_bytes == self._size()
+        # Without a line of it sent it may have been of a type that was left out then: it is looked at again.
+        return self.state.acked > 0 and self.state.whole_bytes == self._size()
 
     def add(self, lines: int) -> None:
         """So many more lines are on disk."""
@@ -213,7 +248,11 @@ class _Ages:
 class Backfill:
     """One call of the command: its counts, its pace, its words."""
 
-    def __init__(self, settings: Config, to: str | None, state: Path | None, rate: float | None) -> None:
+    def __init__(self, settings: Config, to: str | None, state: Path | None, rate: float | None, books: Books) -> None:
+        self._books = books
+        in_force = books.asked("/api/config", _InForce)
+        self._left_out = _left_out(in_force.events if in_force else settings.events)
+        self._without_form: Counter[str] = Counter()  # files, by event type
         self._settings = settings
         self._connect = _connector(settings, to)
         self._state = state
@@ -243,6 +282,8 @@ class Backfill:
                             self._before += self._progress.state.acked
                             continue
                         self._send(path, self._progress, client)
+                except WithoutForm as left_out:
+                    self._without_form[left_out.event_type] += 1
                 except FileError as error:
                     bad.append(error)
         except KeyboardInterrupt:
@@ -267,7 +308,7 @@ class Backfill:
     def _send(self, path: Path, progress: Progress, client: StreamClient) -> None:
         self._files += 1
         self._before += progress.state.acked
-        lines = currents_files.lines(path, int(self._settings.sources.stream.max_line))
+        lines = currents_files.lines(path, int(self._settings.sources.stream.max_line), self._left_out)
         rest = itertools.islice(lines, progress.state.acked, None)
         damage: FileError | None = None
         # Those on their way belong to this file: it must hear of their acks while it is open.
@@ -319,10 +360,14 @@ class Backfill:
     def _summary(self) -> None:
         if sys.stderr.isatty():
             print(file=sys.stderr)
-        files = f"{self._files} file{'' if self._files == 1 else 's'}"
+        without_form = self._without_form.total()
+        files = _files(self._files - without_form)
         print(f"{files}: {self._read:,} events read, {self._acked:,} acked, {self._read - self._acked:,} not")
         if self._passed_over:
             print(f"  {self._passed_over} more had been sent whole, and were passed over")
+        if without_form:
+            types = ", ".join(sorted(self._without_form))
+            print(f"  {_files(without_form)} of types without a Mixpanel form passed over: {types}")
         if self._before:
             print(f"  {self._before:,} events had been acked before, and weren't sent again")
         if self._ages.no_events:
@@ -334,6 +379,12 @@ class Backfill:
                 f"  {self._ages.older:,} are older than two years, {self._ages.oldest:,} of them than five: Mixpanel "
                 "takes them, and hides what is older than the project's retention"
             )
+        for line in self._books.meanwhile(self._acked):
+            print(line)
+
+
+def _files(number: int) -> str:
+    return f"{number} file{'' if number == 1 else 's'}"
 
 
 def _say(text: str) -> None:

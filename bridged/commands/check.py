@@ -20,7 +20,7 @@ from bridged.connections import unusable_authorities
 from bridged.currents.table import EVENT_TYPES, MTU_EXEMPT
 from bridged.delivery.probe import probe
 from bridged.errors import ConfigError, UpstreamError
-from bridged.mixpanel.mapping import mixpanel_name, selected
+from bridged.mixpanel.mapping import derived_name, mixpanel_name, selected
 from bridged.mixpanel.requests import API_SECRET_RETIRED
 from bridged.presence import LINKED, no_file, other_names
 from bridged.saved import read_for
@@ -195,6 +195,7 @@ def _warnings(settings: Config) -> Iterator[str]:
         yield f"events.include: {name} is in no table of event types: should Braze send it, all that it holds is forwarded"
     if not chosen:
         yield "no event type is selected: everything is skipped"
+    yield from _shared_names(settings)
     exempt = {name.lower(): name for name in MTU_EXEMPT}
     # The rows whose own or given name is an exempt one but for its spelling.
     for row in chosen:
@@ -205,6 +206,22 @@ def _warnings(settings: Config) -> Iterator[str]:
                 f'{row.event_type} becomes "{name}", and Mixpanel exempts "{meant}" from monthly tracked users: to '
                 f'have it exempt, set [events.names] "{row.event_type}" = "{meant}"'
             )
+
+
+def _shared_names(settings: Config) -> Iterator[str]:
+    """Types that a rename has made one: it may be meant."""
+    mapping = options.mapping_settings(settings)
+    named: dict[str, list[str]] = {}
+    for row in EVENT_TYPES:
+        if selected(row, mapping) and row.custom != "event":  # its events have names of their own
+            named.setdefault(mixpanel_name(row, mapping), []).append(row.event_type)
+    for name in event_rules.unknown_included(settings.events):
+        if name not in settings.events.exclude:
+            named.setdefault(settings.events.names.get(name) or derived_name(name), []).append(name)
+    for name, types in named.items():
+        if len(types) > 1:
+            *others, last = types
+            yield f'events.names: {", ".join(others)} and {last} have one name, "{name}": in Mixpanel they can\'t be told apart'
 
 
 def _online(settings: Config) -> str:

@@ -1,7 +1,8 @@
 """Files of Currents events, made into the lines that the stream door takes: NDJSON, a JSON array, Avro, gzip of any.
 
 Avro is what Currents' export to cloud storage writes: a flat record of an event. What Braze's Custom HTTP connector puts under
-`user` and `properties` stands beside each other in it, and the customer's own properties are a JSON string.
+`user` and `properties` stands beside each other in it, and the customer's own properties are a JSON string. Whoever makes
+JSON of such records, with their event_type, keeps that form: it is understood likewise.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -40,6 +41,8 @@ _BLANK = b" \t\r\n"
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"\t\t")
 _LOOK_BYTES = 1024
 _BODY = re.compile(rb'\{\s*"events"\s*:\s*\[')
+_DEAD_LETTER = re.compile(rb'\{\s*"id"\s*:\s*\d+\s*,\s*"first_at"\s*:')
+_HAS_USER = re.compile(rb'"user"\s*:')
 _NO_FILES = Path("/proc")
 # What fastavro says of a codec that needs a library of its own, such as snappy.
 _LACKING = re.compile(r"install one of the following libraries: \('([\w.-]+)'")
@@ -52,6 +55,14 @@ _CUSTOM = {
 
 class FileError(SpoolError):
     """One file can't be read to its end, or resumed: nothing of that is about the others."""
+
+
+class WithoutForm(FileError):
+    """A file of a type that no Mixpanel event is made of: nothing of it was sent, and nothing is wrong with it."""
+
+    def __init__(self, path: Path, event_type: str) -> None:
+        super().__init__(f"{path} holds {event_type}, of which no Mixpanel event is made")
+        self.event_type = event_type
 
 
 def found(paths: Iterable[Path]) -> list[Path]:
@@ -97,11 +108,11 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def lines(path: Path, max_line: int) -> Iterator[bytes]:
+def lines(path: Path, max_line: int, left_out: Collection[str] = WITHOUT_FORM) -> Iterator[bytes]:
     """A file's events in order, one a line. A line longer than `max_line` comes cut, still too long for the door.
 
     What isn't an event comes as it is: the daemon keeps it as a dead letter. Raises FileError when the file can't be read on, or
-    ends within a line.
+    ends within a line; WithoutForm at once for an Avro file of a type that is left out.
     """
     try:
         with path.open("rb") as file:
@@ -110,12 +121,12 @@ def lines(path: Path, max_line: int) -> Iterator[bytes]:
             if magic.startswith(_ZSTD):
                 raise FileError(f"{path} is compressed with zstd", f"unpack it first: zstd -d {shlex.quote(str(path))}")
             if magic.startswith(_AVRO):
-                yield from _avro(path, file)
+                yield from _avro(path, file, left_out)
             elif magic.startswith(_GZIP):
                 with gzip.open(file, "rb") as unpacked:
                     is_avro = unpacked.read(4) == _AVRO
                     unpacked.seek(0)
-                    yield from _avro(path, unpacked) if is_avro else _text(path, unpacked, max_line)
+                    yield from _avro(path, unpacked, left_out) if is_avro else _text(path, unpacked, max_line)
             else:
                 yield from _text(path, file, max_line)
     except (OSError, EOFError, zlib.error) as error:
@@ -151,7 +162,7 @@ def _text(path: Path, file: "BinaryIO | gzip.GzipFile", max_line: int) -> Iterat
                 )
             line += b"\n"
         if not line.isspace() and line:
-            yield line
+            yield _of_flat(line)
 
 
 def _demand_currents(path: Path, first: bytes) -> None:
@@ -168,6 +179,13 @@ def _demand_currents(path: Path, first: bytes) -> None:
         )
     if _another_follows(first):
         raise FileError(f"{path} has several events on a line: nothing of it was sent", f"one a line: {_jq('.', path)}")
+    if _DEAD_LETTER.match(first):
+        theirs = _jq('select(.stage == "door") | .event // empty', path)
+        raise FileError(
+            f"{path} is an export of dead letters: nothing of it was sent",
+            "bridged dead-letters replay tries those again that the daemon has; of another daemon's, the events that "
+            f"its door refused: {theirs}",
+        )
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         msgspec.json.decode(first, type=ArchivedEvent)
         raise FileError(
@@ -204,7 +222,7 @@ def _array(path: Path, data: bytes) -> Iterator[bytes]:
         elements = found
     for element in elements:
         if line := _on_a_line(bytes(element)):
-            yield line + b"\n"
+            yield _of_flat(line + b"\n")
 
 
 def _on_a_line(element: bytes) -> bytes:
@@ -218,7 +236,7 @@ def _on_a_line(element: bytes) -> bytes:
 # -- Avro --------------------------------------------------------------------------------------------------------------
 
 
-def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
+def _avro(path: Path, file: "BinaryIO | gzip.GzipFile", left_out: Collection[str]) -> Iterator[bytes]:
     try:
         import fastavro  # noqa: PLC0415  # an extra: only who has Avro files needs it
     except ImportError as error:
@@ -228,8 +246,7 @@ def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
     try:
         reader = fastavro.reader(file)  # type: ignore[arg-type]  # whatever can be read
         event_type = _event_type(path, reader.writer_schema)
-        if event_type in WITHOUT_FORM:
-            return
+        _demand_form(path, event_type, left_out)
         singles = _single_precision(reader.writer_schema)
         records: Iterator[Any] = iter(reader)
         while True:
@@ -245,6 +262,26 @@ def _avro(path: Path, file: "BinaryIO | gzip.GzipFile") -> Iterator[bytes]:
         if lacking := _LACKING.search(str(error)):
             hint = f"nothing of it was sent; {sys.executable} -m pip install {lacking[1]}"
         raise FileError(f"can't read {path} as Avro: {error!r}", hint) from error
+
+
+def _demand_form(path: Path, event_type: str, left_out: Collection[str]) -> None:
+    """Raises WithoutForm."""
+    if event_type in left_out:
+        raise WithoutForm(path, event_type)
+
+
+def _of_flat(line: bytes) -> bytes:
+    """A flat record on a line of JSON made into an event; any other line as it is."""
+    if b'"user":' in line or _HAS_USER.search(line):  # nearly all do, and nearly all are spelled as the first
+        return line
+    try:
+        record = msgspec.json.decode(line, type=dict[str, Any])
+        event_type, own = record.pop("event_type", None), record.get("properties")
+        if not isinstance(event_type, str) or isinstance(own, dict) or not any(map(record.get, _USER)):
+            return line
+        return msgspec.json.encode(event(event_type, record)) + b"\n"
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return line
 
 
 def event(event_type: str, record: dict[str, Any], singles: Iterable[str] = ()) -> dict[str, Any]:

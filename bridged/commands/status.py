@@ -46,6 +46,9 @@ def lines(status: Status) -> Iterator[str]:
     if status.overridden:
         yield f"saved on the page, over the configuration: {', '.join(status.overridden)}"
     yield from ("", "events", table([*status.events.items()], right=[1]))
+    if status.skipped:
+        by_count = sorted(status.skipped.items(), key=lambda item: -item[1])
+        yield f"  skipped since this start: {', '.join(f'{count:,} {printable(reason)}' for reason, count in by_count)}"
     if status.oldest_age_s is not None:
         yield f"  the oldest has waited {duration(status.oldest_age_s)}"
     yield from ("", *_spool(status))
@@ -58,12 +61,12 @@ def lines(status: Status) -> Iterator[str]:
     if status.by_type:
         kinds = list(status.events)
         rows = [["event type", *kinds]]
-        by_count = sorted(status.by_type.items(), key=lambda item: -item[1]["accepted"])
-        more = len(by_count) - _TYPES_SHOWN
-        del by_count[_TYPES_SHOWN:]
+        types = sorted(status.by_type.items(), key=lambda item: -item[1]["accepted"])
+        more = len(types) - _TYPES_SHOWN
+        del types[_TYPES_SHOWN:]
         yield from (
             "",
-            table(rows + [[name, *(counts[k] for k in kinds)] for name, counts in by_count], right=range(1, 7)),
+            table(rows + [[name, *(counts[k] for k in kinds)] for name, counts in types], right=range(1, 7)),
         )
         if more > 0:
             yield f"  and {more} more types: see --json"

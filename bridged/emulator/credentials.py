@@ -1,8 +1,8 @@
 """Who may write. Pure.
 
 Basic authentication in three forms: a service account with its secret (and `project_id` in the query), a project's
-token with an empty password, or its API secret with an empty password. The pair may come unencoded, as the service
-bears that too.
+token with an empty password, or its API secret with an empty password, both without `project_id`: they name the project
+themselves. The pair may come unencoded, as the service bears that too.
 """
 
 import base64
@@ -32,12 +32,14 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             return False
         if project_id and self.project_id and project_id != self.project_id:
             return False
+        # Only a service account has a password, and it may belong to many projects: it has to say which, and nobody else may.
+        if bool(password) != bool(project_id):
+            return False
         if not self.closed:
-            # Only a service account has a password, and it may belong to many projects: it has to say which.
-            return not password or bool(project_id)
+            return True
         if not password:
             return user in {self.token, self.api_secret}
-        return bool(project_id) and (user, password) == (self.service_account, self.service_secret)
+        return (user, password) == (self.service_account, self.service_secret)
 
 
 def _basic(authorization: str) -> tuple[str, str]:

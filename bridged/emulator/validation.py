@@ -13,8 +13,10 @@ that forgives hides the sender's mistake until it meets the real service:
 - a missing distinct_id is refused, as projects with the original ID merge do, while the identity events are refused
   as projects with the simplified merge do (see `project.py`): a sender that suits both projects passes.
 
-One reading is the laxer one: ten levels of objects and lists below `properties`, where the pages say three. By one of Mixpanel's
-own only ten is enforced, and a sender that kept to three would give up events that Mixpanel takes.
+Two readings are the laxer ones. Ten levels of objects and lists below `properties`, where the pages say three: by one of
+Mixpanel's own only ten is enforced, and a sender that kept to three would give up events that Mixpanel takes. And JSON as its
+standard has it, of which the pages say nothing: numbers that no double holds (1e400, 400 digits) are taken, and of a member
+that is there twice the last.
 """
 
 import re

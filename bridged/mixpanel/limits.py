@@ -44,28 +44,23 @@ INSERT_ID: Final = re.compile(r"[A-Za-z0-9-]{1,36}")
 # Names with a meaning of their own, which an event of an unknown type must not set by accident.
 RESERVED_PROPERTIES: Final = frozenset(
     {
-        "token",
-        "ip",
-        "$ip",
-        "time",
-        "$time",
-        "distinct_id",
-        "$distinct_id",
-        "$device_id",
-        "$user_id",
-        "$insert_id",
-        "$event_name",
-        "$identified_id",
-        "$anon_id",
-        "alias",
-        "$distinct_ids",
-        "$partner_id",
-        "$source",
-        "bucket",
-        "$bucket",
-        "$ignore",
+        *("token", "ip", "$ip", "time", "$time", "alias", "bucket", "$bucket", "$ignore", "$partner_id", "$source"),
+        # Who it was.
+        *("distinct_id", "$distinct_id", "$distinct_ids", "$distinct_id_before_identity", "mp_original_distinct_id"),
+        *("$device_id", "$user_id", "$identified_id", "$anon_id", "$is_reshuffled", "$preshuffle_distinct_id"),
+        # What it was, and what Mixpanel says of it.
+        *("$insert_id", "$event_name", "mp_original_event_name", "$event_count", "$duration_s"),
+        *("$origin_start", "$origin_end", "$failure_reason", "$failure_description", "$identity_failure_reason"),
+        # Where it was: they go before `ip`.
+        *("$latitude", "$longitude", "$city", "$region", "mp_country_code"),
     }
 )
+_RESERVED_PREFIX: Final = "$warehouse_"
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a property of this name would mean something of its own to Mixpanel."""
+    return name in RESERVED_PROPERTIES or name.startswith(_RESERVED_PREFIX)
 
 
 _NESTED: Final = frozenset({dict, list})

@@ -45,7 +45,7 @@ from bridged.mixpanel.limits import (
     MAX_PROPERTIES,
     REFUSED_IDS,
     REFUSED_NAMES,
-    RESERVED_PROPERTIES,
+    is_reserved,
     nested_problem,
 )
 
@@ -251,7 +251,7 @@ class EventMapping:
             # The same event always gets the same id, or Mixpanel could not recognise its repetition. A placeholder is none:
             # as one it would make all events of a user and a day that have it repetitions of the first.
             own = b"" if event.id.strip().lower() in _NO_IDS else event.id.encode()
-            event.id = hashlib.sha256(own or original).hexdigest()[:36]
+            event.id = hashlib.sha256(own or _minified(original)).hexdigest()[:36]
         return None
 
     def _whole(self, event_type: str, event: Event, original: bytes, now_s: float) -> Struct | Skip | Refusal:
@@ -273,14 +273,20 @@ class EventMapping:
         if outcome is not None:
             return outcome
         own, user = event.properties or {}, event.user
-        if problem := _properties_problem(open_properties(own) | self._envelope(event)):
-            return Refusal(code, event_type, problem, original)
-        # By the names that they came under, and before ours are among them: a rule for `ip` means the event's own.
-        transforms.in_place(own, rules)
+        try:
+            # By the names that they came under, and before ours are among them: a rule for `ip` means the event's own.
+            transforms.in_place(own, rules)
+        except RecursionError:
+            return Refusal(code, event_type, _TOO_DEEP, original)
         user.external_user_id = transforms.identity(user.external_user_id, user.device_id, rules)
         if user.device_id and "device_id" in rules:
             user.device_id = transforms.transformed(user.device_id, rules["device_id"])
-        return _NamedForm(name, open_properties(own) | self._envelope(event))
+        envelope = self._envelope(event)
+        properties = open_properties(own, envelope) | envelope
+        # Of what the rules leave: they may remove what Mixpanel would refuse.
+        if problem := _properties_problem(properties):
+            return Refusal(code, event_type, problem, original)
+        return _NamedForm(name, properties)
 
     def _unwanted(self, code: int, event_type: str) -> str:
         """Why events of a type are skipped, whatever is in them; empty: they aren't."""
@@ -332,6 +338,14 @@ def _is_plain(insert_id: str) -> bool:
     return INSERT_ID.fullmatch(insert_id) is not None and insert_id.lower() not in REFUSED_IDS
 
 
+def _minified(original: bytes) -> bytes:
+    """An event without the blanks between its members: each door, and each tool before it, has its own."""
+    try:
+        return msgspec.json.format(original, indent=-1)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return original
+
+
 def derived_name(event_type: str) -> str:
     """A Mixpanel name for a type that the table doesn't have: `users.messages.fax.SendLate` -> `Fax Send Late`."""
     words = [part for part in re.split(r"[.\s_]+", event_type) if part not in ("users", "messages", "behaviors", "")]
@@ -339,19 +353,20 @@ def derived_name(event_type: str) -> str:
     return " ".join(word[:1].upper() + word[1:] for word in spaced.split(" "))
 
 
-def open_properties(properties: dict[str, Any]) -> dict[str, Any]:
-    """The properties of an event whose fields aren't documented: all of them, but none that Mixpanel would act upon.
+def open_properties(properties: dict[str, Any], envelope: Mapping[str, Any]) -> dict[str, Any]:
+    """The properties of an event whose fields aren't documented: all of them, but none that Mixpanel would act upon, nor one
+    that its `envelope` has.
 
     Spelled as those of types that came after the seed page.
     """
-    return {_open_name(name, properties): value for name, value in properties.items() if value is not None}
+    return {_open_name(name, properties, envelope): value for name, value in properties.items() if value is not None}
 
 
-def _open_name(name: str, beside: Mapping[str, Any]) -> str:
+def _open_name(name: str, beside: Mapping[str, Any], envelope: Mapping[str, Any]) -> str:
     spelled = CURRENT_PROPERTY_NAMES.get(name, name)
     if spelled != name and spelled not in beside:
         return spelled
-    if name in RESERVED_PROPERTIES:
+    if name in envelope or is_reserved(name):
         name = f"braze_{name}"
         while name in beside:
             name = f"braze_{name}"
