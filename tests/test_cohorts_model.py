@@ -126,8 +126,8 @@ class Cohorts(RuleBasedStateMachine):
 
     def receive(self, page: Page) -> None:
         head, ids = msgspec.json.encode(merging.head_of(page)).decode(), msgspec.json.encode(page.ids).decode()
-        there = "SELECT 1 FROM cohorts WHERE mixpanel_id = ?1 UNION ALL SELECT 1 FROM inbox WHERE json_extract(head, '$[2]') = ?1"
-        if not self.db.execute(there, (page.cohort,)).fetchone():
+        there = "SELECT 1 FROM cohorts WHERE mixpanel_id = :id UNION ALL SELECT 1 FROM inbox WHERE json_extract(head, '$[2]') = :id"
+        if not self.db.execute(there, {"id": page.cohort}).fetchone():
             # Forgotten, and out of Braze.
             self.model.lose(page.cohort)
         merging.receive(self.db, [(1.0, len(page.ids), head, ids)])

@@ -1,6 +1,7 @@
 """The rules of the house, checked in the source: who may import whom, what deciding may not touch, how long a file may be."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -275,6 +276,12 @@ def test_only_known_libraries_are_imported(path: Path) -> None:
     known = {"aiohttp", "aiosqlite", "bridged", "isal", "msgspec", "prometheus_client", "rich", "structlog", "uvloop"}
     known.add("fastavro")  # an extra
     assert {name.partition(".")[0] for name in imports(path)} <= known | set(sys.stdlib_module_names)
+
+
+@every_file
+def test_a_value_that_comes_twice_has_a_name(path: Path) -> None:
+    """Python 3.12 to 3.12.3, which is Ubuntu 24.04's, takes `?1` for a name, and warns of those that are given by their order."""
+    assert not re.search(r"\?\d", path.read_text(encoding="utf-8")), path
 
 
 @every_file

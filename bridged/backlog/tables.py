@@ -282,11 +282,11 @@ def _say_types(db: sqlite3.Connection, names: Mapping[int, str]) -> None:
 
 def _translate(db: sqlite3.Connection, codes: bytes) -> None:
     """Exchanges each code for the one at its place in `codes`."""
-    to = "json_extract(?1, '$[' || code || ']')"
+    to = "json_extract(:codes, '$[' || code || ']')"
     for low, high in _windows(db, "dead_letters", "event"):
-        values = (_json(list(codes)), low, high)
+        values = {"codes": _json(list(codes)), "low": low, "high": high}
         with transaction(db):
-            db.execute(f"UPDATE dead_letters SET code = {to} WHERE id > ?2 AND id <= ?3 AND code != {to}", values)
+            db.execute(f"UPDATE dead_letters SET code = {to} WHERE id > :low AND id <= :high AND code != {to}", values)
     for low, high in _windows(db, "segments", "block"):
         found = db.execute("SELECT id, codes FROM segments WHERE id > ? AND id <= ?", (low, high)).fetchall()
         with transaction(db):

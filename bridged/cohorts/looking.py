@@ -54,7 +54,7 @@ _COLUMNS = (
 
 def rows(db: sqlite3.Connection, now: float) -> list[CohortRow]:
     """All cohorts, by project and id. A session that has broken off is received no longer."""
-    coming = "WHERE r.id = c.newest AND complete + superseded = 0 AND r.last_page_at > ?1"
+    coming = "WHERE r.id = c.newest AND complete + superseded = 0 AND r.last_page_at > :since"
     one = (
         f"SELECT json_array({_COLUMNS}, (SELECT kind FROM walks w WHERE w.cohort = c.id ORDER BY w.id LIMIT 1),"
         " (SELECT cursor FROM walks w WHERE w.cohort = c.id ORDER BY w.id LIMIT 1),"
@@ -62,7 +62,7 @@ def rows(db: sqlite3.Connection, now: float) -> list[CohortRow]:
         " FROM (SELECT *, (SELECT max(id) FROM rounds WHERE cohort = cohorts.id) AS newest FROM cohorts) c"
         " ORDER BY project, mixpanel_id"
     )
-    found = db.execute(f"SELECT json_group_array(json(row)) FROM ({one})", (now - BROKEN_OFF_S,)).fetchone()[0]
+    found = db.execute(f"SELECT json_group_array(json(row)) FROM ({one})", {"since": now - BROKEN_OFF_S}).fetchone()[0]
     last = db.execute("SELECT coalesce(max(key), 1) FROM users").fetchone()[0]
     return [_row(each, last) for each in msgspec.json.decode(found, type=list[_Counted])]
 

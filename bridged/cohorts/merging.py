@@ -245,9 +245,9 @@ def _apply(db: sqlite3.Connection, of: _Place, run: list[int], *, by_name: bool)
     )
     if action == "remove_members":
         db.execute(
-            "UPDATE members SET stamp = ?1, wanted = 0, rejected = 0"
-            " WHERE user IN (SELECT user FROM temp.batch) AND cohort = ?2 AND stamp < ?1",
-            (round_, cohort),
+            "UPDATE members SET stamp = :round, wanted = 0, rejected = 0"
+            " WHERE user IN (SELECT user FROM temp.batch) AND cohort = :cohort AND stamp < :round",
+            {"round": round_, "cohort": cohort},
         )
         collect(db, "{} IN (SELECT user FROM temp.batch)")
     else:
@@ -262,7 +262,8 @@ def _apply(db: sqlite3.Connection, of: _Place, run: list[int], *, by_name: bool)
         db.execute("UPDATE rounds SET seen = seen + ? WHERE id = ?", (stamped, round_))
     moved = db.execute(_MEMBERS_OF, (cohort,)).fetchone()[0] - before
     db.execute(
-        'UPDATE rounds SET joined = joined + max(0, ?1), "left" = "left" + max(0, -?1) WHERE id = ?2', (moved, round_)
+        'UPDATE rounds SET joined = joined + max(0, :moved), "left" = "left" + max(0, -:moved) WHERE id = :round',
+        {"moved": moved, "round": round_},
     )
 
 

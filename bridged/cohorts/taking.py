@@ -132,9 +132,9 @@ def budget(db: sqlite3.Connection, day: str, cap: int) -> Budget:
 def charge(db: sqlite3.Connection, day: str, points: int, allowed: int = 0) -> None:
     """Adds to what was spent on a day, and to what may be."""
     db.execute(
-        "INSERT INTO spending (day, points, allowed) VALUES (?1, max(0, ?2), ?3) ON CONFLICT (day) DO UPDATE SET"
-        " points = max(0, points + ?2), allowed = allowed + ?3",
-        (day, points, allowed),
+        "INSERT INTO spending (day, points, allowed) VALUES (:day, max(0, :points), :allowed) ON CONFLICT (day) DO UPDATE SET"
+        " points = max(0, points + :points), allowed = allowed + :allowed",
+        {"day": day, "points": points, "allowed": allowed},
     )
 
 
@@ -259,9 +259,9 @@ def _settle(db: sqlite3.Connection, result: Settled, now: float) -> None:
     if result.reasons:
         db.execute(
             "INSERT INTO refusals (user, reason, attempts, first_at, last_at)"
-            " SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), 1, ?1, ?1 FROM json_each(?2) WHERE true"
-            " ON CONFLICT (user) DO UPDATE SET reason = excluded.reason, attempts = attempts + 1, last_at = ?1",
-            (now, msgspec.json.encode(result.reasons).decode()),
+            " SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), 1, :now, :now FROM json_each(:reasons) WHERE true"
+            " ON CONFLICT (user) DO UPDATE SET reason = excluded.reason, attempts = attempts + 1, last_at = :now",
+            {"now": now, "reasons": msgspec.json.encode(result.reasons).decode()},
         )
     if result.refund:
         charge(db, result.day, -result.refund)
