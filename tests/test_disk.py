@@ -397,7 +397,7 @@ async def test_files_that_are_removed_under_the_daemon(tmp_path, emulator, gone)
     else:
         shutil.rmtree(folder)
     assert await daemon.exits() == 74, daemon.said()
-    assert "was removed or replaced while bridged ran; what it held was saved in" in daemon.said()
+    assert "removed or replaced while bridged ran; what it held was saved in" in daemon.said()
 
     again = Process(tmp_path, emulator.url)
     again.settings["spool__path"] = str(folder / "spool.db")
