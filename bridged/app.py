@@ -27,6 +27,7 @@ from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
 from bridged.alarms.watch import Watch
 from bridged.alarms.webhook import Webhook
+from bridged.apart import InOrder
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool
@@ -86,7 +87,8 @@ class App:
         self.certificates = Certificates(config)
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
-        self.activity = Activity(f"{config.spool.path}.activity")
+        self._files = InOrder("files beside the spool")  # writes them: the loop mustn't wait for their disk
+        self.activity = Activity(f"{config.spool.path}.activity", do=self._files.put)
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
         self.membership: Membership | None = None  # None: no cohorts are imported
         self.cohort_writer: CohortWriter | None = None
@@ -114,6 +116,7 @@ class App:
             Spool(options.spool_options(config), TYPE_NAMES, self.clock.latest)
         )
         self.saved.sweep()
+        await stack.enter_async_context(self._files)
         self._begin_activity(stack)
         self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
         self.transport = await stack.enter_async_context(Transport(options.target(config), delivery.timeout))
@@ -136,7 +139,8 @@ class App:
             stack.callback(self._begin_drain)  # before the cohorts', so that one grace does for both
         self.mapping = EventMapping(EVENT_TYPES, options.mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
-        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(options.hook(config)))
+        webhook = Webhook(options.hook(config))
+        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, webhook, self._files.put)
         self.watch.happened = self.activity.tell
         self.delivery.doubtful = any(one.alarm == "halted" for one in self.watch.alarms.open)
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))

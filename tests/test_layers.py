@@ -20,7 +20,7 @@ LADDER: dict[str, set[str]] = {
     "logs": {"redaction"},
     "clock": set(),
     "apart": set(),
-    "activity": {"redaction"},
+    "activity": {"apart", "redaction"},
     "settings": set(),
     "currents": set(),
     "mixpanel": {"currents"},
@@ -38,7 +38,7 @@ LADDER: dict[str, set[str]] = {
     # What was saved on the page, over the configuration.
     "saved": {"config", "durable", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
-    "alarms": {"connections"},
+    "alarms": {"apart", "connections"},
     "presence": {"durable", "errors"},
     "backlog": {"durable", "errors", "presence"},
     "delivery": {"backlog", "connections", "errors", "mixpanel", "redaction"},
@@ -89,6 +89,7 @@ LADDER: dict[str, set[str]] = {
             "foresight",
             "certificates",
             "activity",
+            "apart",
             "alarms",
             "currents",
             "mixpanel",
