@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import structlog
-from conftest import SLOW, currents, until
+from conftest import SLOW, balanced, currents, until
 from test_alarms import chat
 
 from bridged import apart
 from bridged.activity import MAX_ENTRIES, Activity
 from bridged.apart import InOrder
 from bridged.app import App
+from bridged.backlog.archive import Archive
+from bridged.delivery import archiver
 
 __all__ = ["chat"]
 
@@ -100,7 +102,7 @@ async def test_a_disk_that_hangs_holds_no_alarm_up(daemon, client, emulator, cha
     assert await post(client, app, currents()) == 200
     await until(lambda: len(emulator.events()) == 1, "the delivery")
     file, kept = Path(f"{app.config.spool.path}.activity"), Path(f"{app.config.spool.path}.alarms")
-    assert "a slip" not in file.read_text()
+    assert "a slip" not in await asyncio.to_thread(file.read_text)
     activity_hangs.end()
     await until(lambda: file.read_text().count("\n") == len(app.activity.entries), "the lines")
     await until(lambda: b"configuration" in kept.read_bytes(), "the alarms")
@@ -213,3 +215,100 @@ async def test_a_file_system_that_is_frozen(freezable, config, client, chat):  #
             await asyncio.to_thread(subprocess.run, ["fsfreeze", "-u", str(freezable)], check=True)
         assert await posting == 200
     assert "bridged stopped" in await asyncio.to_thread(Path(f"{settings.spool.path}.activity").read_text)
+
+
+# -- the archive's folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archive_hangs(monkeypatch, hanging):
+    """Whoever writes a file of the archive waits."""
+    write = Archive.write
+
+    def waiting(archive, segments):
+        hanging.wait()
+        return write(archive, segments)
+
+    monkeypatch.setattr(Archive, "write", waiting)
+    monkeypatch.setattr(archiver, "_ANSWERS_S", 0.2)
+    return hanging
+
+
+def delivered(emulator):
+    """How many events Mixpanel has."""
+    return len(emulator.events())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_archive_that_hangs_holds_no_delivery_up(
+    daemon, client, emulator, tmp_path, archive_hangs, monkeypatch, fails
+):
+    """The halt ends when the credential works, though a file is being written for ever; what is in that is nobody else's till
+    then, and the alarm says so. When the folder answers the file is whole, or the events are delivered: never both.
+    """
+    app = await daemon(retention__max_age="1s", delivery__probe_interval="50ms")
+    emulator.script([{"status": 401}])
+    archive_hangs.begin()
+    assert await post(client, app, *[currents(seed=n) for n in range(5)]) == 200
+    await until(archive_hangs.since.is_set, "the file")
+    await until(lambda: "doesn't answer" in app.delivery.archiver.problem, "that it is told")
+    # Nobody has an event to probe with, and the halt ends all the same.
+    emulator.script([])
+    await until(lambda: app.delivery.halted is None, "the end of the halt")
+    assert await post(client, app, *[currents(seed=n) for n in range(5, 9)]) == 200
+    await until(lambda: app.spool.accounts.total("delivered") == 4, "the delivery of what came later")
+    assert (delivered(emulator), app.spool.accounts.total("waiting"), app.delivery.archiver.events) == (4, 5, 5)
+    await until(lambda: "archive" in {one.alarm for one in app.watch.alarms.open}, "the alarm")
+    if fails:
+        (tmp_path / "archive").write_text("in the way")
+    archive_hangs.end()
+    await until(lambda: app.spool.accounts.total("waiting") == 0, "the settlement")
+    fates = (app.spool.accounts.total("expired"), delivered(emulator), len(list(tmp_path.glob("archive/*.gz"))))
+    assert fates == ((0, 9, 0) if fails else (5, 4, 1))
+    await until(lambda: not app.delivery.archiver.problem, "that all is well")
+    balanced(app)
+
+
+async def test_one_file_of_the_archive_at_a_time(daemon, client, emulator, archive_hangs):
+    """While one hangs nothing else expires; what comes later is kept, and goes when the folder answers."""
+    app = await daemon(retention__max_age="1ms", delivery__probe_interval="50ms")
+    emulator.script([{"status": 401}])
+    archive_hangs.begin()
+    await post(client, app, currents(seed=1))
+    await until(archive_hangs.since.is_set, "the file")
+    probes = app.delivery.verdicts.total()
+    await post(client, app, currents(seed=2))
+    await until(lambda: app.delivery.verdicts.total() > probes + 2, "probes with what came later")
+    assert (app.delivery.archiver.events, app.spool.accounts.total("expired")) == (1, 0)
+    archive_hangs.end()
+    await until(lambda: app.spool.accounts.total("expired") == 2, "the expiry")
+    balanced(app)
+
+
+async def test_the_end_while_an_archive_hangs(config, client, emulator, archive_hangs):
+    """It comes without waiting for the folder, and the next daemon has the events."""
+    emulator.script([{"status": 401}])
+    async with App(config(retention__max_age="1ms")) as app:
+        archive_hangs.begin()
+        await post(client, app, *[currents(seed=n) for n in range(5)])
+        await until(lambda: app.delivery.archiver.problem, "that it hangs")
+    emulator.script([])
+    async with App(config()) as app:
+        await until(lambda: app.spool.accounts.total("delivered") == 5, "the delivery")
+        balanced(app)
+
+
+async def test_the_end_waits_for_a_file_that_is_being_written(
+    config, client, emulator, tmp_path, archive_hangs, monkeypatch
+):
+    """A moment: else the next start would deliver what is in the archive."""
+    monkeypatch.setattr(archiver, "_ANSWERS_S", 30 * SLOW)
+    monkeypatch.setattr(archiver, "_END_S", 20 * SLOW)
+    emulator.script([{"status": 401}])
+    async with App(config(retention__max_age="1ms", delivery__grace=f"{20 * SLOW}s")) as app:
+        archive_hangs.begin()
+        await post(client, app, *[currents(seed=n) for n in range(5)])
+        await until(archive_hangs.since.is_set, "the file")
+        asyncio.get_running_loop().call_later(0.3, archive_hangs.end)
+    assert app.spool.accounts.total("expired") == 5
+    assert len(list(tmp_path.glob("archive/*.gz"))) == 1

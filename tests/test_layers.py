@@ -41,7 +41,7 @@ LADDER: dict[str, set[str]] = {
     "alarms": {"apart", "connections"},
     "presence": {"durable", "errors"},
     "backlog": {"durable", "errors", "presence"},
-    "delivery": {"backlog", "connections", "errors", "mixpanel", "redaction"},
+    "delivery": {"apart", "backlog", "connections", "errors", "mixpanel", "redaction"},
     # Braze's answers are judged in the words of Mixpanel's, and asked for through the same kind of client.
     "braze": {"connections", "errors", "mixpanel", "delivery", "redaction"},
     # The way back: from Mixpanel's webhook to Braze.
