@@ -31,7 +31,7 @@ from bridged.apart import InOrder
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool
-from bridged.certificates import Certificates
+from bridged.certificates import Certificates, Renewed
 from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
@@ -235,9 +235,12 @@ class App:
     async def __aexit__(self, *exc: Any) -> None:
         await self._exit.__aexit__(*exc)
 
-    def reload(self, read: Callable[[], Config], *, asked: bool = True) -> None:
+    def reload(
+        self, read: Callable[[], Config], certificates: Callable[[], Renewed] = dict, *, asked: bool = True
+    ) -> None:
         """Takes over what can change while it runs (see `reloading`); a configuration that can't be used changes nothing.
 
+        `certificates`: what the files of the listeners hold by now. Neither reads a disk that may hang.
         Not `asked`: a file of a secret has changed, and if it says what is known already, nobody hears of it.
         """
         try:
@@ -257,14 +260,9 @@ class App:
             self._not_taken_over("configuration", said_of_it, error)
             return
         self.reload_problem = ""
-        for name, listener in (("admin", self.admin), ("sources.stream", self.stream), ("sources.http", self.http)):
-            try:
-                if listener is not None:
-                    validity = self.certificates.again(name)
-                    listener.reload()
-                    self.certificates.show(name, validity)
-            except ConfigError as error:
-                self._not_taken_over("certificate", str(error.args[0]), error)
+        doors: dict[str, Any] = {"admin": self.admin, "sources.stream": self.stream, "sources.http": self.http}
+        for problem in self.certificates.renew(certificates, doors):
+            self._not_taken_over("certificate", str(problem.args[0]), problem)
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
         self.saved.revise()
         if asked or changed:
@@ -457,8 +455,8 @@ async def run(config: Config, reload: Callable[[], Config], source: Callable[[],
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()
 
-    def take(said: Callable[[], Config], *, asked: bool) -> None:
-        app.reload(said, asked=asked)
+    def take(said: Callable[[], Config], certificates: Callable[[], Renewed], *, asked: bool) -> None:
+        app.reload(said, certificates, asked=asked)
         if asked and not rereading.asked:  # else the next one tells it
             service.ready(app.sentence())
 
@@ -466,7 +464,7 @@ async def run(config: Config, reload: Callable[[], Config], source: Callable[[],
         service.reloading()
         rereading.want()
 
-    rereading = reloading.Rereading(reload, take)
+    rereading = reloading.Rereading(reload, app.certificates.read_again, take)
     foresight.warn(app.config)
     open_files.allow(app.config)
     memory.give_back_large_blocks()

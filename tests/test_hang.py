@@ -6,6 +6,7 @@ Calls that come to no end are made by a `threading.Event` in their place, or by 
 import asyncio
 import os
 import shutil
+import ssl
 import subprocess
 import threading
 from functools import partial
@@ -13,17 +14,23 @@ from pathlib import Path
 
 import pytest
 import structlog
+import uvloop
 from conftest import SLOW, balanced, currents, until
+from test_admin_door import certificate
 from test_alarms import chat
 
-from bridged import apart
+from bridged import apart, certificates, reloading
 from bridged.activity import MAX_ENTRIES, Activity
 from bridged.apart import InOrder
 from bridged.app import App
 from bridged.backlog.archive import Archive
+from bridged.config import replaced
 from bridged.delivery import archiver
+from bridged.errors import ConfigError
+from bridged.settings import Config
+from bridged.sources import unix
 
-__all__ = ["chat"]
+__all__ = ["certificate", "chat"]
 
 CI = bool(os.environ.get("CI"))
 
@@ -33,6 +40,7 @@ class Hanging:
 
     def __init__(self):
         self.since = threading.Event()
+        self.returned = False  # somebody has waited to the end
         self._over = threading.Event()
         self._over.set()
 
@@ -46,6 +54,7 @@ class Hanging:
         if not self._over.is_set():
             self.since.set()
             self._over.wait(60 * SLOW)
+            self.returned = True
 
 
 @pytest.fixture
@@ -312,3 +321,163 @@ async def test_the_end_waits_for_a_file_that_is_being_written(
         asyncio.get_running_loop().call_later(0.3, archive_hangs.end)
     assert app.spool.accounts.total("expired") == 5
     assert len(list(tmp_path.glob("archive/*.gz"))) == 1
+
+
+# -- files that are read again -----------------------------------------------------------------------------------------
+
+
+async def test_the_folder_of_a_certificate_that_hangs(
+    daemon, certificate, client, emulator, tmp_path, hanging, monkeypatch
+):
+    """At SIGHUP the configuration is taken over, and it is told that the certificate couldn't be read; the old one is shown,
+    doors and page answer. When the folder answers, the next SIGHUP has the new one.
+    """
+    monkeypatch.setattr(reloading, "_READ_S", 0.3)
+    certificate()
+    keys = {f"sources__stream__tls_{name}": str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
+    app = await daemon(**keys)
+    content = certificates._content
+
+    def waiting(file):
+        hanging.wait()
+        return content(file)
+
+    monkeypatch.setattr(certificates, "_content", waiting)
+    certificate()
+    hanging.begin()
+    said = replaced(app.config, ("delivery", "timeout"), 7.0)
+    rereading = reloading.Rereading(lambda: said, app.certificates.read_again, app.reload)
+    reading = asyncio.create_task(rereading.run())
+    with structlog.testing.capture_logs() as logs:
+        rereading.want()
+        await until(hanging.since.is_set, "that it hangs")
+        assert await healthy(client, app)
+        await until(lambda: app.reload_problem, "the end of its patience")
+    assert "certificate" in app.reload_problem
+    assert [line["event"] for line in logs if line["event"].startswith("reload")] == ["reload_failed", "reloaded"]
+    assert app.config.delivery.timeout == 7.0
+    assert await post(client, app, currents()) == 200
+    await until(lambda: delivered(emulator) == 1, "the delivery")
+    shown = lambda: ssl.get_server_certificate(("127.0.0.1", app.stream.ports[0]))  # noqa: E731
+    old = await asyncio.to_thread(shown)
+    hanging.end()
+    monkeypatch.setattr(reloading, "_READ_S", 20 * SLOW)
+    rereading.want()
+    await until(lambda: not app.reload_problem, "the next reading")
+    new = await asyncio.to_thread(shown)
+    assert old != new == (tmp_path / "cert.pem").read_text()
+    reading.cancel()
+
+
+async def test_what_is_shown_is_what_was_tried(daemon, certificate, tmp_path):
+    """The files may be others, or gone, a moment after they were read: nothing but what was tried is shown."""
+    certificate()
+    keys = {f"sources__stream__tls_{name}": str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
+    app = await daemon(**keys)
+    certificate()
+    new = (tmp_path / "cert.pem").read_text()
+    found = app.certificates.read_again()
+    (tmp_path / "cert.pem").write_text("nonsense")
+    (tmp_path / "key.pem").unlink()
+    app.reload(lambda: app.config, lambda: found)
+    assert app.reload_problem == ""
+    assert await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", app.stream.ports[0])) == new
+    assert "PRIVATE" not in repr(found)
+
+
+async def test_readings_that_hang_are_few(hanging, monkeypatch):
+    """SIGHUPs while a configuration can't be read leave three threads, not one each; those that come later are told the same.
+    Once it can be read, it is.
+    """
+    monkeypatch.setattr(reloading, "_READ_S", 0.05)
+    began, taken = [], []
+
+    def read():
+        began.append(True)
+        hanging.wait()
+        return Config()
+
+    def take(said, _certificates, *, asked):
+        try:
+            taken.append((said(), asked))
+        except ConfigError as error:
+            taken.append((str(error), asked))
+
+    hanging.begin()
+    rereading = reloading.Rereading(read, dict, take)
+    reading = asyncio.create_task(rereading.run())
+    for number in range(1, 7):
+        rereading.want()
+        await until(lambda number=number: len(taken) == number, "the word")
+    assert len(began) == 3
+    assert all("couldn't be read within" in said for said, _ in taken)
+    hanging.end()
+    monkeypatch.setattr(reloading, "_READ_S", 20 * SLOW)
+
+    def read_at_last():
+        rereading.want()
+        return taken[-1][0] == Config()
+
+    await until(read_at_last, "a reading")
+    reading.cancel()
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_waits_for_no_folder_of_others(tmp_path, hanging, monkeypatch):
+    """Of secrets, and of a Unix socket: whoever looks there is left alone when the loop ends."""
+    monkeypatch.setattr(reloading, "_LOOK_S", 0.01)
+    monkeypatch.setattr(unix, "_LOOK_S", 0.01)
+    monkeypatch.setattr(unix, "_REMOVE_S", 0.1)
+    monkeypatch.setattr(reloading, "_digests", lambda _files: hanging.wait())
+    look_at, looks = unix._look_at, []
+
+    def waiting(path):
+        looks.append(path)
+        hanging.wait()
+        return look_at(path)
+
+    async def scene():
+        sockets = unix.Sockets(asyncio.Protocol)
+        await sockets.listen(str(tmp_path / "s.sock"))
+        monkeypatch.setattr(unix, "_look_at", waiting)
+        hanging.begin()
+        tasks = [
+            asyncio.create_task(reloading.watch(lambda: [tmp_path / "secret"], lambda: None)),
+            asyncio.create_task(sockets.watch()),
+        ]
+        await until(lambda: hanging.since.is_set() and looks, "that they hang")
+        await asyncio.sleep(0.2)
+        assert len(looks) == 1, "one look at a time"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await sockets.close()
+
+    with structlog.testing.capture_logs() as logs:
+        uvloop.run(scene())
+    assert not hanging.returned
+    assert [line["event"] for line in logs] == ["sockets_left"]
+
+
+async def test_a_socket_is_made_anew_beside_the_loop(daemon, client, tmp_path, hanging, monkeypatch):
+    """Its folder hangs while that is done: who looks is answered. When it answers, the door is found again."""
+    monkeypatch.setattr(unix, "_LOOK_S", 0.05)
+    app = await daemon()
+    demand_possible = unix.demand_possible
+
+    def waiting(path):
+        hanging.wait()
+        demand_possible(path)
+
+    monkeypatch.setattr(unix, "demand_possible", waiting)
+    hanging.begin()
+    path = tmp_path / "s.sock"
+    path.unlink()
+    await until(hanging.since.is_set, "that it hangs")
+    assert await healthy(client, app)
+    hanging.end()
+    await until(path.is_socket, "the new one")
+    _, writer = await asyncio.open_unix_connection(str(path))
+    writer.close()

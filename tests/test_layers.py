@@ -47,7 +47,7 @@ LADDER: dict[str, set[str]] = {
     # The way back: from Mixpanel's webhook to Braze.
     "cohorts": {"errors", "braze", "mixpanel", "presence"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
-    "sources": {"addresses", "errors", "memory", "redaction", "backlog", "intake", "cohorts"},
+    "sources": {"addresses", "apart", "errors", "memory", "redaction", "backlog", "intake", "cohorts"},
     "open_files": {"errors", "settings"},
     # The configuration in each part's own terms.
     "options": {"addresses", "alarms", "backlog", "delivery", "mixpanel", "open_files", "settings", "sources"},
