@@ -118,6 +118,7 @@ class _Reading(Generic[T]):
             reading.cancel()
             raise
         if done:
+            reading.exception()  # perhaps nobody asks: what can't be used is told of the configuration first
             return reading.result
         self._hanging.add(reading)
         reading.add_done_callback(self._came_back)

@@ -4,6 +4,7 @@ Calls that come to no end are made by a `threading.Event` in their place, or by 
 """
 
 import asyncio
+import gc
 import os
 import shutil
 import ssl
@@ -420,6 +421,24 @@ async def test_readings_that_hang_are_few(hanging, monkeypatch):
 
     await until(read_at_last, "a reading")
     reading.cancel()
+
+
+async def test_a_certificate_that_nobody_asks_about_is_no_bug():
+    """A configuration that can't be used is told, and nothing else: not that of the certificates nobody has heard."""
+    bugs, taken = [], []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: bugs.append(context["message"]))
+
+    def failing():
+        raise OSError("there may be no more threads")
+
+    rereading = reloading.Rereading(failing, failing, lambda _said, _certificates, *, asked: taken.append(asked))
+    reading = asyncio.create_task(rereading.run())
+    rereading.want()
+    await until(lambda: taken, "the word")
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    gc.collect()
+    assert bugs == []
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
