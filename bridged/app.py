@@ -255,14 +255,13 @@ class App:
             self._use(with_credentials(config, given))
         except Exception as error:
             # Whatever it is: a slip in a file must not end a daemon that works.
-            said_of_it = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
             self.reload_problem = ""
-            self._not_taken_over("configuration", said_of_it, error)
+            self._not_taken_over("configuration", error)
             return
         self.reload_problem = ""
         doors: dict[str, Any] = {"admin": self.admin, "sources.stream": self.stream, "sources.http": self.http}
         for problem in self.certificates.renew(certificates, doors):
-            self._not_taken_over("certificate", str(problem.args[0]), problem)
+            self._not_taken_over("certificate", problem)
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
         self.saved.revise()
         if asked or changed:
@@ -271,8 +270,9 @@ class App:
                 "reloaded", "The configuration was read again", changed=changed, restart_needed_for=restart
             )
 
-    def _not_taken_over(self, what: str, why: str, error: Exception) -> None:
+    def _not_taken_over(self, what: str, error: Exception) -> None:
         """Tells it wherever somebody may look."""
+        why = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
         why = " ".join(why.split())
         self.reload_problem = f"{self.reload_problem}; {why}".removeprefix("; ")
         log.error("reload_failed", error=str(error), hint=f"the {what} in force is the old one")

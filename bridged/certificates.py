@@ -191,14 +191,19 @@ class Certificates:
     def renew(self, found: Callable[[], Renewed], listeners: Mapping[str, Listener | None]) -> Iterator[Exception]:
         """Has the listeners show what was found; gives why something can't be used, whose old one stays."""
         try:
-            for section, pair in found().items():
+            pairs = found()
+        except Exception as error:
+            yield error
+            return
+        for section, pair in pairs.items():
+            try:
                 if isinstance(pair, ConfigError):
                     yield pair
                 elif (listener := listeners[section]) is not None:
                     listener.renew(pair.load)
                     self.shown = {**self.shown, section: pair.validity}
-        except (ConfigError, OSError) as error:
-            yield error
+            except OSError as error:  # such as too many open files
+                yield error
 
     def ended(self) -> str:
         """Which nobody takes, and why; empty: none."""

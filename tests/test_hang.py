@@ -4,6 +4,7 @@ Calls that come to no end are made by a `threading.Event` in their place, or by 
 """
 
 import asyncio
+import errno
 import gc
 import os
 import shutil
@@ -382,6 +383,12 @@ async def test_what_is_shown_is_what_was_tried(daemon, certificate, tmp_path):
     (tmp_path / "key.pem").unlink()
     app.reload(lambda: app.config, lambda: found)
     assert app.reload_problem == ""
+
+    def failing():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    app.reload(lambda: app.config, failing)
+    assert os.strerror(errno.EMFILE) in app.reload_problem
     assert await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", app.stream.ports[0])) == new
     assert "PRIVATE" not in repr(found)
 
