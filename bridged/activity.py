@@ -1,15 +1,16 @@
 """What happened, for people: halts, restarts, changed settings, alarms. A bounded list, kept in a file beside the spool.
 
-A line is written when it happens, and not fsynced: a power cut may cost the last ones. The file is never
-rewritten in place, so what a crash leaves of its last line costs that line alone; when it has grown, a shorter one takes its
-place by a rename. A disk that takes no line costs the file, and nothing else.
+A line is handed over when it happens, for another thread to write, and not fsynced: a crash may cost the last ones. The file is
+never rewritten in place, so what a crash leaves of its last line costs that line alone; when it has grown, a shorter one takes
+its place by a rename. A disk that takes no line, or hangs, costs the file, and nothing else.
 """
 
 import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -17,6 +18,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from bridged.apart import at_once
 from bridged.redaction import redacted
 
 log = structlog.get_logger()
@@ -64,18 +66,24 @@ class Entry(Struct, kw_only=True):
 
 
 class Activity:
-    """The list and its file. `tell` never raises, and costs one short write."""
+    """The list, and what is to be in its file. `tell` never raises, and never waits for the disk."""
 
-    def __init__(self, path: str | Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        clock: Callable[[], float] = time.time,
+        do: Callable[[Callable[[], None]], bool] = at_once,
+    ) -> None:
+        """`do`: by whom the file is written, in order; gives False if he has too much to do."""
         self.entries: deque[Entry] = deque(maxlen=MAX_ENTRIES)  # the newest last
         self.last_id = 0
         self._path = Path(path)
+        self._file = _File(self._path)
+        self._do = do
         self._clock = clock
-        self._file = -1
         self._lines = 0
         self._rest = False  # the last entry has happened more often than its line says
-        self._torn = False  # the disk took only a part of the last line
-        self._failed = False
+        self._behind = False  # a line had no place: the whole list is to be written
 
     def open(self) -> None:
         """Reads what is there, and goes on behind it. A file that can't be read is begun anew."""
@@ -88,15 +96,15 @@ class Activity:
         except FileNotFoundError:
             pass
         except OSError as error:
-            self._complain(error)
+            self._file.complain(error)
         self._begin_file()
 
     def close(self) -> None:
-        """The file is closed; what is told from now on is kept in memory only."""
+        """The file is closed, when all is in it; what is told from now on is kept in memory only."""
         self._write_rest()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._behind:
+            self._begin_file()
+        self._do(self._file.close)
 
     def tell(self, kind: Kind, text: str, severity: Severity = "info", **detail: Any) -> None:
         """Notes what has happened, now. Secrets are masked."""
@@ -140,37 +148,62 @@ class Activity:
             self._write(self.entries[-1])
 
     def _write(self, entry: Entry) -> None:
-        if self._file < 0:
+        if self._behind or self._lines >= _MAX_LINES:
+            self._begin_file()
             return
-        try:
-            if self._lines >= _MAX_LINES:
-                self.close()
-                self._begin_file()
-            else:
-                line = b"\n" * self._torn + msgspec.json.encode(entry) + b"\n"
-                self._torn = os.write(self._file, line) < len(line)
-                self._lines += 1
-        except OSError as error:
-            self._complain(error)
+        self._lines += 1
+        self._behind = not self._do(partial(self._file.add, entry))
 
     def _begin_file(self) -> None:
-        """A file of what is kept, under its name when it is whole; open for more."""
+        self._lines = len(self.entries)
+        self._behind = not self._do(partial(self._file.begin, list(self.entries)))
+
+
+class _File:
+    """The file, in the hands of whoever writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = -1
+        self._torn = False  # the disk took only a part of the last line
+        self._failed = False
+
+    def begin(self, entries: Sequence[Entry]) -> None:
+        """A file of these, under its name when it is whole; open for more."""
         part = self._path.with_name(f"{self._path.name}.part")
         try:
             file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 with open(file, "wb", closefd=False) as whole:  # a descriptor
-                    whole.write(msgspec.json.Encoder().encode_lines(self.entries))
+                    whole.write(msgspec.json.Encoder().encode_lines(entries))
                 part.replace(self._path)
             except BaseException:
                 os.close(file)
                 raise
         except OSError as error:
-            self._complain(error)
+            self.complain(error)
             return
-        self._file, self._lines = file, len(self.entries)
+        self.close()
+        self._file, self._torn = file, False
 
-    def _complain(self, error: OSError) -> None:
+    def add(self, entry: Entry) -> None:
+        """Writes a line, if the file is open."""
+        if self._file < 0:
+            return
+        line = b"\n" * self._torn + msgspec.json.encode(entry) + b"\n"
+        try:
+            self._torn = os.write(self._file, line) < len(line)
+        except OSError as error:
+            self.complain(error)
+
+    def close(self) -> None:
+        """Nothing is added any more."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def complain(self, error: OSError) -> None:
+        """Says once that nothing is kept."""
         if not self._failed:
             log.warning(
                 "activity_not_kept", error=str(error), hint="it is in memory only; is the spool's folder writable?"

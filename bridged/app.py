@@ -27,10 +27,11 @@ from bridged.admin.server import AdminServer
 from bridged.admin.status import alarm_facts, status
 from bridged.alarms.watch import Watch
 from bridged.alarms.webhook import Webhook
+from bridged.apart import InOrder
 from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog
 from bridged.backlog.spool import Spool
-from bridged.certificates import Certificates
+from bridged.certificates import Certificates, Renewed
 from bridged.clock import Clock
 from bridged.cohort_import import CohortImport, cohort_options, raised
 from bridged.cohorts.membership import Membership
@@ -86,7 +87,8 @@ class App:
         self.certificates = Certificates(config)
         self.clock = Clock(time.time, time.monotonic)
         self.started_at = self.clock.started_at
-        self.activity = Activity(f"{config.spool.path}.activity")
+        self._files = InOrder("files beside the spool")  # writes them: the loop mustn't wait for their disk
+        self.activity = Activity(f"{config.spool.path}.activity", do=self._files.put)
         self.hurry = asyncio.Event()  # set: the shutdown doesn't wait for Mixpanel
         self.membership: Membership | None = None  # None: no cohorts are imported
         self.cohort_writer: CohortWriter | None = None
@@ -114,6 +116,7 @@ class App:
             Spool(options.spool_options(config), TYPE_NAMES, self.clock.latest)
         )
         self.saved.sweep()
+        await stack.enter_async_context(self._files)
         self._begin_activity(stack)
         self.backlog = Backlog(self.spool, config.spool.ring_bytes, self.clock.latest)
         self.transport = await stack.enter_async_context(Transport(options.target(config), delivery.timeout))
@@ -136,7 +139,8 @@ class App:
             stack.callback(self._begin_drain)  # before the cohorts', so that one grace does for both
         self.mapping = EventMapping(EVENT_TYPES, options.mapping_settings(config))
         self.intake = Intake(self.mapping, self.spool, delivery.max_batch_events, self.clock.latest)
-        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, Webhook(options.hook(config)))
+        webhook = Webhook(options.hook(config))
+        self.watch = Watch(lambda: alarm_facts(self), config.spool.path, webhook, self._files.put)
         self.watch.happened = self.activity.tell
         self.delivery.doubtful = any(one.alarm == "halted" for one in self.watch.alarms.open)
         stack.push_async_callback(_end, asyncio.create_task(self.watch.run(), name="alarms"))
@@ -231,9 +235,12 @@ class App:
     async def __aexit__(self, *exc: Any) -> None:
         await self._exit.__aexit__(*exc)
 
-    def reload(self, read: Callable[[], Config], *, asked: bool = True) -> None:
+    def reload(
+        self, read: Callable[[], Config], certificates: Callable[[], Renewed] = dict, *, asked: bool = True
+    ) -> None:
         """Takes over what can change while it runs (see `reloading`); a configuration that can't be used changes nothing.
 
+        `certificates`: what the files of the listeners hold by now. Neither reads a disk that may hang.
         Not `asked`: a file of a secret has changed, and if it says what is known already, nobody hears of it.
         """
         try:
@@ -248,19 +255,13 @@ class App:
             self._use(with_credentials(config, given))
         except Exception as error:
             # Whatever it is: a slip in a file must not end a daemon that works.
-            said_of_it = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
             self.reload_problem = ""
-            self._not_taken_over("configuration", said_of_it, error)
+            self._not_taken_over("configuration", error)
             return
         self.reload_problem = ""
-        for name, listener in (("admin", self.admin), ("sources.stream", self.stream), ("sources.http", self.http)):
-            try:
-                if listener is not None:
-                    validity = self.certificates.again(name)
-                    listener.reload()
-                    self.certificates.show(name, validity)
-            except ConfigError as error:
-                self._not_taken_over("certificate", str(error.args[0]), error)
+        doors: dict[str, Any] = {"admin": self.admin, "sources.stream": self.stream, "sources.http": self.http}
+        for problem in self.certificates.renew(certificates, doors):
+            self._not_taken_over("certificate", problem)
         self.base, self._configured, self.given, self.restart_needed = base, said, given, restart
         self.saved.revise()
         if asked or changed:
@@ -269,8 +270,9 @@ class App:
                 "reloaded", "The configuration was read again", changed=changed, restart_needed_for=restart
             )
 
-    def _not_taken_over(self, what: str, why: str, error: Exception) -> None:
+    def _not_taken_over(self, what: str, error: Exception) -> None:
         """Tells it wherever somebody may look."""
+        why = str(error.args[0]) if isinstance(error, BridgedError) else str(error) or repr(error)
         why = " ".join(why.split())
         self.reload_problem = f"{self.reload_problem}; {why}".removeprefix("; ")
         log.error("reload_failed", error=str(error), hint=f"the {what} in force is the old one")
@@ -453,8 +455,8 @@ async def run(config: Config, reload: Callable[[], Config], source: Callable[[],
     def end() -> None:
         (app.hurry if stop.is_set() else stop).set()
 
-    def take(said: Callable[[], Config], *, asked: bool) -> None:
-        app.reload(said, asked=asked)
+    def take(said: Callable[[], Config], certificates: Callable[[], Renewed], *, asked: bool) -> None:
+        app.reload(said, certificates, asked=asked)
         if asked and not rereading.asked:  # else the next one tells it
             service.ready(app.sentence())
 
@@ -462,7 +464,7 @@ async def run(config: Config, reload: Callable[[], Config], source: Callable[[],
         service.reloading()
         rereading.want()
 
-    rereading = reloading.Rereading(reload, take)
+    rereading = reloading.Rereading(reload, app.certificates.read_again, take)
     foresight.warn(app.config)
     open_files.allow(app.config)
     memory.give_back_large_blocks()

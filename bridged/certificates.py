@@ -1,15 +1,18 @@
-"""When certificates of our own end: Python's ssl tells that only of another side's, and not when it is too late."""
+"""Certificates of our own: when they end, which Python's ssl tells only of another side's, and those that take their place."""
 
+import contextlib
+import os
 import re
 import ssl
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
-from bridged.errors import ConfigError
+from bridged.errors import ConfigError, about_pem
 from bridged.settings import Config
 
 # Before its end somebody should renew it: so long, or a quarter of its life if that is less, as of those that live a week.
@@ -62,10 +65,21 @@ def read(file: str) -> Validity | None:
         # What is no file, such as a pipe, is for who listens: it can be read once.
         if not stat.S_ISREG(Path(file).stat().st_mode):
             return None
-        with Path(file).open(encoding="ascii", errors="replace") as opened:
-            found = _PEM.search(opened.read(_MAX_PEM_BYTES))
+        return _validity_of(_content(file))
+    except OSError:
+        return None
+
+
+def _content(file: str) -> bytes:
+    with Path(file).open("rb") as opened:
+        return opened.read(_MAX_PEM_BYTES)
+
+
+def _validity_of(pem: bytes) -> Validity | None:
+    try:
+        found = _PEM.search(pem.decode("ascii", "replace"))
         return validity(ssl.PEM_cert_to_DER_cert(found[0])) if found else None
-    except (OSError, ValueError, IndexError):
+    except (ValueError, IndexError):
         return None
 
 
@@ -102,6 +116,61 @@ def _time(der: bytes, at: int) -> tuple[float, int]:
     return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp(), end
 
 
+@dataclass(frozen=True, repr=False, slots=True)
+class Pair:
+    """A certificate with its chain, and its key: what the files held, which was tried."""
+
+    validity: Validity | None
+    _cert: bytes
+    _key: bytes
+
+    def load(self, context: ssl.SSLContext) -> None:
+        """Has a listener show it to connections to come. From memory: for the loop, whatever the disk does meanwhile."""
+        with _in_memory(self._cert) as cert, _in_memory(self._key) as key:
+            # An encrypted key would be asked for at the terminal.
+            context.load_cert_chain(cert, key, password=b"")
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """A file for those that want its name, without a disk."""
+    file = os.memfd_create("pem")
+    try:
+        with open(file, "wb", closefd=False) as written:  # a descriptor
+            written.write(content)
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
+
+
+def tried(section: str, cert: str, key: str) -> Pair:
+    """What a listener's files hold, if it can be used. Reads them: not for the loop. Raises ConfigError.
+
+    What is a pipe or the like by now can't be read again.
+    """
+    try:
+        for name, file in (("tls_cert", cert), ("tls_key", key)):
+            if (there := Path(file)).exists() and not there.is_file():
+                raise ConfigError(f"{section}.{name} = {file!r} is no file that can be read again", "name a file")
+        content = _content(cert)
+        pair = Pair(_validity_of(content), content, _content(key))
+        pair.load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        said = f"can't use {section}.tls_cert = {cert!r} with {section}.tls_key = {key!r}: {error}"
+        raise ConfigError(said, about_pem(error)) from error
+    return pair
+
+
+Renewed = Mapping[str, Pair | ConfigError]  # by the section of the listener
+
+
+class Listener(Protocol):
+    """Who shows a certificate."""
+
+    def renew(self, load: Callable[[ssl.SSLContext], None]) -> None:
+        """Has connections to come see another one."""
+
+
 class Certificates:
     """Those that the listeners show."""
 
@@ -109,19 +178,32 @@ class Certificates:
         self._files = listeners(config)
         self.shown: Mapping[str, Validity | None] = {name: read(cert) for name, (cert, _) in self._files.items()}
 
-    def again(self, section: str) -> Validity | None:
-        """What its file says now. Raises ConfigError if a file is none, but a pipe or the like: that can't be read again."""
-        files = self._files.get(section)
-        if files is None:
-            return None
-        for key, file in zip(("tls_cert", "tls_key"), files, strict=True):
-            if (there := Path(file)).exists() and not there.is_file():
-                raise ConfigError(f"{section}.{key} = {file!r} is no file that can be read again", "name a file")
-        return read(files[0])
+    def read_again(self) -> Renewed:
+        """What the files of each listener hold now, or why that can't be used. Reads them: not for the loop."""
+        found: dict[str, Pair | ConfigError] = {}
+        for section, files in self._files.items():
+            try:
+                found[section] = tried(section, *files)
+            except ConfigError as error:
+                found[section] = error
+        return found
 
-    def show(self, section: str, validity: Validity | None) -> None:
-        """A listener shows another one now."""
-        self.shown = {**self.shown, section: validity}
+    def renew(self, found: Callable[[], Renewed], listeners: Mapping[str, Listener | None]) -> Iterator[Exception]:
+        """Has the listeners show what was found; gives why something can't be used, whose old one stays."""
+        try:
+            pairs = found()
+        except Exception as error:
+            yield error
+            return
+        for section, pair in pairs.items():
+            try:
+                if isinstance(pair, ConfigError):
+                    yield pair
+                elif (listener := listeners[section]) is not None:
+                    listener.renew(pair.load)
+                    self.shown = {**self.shown, section: pair.validity}
+            except OSError as error:  # such as too many open files
+                yield error
 
     def ended(self) -> str:
         """Which nobody takes, and why; empty: none."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridged import __version__
-from bridged.errors import BridgedError
+from bridged.errors import NO_MORE_THREADS, BridgedError, wants_threads
 from bridged.redaction import redacted
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 74
         if isinstance(error, FileNotFoundError) and error.filename is None and _has_no_folder():
             print("bridged: the working directory was removed\n  hint: cd into one that is there", file=sys.stderr)
+            return 74
+        if wants_threads(error):
+            print("bridged: {}\n  hint: {}".format(*NO_MORE_THREADS), file=sys.stderr)
             return 74
         # A bug. As Python would tell it, but for what nobody shall read.
         sys.stderr.write(redacted(traceback.format_exc()))

@@ -132,6 +132,24 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
     return f"{said} chown -R --reference={folder} {folder}" if ours else otherwise
 
 
+NO_MORE_THREADS = (
+    "the process may make no more threads",
+    "raise the limit: TasksMax= of the unit, --pids-limit of the container, ulimit -u of the user",
+)
+
+
+def wants_threads(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, is that there may be no more of them. Python has no class for it."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, RuntimeError) and "can't start new thread" in str(found):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return False
+
+
 def about_pem(error: Exception) -> str:
     """The hint for a certificate and its key that can't be used."""
     hint = "PEM files that the daemon may read: the certificate with its chain, and its private key, unencrypted"

@@ -97,9 +97,13 @@ class Output(io.TextIOBase):
                 return len(text)
             self._unread.append(line)
             self._unread_bytes += len(line)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._write_on, name="log", daemon=True)
-                self._thread.start()
+            try:
+                if self._thread is None:
+                    thread = threading.Thread(target=self._write_on, name="log", daemon=True)
+                    thread.start()
+                    self._thread = thread
+            except RuntimeError:  # there may be no more
+                self._write_here()
             self._changed.notify_all()
         return len(text)
 
@@ -107,6 +111,15 @@ class Output(io.TextIOBase):
         """Comes back when everything is written, or after so many seconds. For the end."""
         with self._changed:
             self._changed.wait_for(lambda: not self._unread_bytes, seconds)
+
+    def _write_here(self) -> None:
+        """Without a thread: as much as can be written without waiting."""
+        writable = select.poll()
+        writable.register(self._file, select.POLLOUT)
+        while self._unread and writable.poll(0):
+            line = self._unread.popleft()
+            self._put(line)
+            self._unread_bytes -= len(line)
 
     def _write_on(self) -> None:
         while True:

@@ -7,13 +7,16 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from bridged.apart import apart
 from bridged.config import keys, replaced, value_at
 from bridged.errors import ConfigError
 from bridged.settings import Config
+
+T = TypeVar("T")
 
 # Sections, and single keys, that take effect at once...
 _AT_ONCE: Final = (
@@ -39,6 +42,8 @@ _AT_START: Final = (("mixpanel", "export"),)
 _LOOK_S: Final = 1.0
 # Files are read in milliseconds; a network's folder that is away for longer is asked again.
 _READ_S: Final = 5.0
+# Threads that hang in files of one kind: with fewer, who has put a file in a pipe's place would have to restart.
+_MAX_HANGING: Final = 3
 # More is no secret; what is compared stays small.
 _MAX_SECRET_BYTES: Final = 64 * 1024
 
@@ -59,21 +64,23 @@ def take_over(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
 
 
 class Take(Protocol):
-    """Takes what was read: `said` gives the configuration, or raises why there is none."""
+    """Takes what was read. Each gives it, or raises ConfigError, or whatever it is, that says why there is none."""
 
-    def __call__(self, said: Callable[[], Config], *, asked: bool) -> None:
+    def __call__(self, said: Callable[[], Config], certificates: Callable[[], Any], *, asked: bool) -> None:
         """`asked`: by somebody, and not only by a changed file."""
 
 
 class Rereading:
-    """Reads the configuration again for whoever asks, one at a time; who asks meanwhile gets another reading after it.
+    """Reads the configuration and certificates again for whoever asks, one at a time; who asks meanwhile gets another reading
+    after it.
 
-    In a thread: what comes to no end, such as a pipe to which nobody writes, holds up nothing else.
+    In threads: what comes to no end, such as a pipe to which nobody writes, holds up nothing else.
     """
 
-    def __init__(self, read: Callable[[], Config], take: Take) -> None:
+    def __init__(self, read: Callable[[], Config], certificates: Callable[[], Any], take: Take) -> None:
         self.asked = False  # somebody waits for the next one, and not only a changed file
-        self._read = read
+        self._configuration = _Reading(read, "it, or the file of a secret,")
+        self._certificates = _Reading(certificates, "the file of a certificate, or its key,")
         self._take = take
         self._wanted = asyncio.Event()
 
@@ -88,19 +95,45 @@ class Rereading:
             await self._wanted.wait()
             self._wanted.clear()
             asked, self.asked = self.asked, False
-            reading = asyncio.ensure_future(apart(self._read, "configuration"))
-            try:
-                done, _ = await asyncio.wait([reading], timeout=_READ_S)
-                self._take(reading.result if done else _never_ends, asked=asked)
-            finally:
-                reading.cancel()
+            said, certificates = await asyncio.gather(self._configuration.read(), self._certificates.read())
+            self._take(said, certificates, asked=asked)
 
 
-def _never_ends() -> Config:
-    raise ConfigError(
-        f"it, or the file of a secret, couldn't be read within {_READ_S:g} s",
-        "is one of them a pipe to which nobody writes, or on a disk that doesn't answer?",
-    )
+class _Reading(Generic[T]):
+    """Reads some files, as long as there is patience. Threads that hang are counted: when there are too many, none is begun."""
+
+    def __init__(self, read: Callable[[], T], what: str) -> None:
+        self._read = read
+        self._what = what
+        self._hanging: set[asyncio.Task[T]] = set()
+
+    async def read(self) -> Callable[[], T]:
+        """What it gives raises why nothing could be read."""
+        if len(self._hanging) >= _MAX_HANGING:
+            return self._never_ends
+        reading = asyncio.create_task(apart(self._read, "reading"), name="reading")
+        try:
+            done, _ = await asyncio.wait([reading], timeout=_READ_S)
+        except asyncio.CancelledError:
+            reading.cancel()
+            raise
+        if done:
+            reading.exception()  # perhaps nobody asks: what can't be used is told of the configuration first
+            return reading.result
+        self._hanging.add(reading)
+        reading.add_done_callback(self._came_back)
+        return self._never_ends
+
+    def _came_back(self, reading: "asyncio.Task[T]") -> None:
+        self._hanging.discard(reading)
+        if not reading.cancelled():
+            reading.exception()  # nobody else asks
+
+    def _never_ends(self) -> T:
+        raise ConfigError(
+            f"{self._what} couldn't be read within {_READ_S:g} s",
+            "is one of them a pipe to which nobody writes, or on a disk that doesn't answer?",
+        )
 
 
 async def watch(files: Callable[[], Sequence[Path]], changed: Callable[[], None]) -> None:
@@ -115,7 +148,10 @@ async def watch(files: Callable[[], Sequence[Path]], changed: Callable[[], None]
     while True:
         await asyncio.sleep(_LOOK_S)
         looked_at = files()
-        now = await asyncio.to_thread(_digests, looked_at) if looked_at else {}
+        try:
+            now = await apart(partial(_digests, looked_at), "secrets") if looked_at else {}
+        except OSError:  # there may be no more threads: later, then
+            continue
         if now != known and now == seen:
             known = now
             changed()

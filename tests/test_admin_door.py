@@ -600,20 +600,20 @@ async def test_a_renewed_certificate_is_taken_over(daemon, certificate, tmp_path
     app = await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=str(tmp_path / "key.pem"))
     certificate()
     commands = Daemon.admin(app.config)
-    app.reload(lambda: app.config)
+    app.reload(lambda: app.config, app.certificates.read_again)
     assert (await asyncio.to_thread(commands.ask, "/api/status", dict))["state"] == "idle"
 
     old = (tmp_path / "cert.pem").read_bytes()
     certificate()
     (tmp_path / "cert.pem").write_bytes(old)
-    app.reload(lambda: app.config)
+    app.reload(lambda: app.config, app.certificates.read_again)
     said = await asyncio.to_thread(commands.ask, "/api/status", dict)
     assert (said["state"], "admin.tls_cert" in said["reload"]["problem"]) == ("idle", True)
     assert ["admin.tls_cert" in entry.text for entry in app.activity.newest(3) if entry.kind == "reload_failed"] == [
         True
     ]
     certificate()
-    app.reload(lambda: app.config)
+    app.reload(lambda: app.config, app.certificates.read_again)
     assert app.reload_problem == ""
 
 

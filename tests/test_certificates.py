@@ -8,6 +8,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import structlog
 import trustme
 from conftest import until
 from test_admin_door import certificate  # noqa: F401  # a fixture
@@ -113,26 +114,28 @@ async def test_an_alarm_until_another_is_shown(daemon, certificate, client, tmp_
     ]
     assert float(line.split()[1]) == int(when["not_after"].timestamp())
     certificate(**GOOD)
-    app.reload(lambda: app.config)
+    app.reload(lambda: app.config, app.certificates.read_again)
     assert (app.certificates.ended(), app.certificates.ending()) == ("", "")
     # Files that can't be used leave the old one, and what is known of it.
     certificate(**ENDED)
     (tmp_path / "key.pem").write_bytes(b"nonsense")
-    app.reload(lambda: app.config)
+    app.reload(lambda: app.config, app.certificates.read_again)
     assert app.reload_problem
     assert (app.certificates.ended(), app.certificates.ending()) == ("", "")
 
 
 @pytest.mark.parametrize("key", ["cert", "key"])
 async def test_a_certificate_that_is_a_pipe_by_now(daemon, certificate, tmp_path, key):  # noqa: F811
-    """Reading it, or its key, would wait for whoever writes into it: it is refused, and the old one stays."""
+    """Reading it, or its key, would wait for whoever writes into it: it is refused, in the log, too, and the old one stays."""
     certificate()
     app = await daemon(admin__tls_cert=str(tmp_path / "cert.pem"), admin__tls_key=str(tmp_path / "key.pem"))
     pipe = tmp_path / f"{key}.pem"
     pipe.unlink()
     os.mkfifo(pipe)
-    app.reload(lambda: app.config)
+    with structlog.testing.capture_logs() as logs:
+        app.reload(lambda: app.config, app.certificates.read_again)
     assert f"admin.tls_{key}" in app.reload_problem
+    assert [f"admin.tls_{key}" in line["error"] for line in logs if line["event"] == "reload_failed"] == [True]
 
 
 async def test_the_log_says_it_at_the_start(tmp_path, emulator, certificate):  # noqa: F811

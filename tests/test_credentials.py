@@ -526,13 +526,13 @@ async def test_one_reading_at_a_time(monkeypatch):
         began.append(ends.wait(20 * SLOW))
         return Config()
 
-    def take(said, *, asked):
+    def take(said, _certificates, *, asked):
         try:
             taken.append((said(), asked))
         except ConfigError as error:
             taken.append((str(error), asked))
 
-    rereading = reloading.Rereading(read, take)
+    rereading = reloading.Rereading(read, dict, take)
     reading = asyncio.create_task(rereading.run())
     rereading.want()
     await until(lambda: taken, "the end of its patience")

@@ -20,6 +20,7 @@ from bridged.backlog.backlog import Backlog
 from bridged.backlog.segment import Batch
 from bridged.backlog.spool import Intaken, Spool, SpoolOptions
 from bridged.commands import replay
+from bridged.delivery import archiver
 from bridged.delivery import delivery as module
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
@@ -265,22 +266,22 @@ async def test_a_file_that_cannot_be_brought_to_disk(tmp_path, emulator, clock, 
 
     monkeypatch.setattr(os, "fsync", failing)
     monkeypatch.setattr(Archive, "write", watched)
-    monkeypatch.setattr(module, "_ARCHIVE_RETRY_S", 0.05)
+    monkeypatch.setattr(archiver, "_RETRY_S", 0.05)
     emulator.credentials(token="right")
     async with Road(tmp_path, emulator.url, clock, max_age_s=1.0) as path:
         await path.put(1, 2)
         await until(lambda: path.delivery.halted is not None, "the halt")
         clock.now += 2.0
-        await until(lambda: path.delivery.archived_in_vain, "the failure")
+        await until(lambda: path.delivery.archiver.problem, "the failure")
         await path.looked()
         assert (path.expired, path.backlog.events) == (0, 2)
         assert left
         assert not any(left)
-        assert os.strerror(number) in path.delivery.archived_in_vain
+        assert os.strerror(number) in path.delivery.archiver.problem
         broken = False
         await until(lambda: path.expired == 2, "the expiry")
 
-        assert path.delivery.archived_in_vain == ""
+        assert path.delivery.archiver.problem == ""
         assert path.archived() == ["i-1", "i-2"]
 
 

@@ -22,7 +22,7 @@ import trustme
 from conftest import NAMES, currents, ndjson, until
 from structlog.testing import capture_logs
 
-from bridged import logs
+from bridged import certificates, logs
 from bridged.backlog.spool import Spool, SpoolOptions
 from bridged.currents.table import EVENT_TYPES
 from bridged.errors import BadRequest, ConfigError, TooLarge
@@ -1535,13 +1535,13 @@ async def test_the_doors_take_a_renewed_certificate_over(tmp_path):
         for source, port in ((doors.http, doors.http.port), (doors.stream, doors.stream.ports[0])):
             _, early = await asyncio.open_connection("127.0.0.1", port, ssl=old)
             new = renew()
-            source.reload()
+            source.renew(certificates.tried("a.section", str(cert), str(key)).load)
             _, late = await asyncio.open_connection("127.0.0.1", port, ssl=new)
             with pytest.raises((ssl.SSLError, ConnectionError)):
                 await asyncio.open_connection("127.0.0.1", port, ssl=old)
             cert.write_text("nonsense")
             with pytest.raises(ConfigError, match="tls_cert"):
-                source.reload()
+                certificates.tried("a.section", str(cert), str(key))
             _, again = await asyncio.open_connection("127.0.0.1", port, ssl=new)
             assert not early.is_closing()
             for writer in (early, late, again):

@@ -21,7 +21,7 @@ LADDER: dict[str, set[str]] = {
     "logs": {"redaction"},
     "clock": set(),
     "apart": set(),
-    "activity": {"redaction"},
+    "activity": {"apart", "redaction"},
     "settings": set(),
     "currents": set(),
     "mixpanel": {"currents"},
@@ -40,16 +40,16 @@ LADDER: dict[str, set[str]] = {
     # What was saved on the page, over the configuration.
     "saved": {"config", "config_text", "durable", "errors", "redaction", "settings"},
     # Facts in, notices out: it knows nobody.
-    "alarms": {"connections"},
+    "alarms": {"apart", "connections"},
     "presence": {"durable", "errors"},
     "backlog": {"durable", "errors", "presence"},
-    "delivery": {"backlog", "connections", "errors", "mixpanel", "redaction"},
+    "delivery": {"apart", "backlog", "connections", "errors", "mixpanel", "redaction"},
     # Braze's answers are judged in the words of Mixpanel's, and asked for through the same kind of client.
     "braze": {"connections", "errors", "mixpanel", "delivery", "redaction"},
     # The way back: from Mixpanel's webhook to Braze.
     "cohorts": {"errors", "braze", "mixpanel", "presence"},
     "intake": {"errors", "currents", "mixpanel", "backlog"},
-    "sources": {"addresses", "errors", "memory", "redaction", "backlog", "intake", "cohorts"},
+    "sources": {"addresses", "apart", "errors", "memory", "redaction", "backlog", "intake", "cohorts"},
     "open_files": {"errors", "settings"},
     # The configuration in each part's own terms.
     "options": {"addresses", "alarms", "backlog", "delivery", "mixpanel", "open_files", "settings", "sources"},
@@ -92,6 +92,7 @@ LADDER: dict[str, set[str]] = {
             "foresight",
             "certificates",
             "activity",
+            "apart",
             "alarms",
             "currents",
             "mixpanel",

@@ -456,6 +456,25 @@ async def test_too_few_open_files(process, limit):
     assert [file.name for file in process.folder.iterdir()] == ["log"]
 
 
+NO_THREADS = """
+import sys, threading
+def start(thread): raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+from bridged.cli import main
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize("stderr", [None, asyncio.subprocess.PIPE], ids=["file", "pipe"])
+async def test_no_more_threads(process, stderr):
+    """A limit on processes that leaves none for a start: told with what raises it, also where a thread writes the log."""
+    await process.start(before=(sys.executable, "-c", NO_THREADS), stderr=stderr)
+    assert await process.exits() == 74
+    said = (await process.process.stderr.read()).decode() if stderr else process.said()
+    assert "bridged: the process may make no more threads\n  hint: raise the limit: TasksMax=" in said
+    assert "Traceback" not in said
+
+
 async def test_a_limit_that_may_be_raised(process):
     """A soft limit, as some shells have it, is no reason to fail."""
     await process.start(before=("sh", "-c", 'ulimit -S -n 20; exec "$@"', "sh"))

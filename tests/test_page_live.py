@@ -4,6 +4,7 @@ import asyncio
 import json
 import resource
 import shutil
+from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -394,7 +395,9 @@ async def test_what_a_daemon_tells(daemon, client, emulator, config):
     assert [kind for kind in kinds() if not kind.startswith("alarm")] == ["started", "halted", "credentials", "resumed"]
     halt = next(entry for entry in app.activity.entries if entry.kind == "halted")
     assert (halt.severity, halt.detail["status"]) == ("critical", 401)
-    killed = Activity(f"{app.config.spool.path}.activity")
+    file = Path(f"{app.config.spool.path}.activity")
+    await until(lambda: '"resumed"' in file.read_text(), "the line")
+    killed = Activity(file)
     killed.open()
     killed.close()
     assert [entry.text for entry in killed.entries][: len(app.activity.entries)] == [
@@ -409,7 +412,9 @@ async def test_starts_and_stops(config, tmp_path):
     async with App(config()) as app:
         assert [entry.kind for entry in app.activity.entries] == ["started", "stopped", "started"]
         assert app.activity.entries[-1].severity == "info"
-        await asyncio.to_thread(shutil.copy, f"{app.config.spool.path}.activity", tmp_path / "killed")
+        file = Path(f"{app.config.spool.path}.activity")
+        await until(lambda: file.read_text().count('"started"') == 2, "the line")
+        await asyncio.to_thread(shutil.copy, file, tmp_path / "killed")
     await asyncio.to_thread(shutil.copy, tmp_path / "killed", f"{app.config.spool.path}.activity")
     async with App(config()) as app:
         assert "after a crash" in app.activity.entries[-1].text

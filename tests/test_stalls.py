@@ -501,7 +501,7 @@ def test_a_mended_credential_is_asked_for_while_much_expires(play, tmp_path):
         async with Road(tmp_path, lambda _: Halt(401, "no"), max_age_s=100.0, max_batch_events=1) as road:
             for number in range(500):
                 await road.put(number)
-            write = road.delivery._archive.write
+            write = road.delivery.archiver._archive.write
 
             def slow(too_old):
                 road.loop.made_up.now += 1
@@ -509,7 +509,7 @@ def test_a_mended_credential_is_asked_for_while_much_expires(play, tmp_path):
                     road.mixpanel.answer = lambda _: Delivered()
                 return write(too_old)
 
-            road.delivery._archive.write = slow
+            road.delivery.archiver._archive.write = slow
             await road.at(HOUR_S)
             books = road.books()
             assert books["expired"] < 150
@@ -540,11 +540,11 @@ def test_the_alarm_about_the_archive_ends_with_the_halt(play, tmp_path):
             (tmp_path / "archive").write_bytes(b"in the way")
             await road.put(1)
             await road.at(150)
-            assert road.delivery.archived_in_vain
+            assert road.delivery.archiver.problem
             road.mixpanel.answer = lambda _: Delivered()
             await road.at(300)
             assert road.books() == {"accepted": 1, "delivered": 1}
-            assert not road.delivery.archived_in_vain
+            assert not road.delivery.archiver.problem
 
     play(scene())
 

@@ -10,6 +10,7 @@ import struct
 
 import msgspec
 import pytest
+import uvloop
 from conftest import NAMES, balanced, currents, free_port, ndjson, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -333,7 +334,7 @@ def test_any_chunking_gives_the_same(tmp_path_factory, cuts):
             await until(lambda: transport.closed)
             return await door.events(), await door.dead(), acked(transport.said)[-1]
 
-    events, dead, lines = asyncio.run(feed())
+    events, dead, lines = uvloop.run(feed())
 
     sms = currents("users.messages.sms.Send", seed=4)
     assert events == ids([currents(seed=1), currents(seed=2), currents(seed=3), sms])

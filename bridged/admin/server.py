@@ -251,13 +251,10 @@ class AdminServer:
         server = self._runner.server
         return len(server.alive) if isinstance(server, _Server) else 0
 
-    def reload(self) -> None:
-        """Reads the certificate again, for connections to come. Raises ConfigError; the old one stays in force then."""
+    def renew(self, load: Callable[[ssl.SSLContext], None]) -> None:
+        """Has connections to come see another certificate."""
         if self._tls is not None:
-            admin = self._app.config.admin
-            # Into an empty one first: a half-loaded pair would be of no use to anybody.
-            _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), admin.tls_cert, admin.tls_key)
-            _load(self._tls, admin.tls_cert, admin.tls_key)
+            load(self._tls)
 
     # -- around every request -----------------------------------------------------------------------------------------
 

@@ -209,7 +209,7 @@ def alarm_facts(app: "App") -> AlarmFacts:
         max_age_s=float(config.retention.max_age),
         expires=config.retention.on_expiry != "keep",
         drops=config.retention.on_expiry == "drop",
-        archive_problem=delivery.archived_in_vain,
+        archive_problem=delivery.archiver.problem,
         undelivered_s=undelivered_s,
         undelivered_after_s=float(config.alerts.undelivered),
         last_problem=delivery.last_problem,

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import structlog
 
 from bridged.alarms.rules import Alarms, Facts, Notice, Past
 from bridged.alarms.webhook import Webhook
+from bridged.apart import at_once
 
 log = structlog.get_logger()
 
@@ -29,7 +31,14 @@ _DISK_LOOK_S: Final = 5.0
 class Watch:
     """Owns the alarms. `look` gives the facts of the moment."""
 
-    def __init__(self, look: Callable[[], Facts], spool_path: str, webhook: Webhook) -> None:
+    def __init__(
+        self,
+        look: Callable[[], Facts],
+        spool_path: str,
+        webhook: Webhook,
+        do: Callable[[Callable[[], None], str], bool] = at_once,
+    ) -> None:
+        """`do`: by whom the file is written, in order; gives False if he has too much to do."""
         self.alarms = Alarms()
         self.webhook = webhook
         self.disk_free_bytes: int | None = None
@@ -42,6 +51,8 @@ class Watch:
         self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
         self._kept = Path(f"{spool_path}.alarms")
         self._unsent: list[dict[str, Any]] = []  # as kept
+        self._do = do
+        self._behind = False  # what is to be kept could not be handed over
         self._remember()
 
     async def run(self) -> None:
@@ -91,7 +102,7 @@ class Watch:
 
     def _keep_unsent(self, now: float) -> None:
         """If it has changed: a notice that was sent isn't to be sent again."""
-        if self.webhook.queued != self._unsent:
+        if self._behind or self.webhook.queued != self._unsent:
             self._keep(now)
 
     def _keep(self, now: float) -> None:
@@ -99,12 +110,7 @@ class Watch:
         self._unsent = self.webhook.queued
         for body in self._unsent:
             past.setdefault(str(body.get("alarm")), Past()).unsent.append(body)
-        partial = self._kept.with_name(f"{self._kept.name}.partial")
-        # Alarms come when a disk is full, too. No sync: what a power cut undoes is told twice.
-        with contextlib.suppress(OSError):
-            partial.write_bytes(msgspec.json.encode(past))
-            partial.chmod(0o600)
-            partial.replace(self._kept)
+        self._behind = not self._do(partial(_replace, self._kept, msgspec.json.encode(past)), "alarms")
 
     def _tell(self, notice: Notice, facts: Facts) -> None:
         if notice.state == "cleared":
@@ -113,11 +119,11 @@ class Watch:
             log.error("alarm_raised", alarm=notice.alarm, text=notice.text)
         else:
             log.warning("alarm_raised", alarm=notice.alarm, text=notice.text)
+        self.webhook.put(self._body(notice, facts))
         severity = notice.severity if notice.state == "raised" else "info"
         self.happened(
             f"alarm_{notice.state}", notice.text, severity, alarm=notice.alarm, lasted_s=round(notice.lasted_s)
         )
-        self.webhook.put(self._body(notice, facts))
 
     def _body(self, notice: Notice, facts: Facts) -> dict[str, Any]:
         """As chat programs take it (`text`), and for programs what it says in fields."""
@@ -150,3 +156,12 @@ class Watch:
             return shutil.disk_usage(self._folder).free
         except OSError:
             return None
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Alarms come when a disk is full, too: then it stays as it is. No sync: what a power cut undoes is told twice."""
+    part = file.with_name(f"{file.name}.partial")
+    with contextlib.suppress(OSError):
+        part.write_bytes(content)
+        part.chmod(0o600)
+        part.replace(file)

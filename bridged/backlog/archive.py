@@ -29,23 +29,23 @@ class Archive:
     """A folder of files that are complete or not there: written beside, fsynced, renamed. Nobody else's business: mode 0600."""
 
     def __init__(self, path: str) -> None:
-        self._path = Path(path)
+        self.path = Path(path)
 
     def write(self, segments: Sequence[Segment]) -> str:
         """Writes some segments as one file; gives its name. Blocks until it is on disk. Raises OSError, and leaves nothing."""
-        if not self._path.is_dir():
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.path.is_dir():
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
-                sync(self._path.parent)
+                sync(self.path.parent)
             except OSError:
                 # Found there at the next try, it would be taken for one that is on disk.
-                self._path.rmdir()
+                self.path.rmdir()
                 raise
         body = request_body(segments)
         target = self._target(segments, body)
         if target.exists():
             # A second try of what is there already.
-            sync(self._path)
+            sync(self.path)
             return str(target)
         partial = target.with_suffix(".partial")
         try:
@@ -59,7 +59,7 @@ class Archive:
             partial.unlink(missing_ok=True)
             raise
         try:
-            sync(self._path)
+            sync(self.path)
         except OSError:
             target.unlink(missing_ok=True)
             raise
@@ -74,7 +74,7 @@ class Archive:
         events = sum(segment.events for segment in segments)
         stem = f"{accepted}-{segments[0].id:010d}-{events}"
         names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        targets = (self._path / f"{name}.ndjson.gz" for name in names)
+        targets = (self.path / f"{name}.ndjson.gz" for name in names)
         return next(
             target
             for target in targets

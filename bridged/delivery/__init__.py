@@ -4,6 +4,7 @@ delivery   the dispatcher: takes parcels, sends them, settles what became of the
 transport  the one HTTP call: bytes out, a verdict back
 blame      whose fault a failure is: of what is in a request, or of the road
 aside      single events that wait and ask now and then
+archiver   what is too old, on its way into the archive
 pacing     how fast: two control loops and one backoff
 probe      whether a credential is good, asked before it is used
 """

@@ -26,6 +26,7 @@ from bridged.backlog.archive import Archive
 from bridged.backlog.backlog import Backlog, Parcel
 from bridged.backlog.segment import Batch, Segment
 from bridged.backlog.spool import DeadLetter, Settlement, Spool
+from bridged.delivery.archiver import Archiver
 from bridged.delivery.aside import Aside
 from bridged.delivery.blame import SMALLEST_CAP_BYTES, Blame, aside_s, too_large
 from bridged.delivery.pacing import Attempt, Pace, PaceLimits
@@ -39,7 +40,6 @@ _HALTED_LOOK_S = 1.0
 # A changed credential is tried before the next probe is due, but never sooner than so long after the last one: a file
 # that changes all the time must not make a storm.
 _EARLY_PROBE_S = 2.0
-_ARCHIVE_RETRY_S = 60.0
 _SMALLEST_GUESS_BYTES = 256 * 1024
 # What was learned from a 413, or a short count, is forgotten after so long: what was mended must not cost anything for ever.
 _LEARNED_S = 600.0
@@ -88,7 +88,6 @@ class Delivery:
         self.verdicts: Counter[str] = Counter()
         self.delivered_at: float | None = None  # wall clock, of the last success
         self.last_problem = ""
-        self.archived_in_vain = ""  # why the last archive file couldn't be written; empty when it could
         self.age_sum_s = 0.0  # of parcels when they were delivered: since their oldest event was accepted
         self.ages = 0  # so many
         self.happened: Callable[..., None] = lambda *_what, **_detail: None  # set by whoever keeps what happened
@@ -98,7 +97,7 @@ class Delivery:
         self._transport = transport
         self._pace = pace
         self._options = options
-        self._archive = archive
+        self.archiver = Archiver(archive)
         self._names = names
         self._clock = clock
         self._max_batch_bytes = options.max_batch_bytes
@@ -117,7 +116,6 @@ class Delivery:
         self._noted = ""
         self._short_until = -math.inf  # loop time; till then a count that is short is believed: it was confirmed
         self._aside = Aside()
-        self._archive_at = 0.0  # loop time before which no file is tried: the last one couldn't be written
 
     @property
     def in_flight(self) -> int:
@@ -184,7 +182,7 @@ class Delivery:
                     continue
                 parcel, too_old = await self._may_go(parcel)
                 if too_old:
-                    await self._expire(parcel, too_old)
+                    self._expire(parcel, too_old, senders)
                     continue
                 if self.halted is not None and len(parcel.segments) > 1:
                     # A probe is small: what it tells is worth one segment.
@@ -288,38 +286,43 @@ class Delivery:
 
     def _too_old_before(self) -> float:
         """What was accepted before then, wall clock, is older than it may get while nothing can be delivered."""
-        if self.halted is None or self._options.on_expiry == "keep":
-            return -math.inf
-        if asyncio.get_running_loop().time() < self._archive_at:
+        if self.halted is None or self._options.on_expiry == "keep" or not self.archiver.is_free:
             return -math.inf
         return self._clock() - self._options.max_age_s
 
-    async def _expire(self, parcel: Parcel, too_old: list[Segment]) -> None:
-        """Archived or dropped, as configured; off the loop, since it is fsynced. What is younger waits on."""
-        file = ""
+    def _expire(self, parcel: Parcel, too_old: list[Segment], senders: asyncio.TaskGroup) -> None:
+        """Archived or dropped, as configured. What is younger waits on."""
+        first, gone = parcel.segments[0].id, {segment.id for segment in too_old}
+        self._aside.answered(first)
+        tried = self._retried.pop(first, None) is not None
+        if younger := [segment for segment in parcel.segments if segment.id not in gone]:
+            self._backlog.again(parcel.half(younger))
+            parcel = parcel.half(too_old)
         if self._options.on_expiry == "archive":
-            try:
-                file = await asyncio.to_thread(self._archive.write, too_old)
-            except OSError as error:
-                # Kept, then, and used for probes: a folder that can't be written is no reason to drop anything.
-                log.error("archive_failed", error=str(error), hint="see retention.archive_path")
-                self.archived_in_vain = str(error)
-                self._archive_at = asyncio.get_running_loop().time() + min(
-                    self._options.probe_interval_s, _ARCHIVE_RETRY_S
-                )
-                self._backlog.again(parcel)
-                return
-        self.archived_in_vain = ""
-        codes = b"".join([segment.codes for segment in too_old])
+            self.archiver.take(parcel.segments)
+            senders.create_task(self._archive(parcel, tried=tried), name="archive")
+        else:
+            self._expired(parcel, "")
+
+    async def _archive(self, parcel: Parcel, *, tried: bool) -> None:
+        """Beside the dispatcher: the folder may hang. Until it answers nobody else has the parcel, nor does anything expire."""
+        try:
+            file = await self.archiver.write(self._options.probe_interval_s)
+        except OSError:
+            # Kept, then, and used for probes: a folder that can't be written is no reason to drop anything.
+            if tried:
+                self._retried[parcel.segments[0].id] = parcel
+            self._backlog.again(parcel)
+        else:
+            self._expired(parcel, file)
+        self._answered.set()
+
+    def _expired(self, parcel: Parcel, file: str) -> None:
+        codes = parcel.codes
         log.error("events_expired", events=len(codes), max_age_s=self._options.max_age_s, archived_as=file)
         fate = "archived" if file else "dropped"
         self.happened("expired", f"Events expired and were {fate}", "critical", events=len(codes), archived_as=file)
-        self._backlog.settle(Settlement(too_old, expired=codes))
-        gone = {segment.id for segment in too_old}
-        self._aside.answered(parcel.segments[0].id)
-        self._retried.pop(parcel.segments[0].id, None)
-        if younger := [segment for segment in parcel.segments if segment.id not in gone]:
-            self._backlog.again(parcel.half(younger))
+        self._backlog.settle(Settlement(parcel.segments, expired=codes))
 
     # -- one method a verdict -----------------------------------------------------------------------------------------
 
@@ -399,7 +402,8 @@ class Delivery:
         while True:
             await asyncio.sleep(_HALTED_LOOK_S)
             halted = self.halted or (self.doubtful and self._understood_at is None)
-            if not halted or self._backlog.events or loop.time() < self._probe_at:
+            # What is being archived nobody can probe with.
+            if not halted or self._backlog.events > self.archiver.events or loop.time() < self._probe_at:
                 continue
             self._sent_at = sent_at = loop.time()
             self._probe_at = sent_at + self._options.probe_interval_s
@@ -452,7 +456,8 @@ class Delivery:
         self.delivered_at = self._clock()
         self._understood_at = now = asyncio.get_running_loop().time()
         self._blame.taken(sent_at)
-        self.last_problem = self.archived_in_vain = ""
+        self.last_problem = ""
+        self.archiver.forget()
         for parcel in self._aside.due(now, self._pace.concurrency):
             self._backlog.in_vain(parcel)
         if self._aside.has_room:
@@ -485,10 +490,9 @@ class Delivery:
         """Other options and ceilings from now on; `max_batch_events` and `max_batch_bytes` are those of the start."""
         now = asyncio.get_running_loop().time()
         self._options = options
-        self._archive, self.archived_in_vain = archive, ""  # if it is wrong still, that is found soon
+        self.archiver.use(archive)
         self._pace.limit_to(limits)
         self._probe_at = min(self._probe_at, now + options.probe_interval_s)
-        self._archive_at = min(self._archive_at, now)  # the folder may be another
         self._answered.set()
 
     async def drain(self, grace_s: float) -> None:
@@ -497,10 +501,14 @@ class Delivery:
         loop = asyncio.get_running_loop()
         until = loop.time() + grace_s
         while loop.time() < until and self.halted is None:
-            idle = self._backlog.events <= self.set_aside or loop.time() + self.pace.backing_off_s > until
+            idle = (
+                self._backlog.events <= self.set_aside + self.archiver.events
+                or loop.time() + self.pace.backing_off_s > until
+            )
             if idle and not self._in_flight:
                 break  # nothing more would be sent
             await asyncio.sleep(0.01)
+        await self.archiver.end(grace_s)
 
 
 def _reason(failure: Failure) -> str:

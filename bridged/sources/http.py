@@ -20,9 +20,10 @@ Answers, in Braze's terms (what the connector does with each is in its documenta
 import asyncio
 import hmac
 import socket
+import ssl
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Self
 
@@ -161,9 +162,10 @@ class HttpSource:
             await asyncio.sleep(0.005)
         await self.connections.close(_LINGER_S)
 
-    def reload(self) -> None:
-        """Reads the certificate again, for connections to come. Raises ConfigError; the old one stays in force then."""
-        tls.load_again(self._tls, "sources.http", self._options.tls_cert, self._options.tls_key)
+    def renew(self, load: Callable[[ssl.SSLContext], None]) -> None:
+        """Has connections to come see another certificate."""
+        if self._tls is not None:
+            load(self._tls)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._busy += 1

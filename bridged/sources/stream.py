@@ -17,6 +17,7 @@ import asyncio
 import io
 import select
 import socket
+import ssl
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -112,7 +113,7 @@ class StreamSource:
             except OSError as error:
                 self._look.cancel()
                 self._room.cancel()
-                self._close_doors()
+                await self._close_doors()
                 raise ListenError(f"can't listen on {address} of sources.stream.listen", error) from error
         self._watching = asyncio.create_task(self.unix.watch(), name="sockets' files")
         return self
@@ -137,16 +138,16 @@ class StreamSource:
         self._servers.append(server)
         self.ports.append(server.sockets[0].getsockname()[1])
 
-    def _close_doors(self) -> None:
+    async def _close_doors(self) -> None:
         for server in self._servers:
             server.close()
-        self.unix.close()
+        await self.unix.close()
 
     async def __aexit__(self, *_exc: object) -> None:
         """Stops accepting, commits what was read, sends the last acks, closes."""
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
-        self._close_doors()
+        await self._close_doors()
         for connection in list(self.connections):
             connection.stop()
         loop = asyncio.get_running_loop()
@@ -162,9 +163,10 @@ class StreamSource:
         self._room.cancel()
         await asyncio.gather(self._room, return_exceptions=True)
 
-    def reload(self) -> None:
-        """Reads the certificate again, for connections to come. Raises ConfigError; the old one stays in force then."""
-        tls.load_again(self._tls, "sources.stream", self._options.tls_cert, self._options.tls_key)
+    def renew(self, load: Callable[[ssl.SSLContext], None]) -> None:
+        """Has connections to come see another certificate."""
+        if self._tls is not None:
+            load(self._tls)
 
     # -- what all connections share -----------------------------------------------------------------------------------
 

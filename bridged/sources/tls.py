@@ -29,19 +29,6 @@ def server_context(section: str, cert: str, key: str) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    _load(context, section, cert, key)
-    return context
-
-
-def load_again(context: ssl.SSLContext | None, section: str, cert: str, key: str) -> None:
-    """Reads the files again, for connections to come. Raises ConfigError for those that can't be used; the old pair stays."""
-    if context is not None:
-        # Into an empty one first: a half-loaded pair would be of no use to anybody.
-        _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), section, cert, key)
-        _load(context, section, cert, key)
-
-
-def _load(context: ssl.SSLContext, section: str, cert: str, key: str) -> None:
     try:
         # An encrypted key would be asked for at the terminal.
         context.load_cert_chain(cert, key, password=b"")
@@ -49,6 +36,7 @@ def _load(context: ssl.SSLContext, section: str, cert: str, key: str) -> None:
         raise ConfigError(
             f"[{section}] tls_cert = {cert!r} and tls_key = {key!r} can't be used: {error}", about_pem(error)
         ) from error
+    return context
 
 
 def stop_reading(transport: asyncio.Transport, *, within_read: bool) -> None:

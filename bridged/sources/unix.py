@@ -6,17 +6,23 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
+
+from bridged.apart import apart
 
 log = structlog.get_logger()
 
 _MAX_PATH_BYTES: Final = 107
 _MODE: Final = 0o660
+_BACKLOG: Final = 1024
 _LOOK_S: Final = 1.0
+# So long the end waits for folders, which may hang; what is left there the next start takes away.
+_REMOVE_S: Final = 2.0
 
 
 def demand_possible(path: str) -> None:
@@ -54,6 +60,7 @@ class _Socket:
 class Sockets:
     """A door's Unix sockets. A file of ours that is gone is made anew: without it nobody finds the door.
 
+    Files are looked at, made and removed beside the loop: their folders may hang.
     (As long as a socket is open its inode isn't given to another file, so the number says whose the file is.)
     """
 
@@ -69,24 +76,36 @@ class Sockets:
 
     async def listen(self, path: str) -> None:
         """Makes a socket. Raises OSError."""
-        demand_nobody_listens(path)
-        server, file = await self._made(path)
-        self._sockets.append(_Socket(path, server, file, ours=True))
+        sock, file = await apart(partial(_bound, path), "socket's file")
+        self._sockets.append(_Socket(path, await self._serve(sock), file, ours=True))
 
     async def take(self, sock: socket.socket) -> None:
         """One that was handed over; its file belongs to whoever made it."""
-        loop, path = asyncio.get_running_loop(), os.fsdecode(sock.getsockname())
-        # (uvloop has the option in every Python, typeshed since 3.13.)
-        server = await loop.create_unix_server(self._accept, sock=sock, backlog=1024, cleanup_socket=False)  # type: ignore[call-arg]
-        self._sockets.append(_Socket(path, server, _look_at(path), ours=False))
+        path = os.fsdecode(sock.getsockname())
+        file = await apart(partial(_look_at, path), "socket's file")
+        self._sockets.append(_Socket(path, await self._serve(sock), file, ours=False))
 
-    def close(self) -> None:
-        """Nobody can connect any more. Files of ours go."""
+    async def _serve(self, sock: socket.socket) -> asyncio.Server:
+        # (uvloop has the option in every Python, asyncio since 3.13.)
+        loop = asyncio.get_running_loop()
+        how = {"sock": sock, "backlog": _BACKLOG, "cleanup_socket": False}
+        try:
+            return await loop.create_unix_server(self._accept, **how)  # type: ignore[arg-type]
+        except BaseException:
+            sock.close()
+            raise
+
+    async def close(self) -> None:
+        """Nobody can connect any more. Files of ours go, if their folders answer in time."""
         for each in self._sockets:
             each.server.close()
-            if each.ours and _is_same(_look_at(each.path), each.file):
-                with contextlib.suppress(OSError):
-                    os.unlink(each.path)  # noqa: PTH108
+        if not (ours := [each for each in self._sockets if each.ours]):
+            return
+        removing = asyncio.ensure_future(apart(partial(_remove, ours), "sockets' files"))
+        done, _ = await asyncio.wait([removing], timeout=_REMOVE_S)
+        if not done or removing.exception() is not None:
+            removing.cancel()
+            log.warning("sockets_left", sockets=[each.path for each in ours], hint="the next start takes them away")
 
     async def watch(self) -> None:
         """Looks at the files until it is cancelled."""
@@ -94,7 +113,10 @@ class Sockets:
         watched = [each for each in self._sockets if each.path.startswith("/") or each.ours]
         while True:
             await asyncio.sleep(_LOOK_S)
-            found = await asyncio.to_thread(lambda: [_look_at(each.path) for each in watched])
+            try:
+                found = await apart(lambda: [_look_at(each.path) for each in watched], "sockets' files")
+            except OSError:  # there may be no more threads: later, then
+                continue
             for each, file in zip(watched, found, strict=True):
                 await self._look_after(each, file)
 
@@ -111,10 +133,8 @@ class Sockets:
 
     async def _make_anew(self, one: _Socket, found: os.stat_result | None) -> None:
         try:
-            demand_possible(one.path)
-            if found is not None:
-                await asyncio.to_thread(demand_nobody_listens, one.path)
-            server, file = await self._made(one.path, one.file)
+            sock, file = await apart(partial(_bound, one.path, one.file), "socket's file")
+            server = await self._serve(sock)
         except OSError as error:
             if found is not None:
                 one.other = _identity(found)
@@ -125,17 +145,32 @@ class Sockets:
         log.warning("socket_made_anew", socket=one.path, hint="somebody has removed its file: see who does that there")
         self.happened("door", f"Somebody removed the socket {one.path}: it was made anew", "warning")
 
-    async def _made(self, path: str, before: os.stat_result | None = None) -> tuple[asyncio.Server, os.stat_result]:
-        server = await asyncio.get_running_loop().create_unix_server(self._accept, path, backlog=1024)
+
+def _bound(path: str, before: os.stat_result | None = None) -> tuple[socket.socket, os.stat_result]:
+    """A socket that listens at a path, and its file, which is as that `before` was. Raises OSError, and leaves none open."""
+    demand_nobody_listens(path)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.setblocking(False)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108  # a socket that nobody listens at
+        sock.bind(path)
         if before is not None:
             with contextlib.suppress(OSError):  # a group that isn't ours
                 os.chown(path, -1, before.st_gid)
-        try:
-            os.chmod(path, _MODE if before is None else stat.S_IMODE(before.st_mode))  # noqa: PTH101
-            return server, os.stat(path)  # noqa: PTH116
-        except OSError:  # removed again
-            server.close()
-            raise
+        os.chmod(path, _MODE if before is None else stat.S_IMODE(before.st_mode))  # noqa: PTH101
+        sock.listen(_BACKLOG)
+        return sock, os.stat(path)  # noqa: PTH116
+    except OSError:
+        sock.close()
+        raise
+
+
+def _remove(sockets: Sequence[_Socket]) -> None:
+    for each in sockets:
+        if _is_same(_look_at(each.path), each.file):
+            with contextlib.suppress(OSError):
+                os.unlink(each.path)  # noqa: PTH108
 
 
 def _lose(one: _Socket, why: str) -> None:
