@@ -69,6 +69,12 @@ RESERVED_PROPERTIES: Final = frozenset(
 
 
 _NESTED: Final = frozenset({dict, list})
+_SHOWN_CHARS: Final = 80  # of a name
+
+
+def short_name(name: str) -> str:
+    """A property's name as a reason has it: of a long one its beginning and its end, so that the reason is read to its own."""
+    return name if len(name) <= _SHOWN_CHARS else f"{name[: _SHOWN_CHARS - 30]}…{name[-29:]}"
 
 
 def nested_problem(value: Any, depth: int = 1) -> str | None:
