@@ -83,10 +83,10 @@ def nested_problem(value: Any, depth: int = 1) -> str | None:
         return f"nested deeper than {MAX_DEPTH}"
     if value.__class__ is dict:
         if len(value) > MAX_KEYS:
-            return f"an object with {len(value)} keys; Mixpanel takes {MAX_KEYS}"
+            return f"an object with more than {MAX_KEYS} keys; Mixpanel takes no more"
         value = value.values()
     elif len(value) > MAX_ELEMENTS:
-        return f"a list of {len(value)} elements; Mixpanel takes {MAX_ELEMENTS}"
+        return f"a list of more than {MAX_ELEMENTS} elements; Mixpanel takes no more"
     for child in value:
         if child.__class__ in _NESTED and (problem := nested_problem(child, depth + 1)):
             return problem
