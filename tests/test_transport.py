@@ -100,7 +100,13 @@ def _no_proxies(monkeypatch):
         (aiohttp.ClientProxyConnectionError(KEY, REFUSED), "ClientProxyConnectionError: "),
         (aiohttp.ServerDisconnectedError(), "ServerDisconnectedError: Server disconnected"),
         (aiohttp.ClientOSError(104, "Connection reset by peer"), "ClientOSError: [Errno 104] Connection reset by peer"),
-        (aiohttp.ClientPayloadError("Response payload is not completed"), "ClientPayloadError: "),
+        (aiohttp.ClientPayloadError("Response payload is not completed: <ContentLengthError>"), "the answer broke off"),
+        (
+            aiohttp.ClientPayloadError("400, message: Can not decode"),
+            "ClientPayloadError: 400, message: Can not decode",
+        ),
+        (aiohttp.ClientConnectorError(KEY, ConnectionResetError()), "[it closed the connection in the TLS handshake]"),
+        (aiohttp.ClientConnectorError(KEY, ConnectionAbortedError("SSL takes too long")), "[SSL takes too long]"),
         (aiohttp.ClientConnectionError("closed"), "ClientConnectionError: closed"),
         (aiohttp.ClientError(f"Authorization: Basic {SECRET}"), "ClientError: "),
         (ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer"),
@@ -178,7 +184,7 @@ async def test_a_bug_is_no_network_trouble(answers):
     [
         ({"action": "hang"}, "no answer within 0.3 s"),
         ({"action": "slow", "trickle_s": 0.05}, "no answer within 0.3 s"),
-        ({"action": "truncate"}, "ClientPayloadError"),
+        ({"action": "truncate"}, "the answer broke off"),
         ({"action": "reset"}, ""),
         ({"action": "reset_after_store"}, ""),
     ],

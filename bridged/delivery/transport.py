@@ -24,6 +24,8 @@ _MAX_ANSWER_BYTES = 8 * 2**20
 CONNECT_S = 10.0
 # Who may send at a time is the pace's business; the pool only must not be what is waited for.
 _MAX_CONNECTIONS = 64
+# Of which the exception says nothing at all.
+CLOSED_IN_HANDSHAKE = "it closed the connection in the TLS handshake"
 
 
 class Transport:
@@ -111,8 +113,13 @@ def in_words(error: aiohttp.ClientError) -> str:
     """Why there was no answer."""
     if type(error) is aiohttp.ClientResponseError:  # whose 400 is aiohttp's own: nobody has sent it
         return f"it doesn't speak HTTP (what it sent can't be read: {clean(redacted(error.message))})"
+    if isinstance(error, aiohttp.ClientPayloadError) and "not completed" in str(error):
+        return "the answer broke off"
+    words = str(error)
+    if isinstance(error, aiohttp.ClientConnectorError) and error.strerror is None:
+        words = words.replace("[None]", f"[{str(error.os_error) or CLOSED_IN_HANDSHAKE}]")
     # The class is our own word: a long one isn't to be taken for a secret.
-    return f"{type(error).__name__}: {clean(redacted(str(error)))}"
+    return f"{type(error).__name__}: {clean(redacted(words))}"
 
 
 def _timeout(total_s: float) -> aiohttp.ClientTimeout:
