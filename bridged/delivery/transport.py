@@ -1,5 +1,6 @@
 """The one HTTP client call of the path: bytes out, a verdict back. Every exception of the network is translated here."""
 
+import asyncio
 import functools
 import secrets
 import time
@@ -19,8 +20,10 @@ from bridged.mixpanel.requests import Target
 from bridged.mixpanel.verdicts import Halt, Retry, Verdict, clean, clock_skew_s, judge
 from bridged.redaction import redacted, redacted_bytes
 
-# An answer larger than this is no answer of Mixpanel's; 2,000 failed records are some 400 kB.
-_MAX_ANSWER_BYTES = 8 * 2**20
+# An answer larger than this is no answer of Mixpanel's, or its request is split: 2,000 failed records are some 400 kB.
+_MAX_ANSWER_BYTES = 2 * 2**20
+# To look through one of that size takes some hundredths of a second. From here on it is done one by one.
+_LARGE_ANSWER_BYTES = 128 * 2**10
 CONNECT_S = 10.0
 # Who may send at a time is the pace's business; the pool only must not be what is waited for.
 _MAX_CONNECTIONS = 64
@@ -35,6 +38,7 @@ class Transport:
         self.target = target
         self.clock_skew_s: float | None = None  # our wall clock less Mixpanel's, by its last answer; None: not known
         self._timeout = _timeout(timeout_s)
+        self._large = asyncio.Lock()  # whose turn it is to look through a large answer
 
     async def __aenter__(self) -> Self:
         """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
@@ -83,8 +87,12 @@ class Transport:
                 timeout=timeout,
             ) as response:
                 self.clock_skew_s = clock_skew_s(response.headers, time.time())
+                said = await read_answer(response)
+                if len(said) > _LARGE_ANSWER_BYTES:
+                    async with self._large:  # twenty may come at once: the loop turns between them
+                        await asyncio.sleep(0)
                 # Before anything quotes it, and cuts the quotation off within a secret.
-                said = redacted_bytes(await read_answer(response))
+                said = redacted_bytes(said)
                 return judge(response.status, response.headers, said, insert_ids, events)
         except aiohttp.ConnectionTimeoutError:
             return Retry("network", f"no connection within {CONNECT_S:g} s")
