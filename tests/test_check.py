@@ -294,6 +294,10 @@ async def test_the_check_warns_of_authorities(bridged, config, tmp_path, monkeyp
         (Retry("network", "ClientProxyConnectionError: ..."), "HTTPS_PROXY"),
         (Retry("network", "ClientConnectorDNSError: Cannot connect to host proxy.lan:3128 ssl"), "HTTPS_PROXY"),
         (Retry("network", "ClientConnectorDNSError: Cannot connect to host 127.0.0.1:443 ssl"), "find 127.0.0.1"),
+        (
+            Retry("network", "ClientConnectorSSLError: [[SSL: UNSUPPORTED_PROTOCOL] unsupported protocol]"),
+            "no TLS that is",
+        ),
         (Retry("network", "something new"), "try again"),
     ],
 )

@@ -310,6 +310,17 @@ def test_an_event_that_fails_beside_others_is_not_asked_for_as_fast_as_it_fails(
     play(scene())
 
 
+def test_a_scout_that_fails_is_told_to_the_pace():
+    """While things are told apart no failure is a reason for others to wait, but a scout's: it comes back as it is, at once."""
+    blame, failed = Blame(), Retry("server", "500")
+    half, scout, other = (Parcel([Segment(id_, 0.0, 100, 0, bytes([CODE]), b"")]) for id_ in (1, 2, 3))
+    half.attempts, scout.scout = 1, True
+    blame.heard(half, Delivered(), 1.0)
+
+    assert blame.spares_others(other, failed, 2.0)
+    assert not blame.spares_others(scout, failed, 2.0)
+
+
 def test_an_outage_in_the_midst_of_telling_apart_is_one(play, tmp_path):
     """Single events that fail one after the other are soon no matter of each: everything waits, at a pace, and is kept."""
     failing = lambda numbers: Retry("server", "500") if 5 in numbers else Delivered()  # noqa: E731

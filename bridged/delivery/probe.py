@@ -144,6 +144,9 @@ def _trusted() -> str:
     return "if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop"
 
 
+_OLD_TLS: Final = (
+    "{host} speaks no TLS that is safe, as Mixpanel does (1.2, 1.3): is a proxy in the way that inspects TLS?"
+)
 # By a part of the transport's words, the first that is there.
 _NETWORK: Final = (
     ("speak HTTP", "something answers at {host} that is no web server: is it the right port, and http:// or https://?"),
@@ -157,11 +160,8 @@ _NETWORK: Final = (
         "certificate is not yet valid",
         "the certificate of {host} isn't valid yet by this machine's clock ({now} UTC): is it right? set it by NTP",
     ),
-    # Ours, or the one that it chose.
-    (
-        "_PROTOCOL",
-        "{host} speaks no TLS that is safe: Mixpanel does 1.2 and 1.3. Is a proxy in the way that inspects TLS?",
-    ),
+    ("PROTOCOL_VERSION", _OLD_TLS),  # it says so of ours
+    ("UNSUPPORTED_PROTOCOL", _OLD_TLS),  # and we of the one that it chose
     (
         CLOSED_IN_HANDSHAKE,
         "{host} hangs up when TLS begins: does it speak TLS 1.2 or newer, is it the right port, or is a proxy in the way?",
