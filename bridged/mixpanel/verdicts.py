@@ -1,6 +1,6 @@
 """What an answer of Mixpanel's /import?strict=1 means: one pure function, one verdict, read by everybody.
 
-    200  the JSON of the strict mode, without failed records     Delivered
+    200  the JSON of the strict mode, with its count             Delivered
     200  the JSON names failed records                           judged as a 400
     200  anything else (HTML of a portal, "1", "0", empty)       Retry(server)
     400  failed records that add up                              Reject: the others are in, nothing is sent again
@@ -17,11 +17,10 @@ And nothing is given up without a name: `Split` narrows a refusal down until one
 `delivery/blame.py` decides; `Retry` and `Halt` keep everything. Sending an event twice is harmless, since
 Mixpanel drops the copy by its `$insert_id`.
 
-A 200 without a count is none: every answer of the strict mode has one. One that counts fewer events than were sent is still a
-success: Mixpanel documents that a 200 means all of them, and the count may leave out what it knows already or what the
-project's owner blocks. The request is sent once more, since it may
-have been another's answer; then the difference is kept and shown. One that counts more is the answer to some other request,
-from a proxy that is out of step.
+A 200 without a count is none: every answer of the strict mode has one. One that counts fewer events than were sent is
+still a success: Mixpanel documents that a 200 means all of them, and the count may leave out what it knows already or what
+the project's owner blocks. The request is sent once more, since it may have been another's answer; then the difference is
+kept and shown. One that counts more is the answer to some other request, from a proxy that is out of step.
 """
 
 import re
