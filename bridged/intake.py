@@ -17,7 +17,7 @@ from bridged.backlog.archive import ArchivedEvent
 from bridged.backlog.dead_letters import Skipping
 from bridged.backlog.segment import Batch
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken, Spool
-from bridged.currents.schema import UNDECODABLE_CODE, UNDECODABLE_TYPE, Decoded, Refusal, Schema, bare
+from bridged.currents.schema import UNDECODABLE_CODE, UNDECODABLE_TYPE, Decoded, Refusal, Schema, bare, fault
 from bridged.errors import BadRequest, TooLarge
 from bridged.mixpanel.limits import MAX_EVENT_BYTES
 from bridged.mixpanel.mapping import EventMapping
@@ -35,6 +35,8 @@ _SLICE_EVENTS = 100
 # An event of Currents is larger than this. Of smaller elements a body has few, or it is none.
 _LEAST_EVENT_BYTES = 64
 _FEW_ELEMENTS = 1000
+# Reasons have no number that differs by event: such letters are counted by their reason. How large each is, is told beside it.
+_TOO_LARGE = f"too large as a Mixpanel event: Mixpanel takes less than {MAX_EVENT_BYTES} bytes"
 
 
 class Intake:
@@ -120,7 +122,7 @@ class Intake:
             raise BadRequest("the body is not JSON", 'Braze posts {"events": [...]}') from error
         if element is None:
             raise TooLarge("the body has too many small pieces", "split it")
-        reason = f"{len(element)} bytes, and not looked at; Mixpanel takes less than {MAX_EVENT_BYTES}"
+        reason = f"too large, and not looked at: Mixpanel takes less than {MAX_EVENT_BYTES} bytes"
         return Intaken(dead_letters=[DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, element)])
 
     def accept_oversized(self, head: bytes, limit: int) -> "asyncio.Future[None]":
@@ -133,7 +135,7 @@ class Intake:
         """Tries a dead letter again. A string is the reason why it would become one again; nothing was changed then."""
         if row.stage != "door":
             if len(row.event) >= MAX_EVENT_BYTES:
-                return _too_large(row.event)
+                return _TOO_LARGE
             batch = Batch(self._with_token(row.event) + b"\n", bytes([row.code]))
             return self._spool.append(Intaken([batch], replayed=[row]))
         mapped = self._as_accepted(row.code, self._slice([row.event]))
@@ -195,7 +197,7 @@ class Intake:
             try:
                 name = msgspec.json.decode(line, type=ArchivedEvent).event
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                reason = f"not an archived event: {error}"
+                reason = f"not an archived event: {fault(error)}"
                 letters.append(DeadLetter(UNDECODABLE_CODE, UNDECODABLE_TYPE, "door", reason, line))
             else:
                 batches.append(
@@ -256,7 +258,7 @@ class Intake:
             # What is kept is the mapped event: a replay doesn't map it again.
             event = ndjson.removesuffix(b"\n")
             event_type = self._mapping.type_name(codes[0])
-            letters.append(DeadLetter(codes[0], event_type, "bridged", _too_large(event), event))
+            letters.append(DeadLetter(codes[0], event_type, "bridged", _TOO_LARGE, event))
 
     def _sample(self, decoded: Decoded, codes: bytes, now_s: float) -> None:
         """Looks for fields that Braze added: one event of each type a second."""
@@ -299,10 +301,6 @@ def _joined(parts: Sequence[Intaken]) -> Intaken:
 
 def _mistake(error: Exception) -> str:
     return f"bridged failed on it: {type(error).__name__}: {error}"
-
-
-def _too_large(event: bytes) -> str:
-    return f"{len(event)} bytes as a Mixpanel event; Mixpanel takes less than {MAX_EVENT_BYTES}"
 
 
 def _demand_events(elements: int, size: int) -> None:

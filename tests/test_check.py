@@ -1,7 +1,10 @@
 """`bridged check --online`: what is wrong, in a person's words, and what to do."""
 
+import contextlib
 import os
+import socket
 import ssl
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -133,6 +136,69 @@ async def test_a_certificate_of_nobody(bridged, config, emulator):  # noqa: F811
 
 
 @pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ((ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1), "127.0.0.1 speaks no TLS that is safe"),
+        (None, "127.0.0.1 hangs up when TLS begins"),
+    ],
+    ids=["old", "closed"],
+)
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+async def test_tls_that_does_not_come_about(bridged, config, versions, said):  # noqa: F811  # the fixture
+    """An old version is told as one, by a server that says so; of one that only hangs up, that. No firewall stood in the way."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if versions:
+        context.set_ciphers("DEFAULT@SECLEVEL=0")
+        context.minimum_version, context.maximum_version = versions
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, contextlib.suppress(ssl.SSLError):
+                        if versions:
+                            context.wrap_socket(connection, server_side=True)
+                        else:
+                            connection.recv(9999)
+
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
+        settings = _Configured(config(mixpanel__url=f"https://127.0.0.1:{listening.getsockname()[1]}"))
+        code, _, err = await bridged(settings, "check", "--online")
+        listening.shutdown(socket.SHUT_RDWR)
+    serving.join(20)
+
+    assert code == 69
+    assert said in err
+    assert "firewall" not in err
+    assert "[None]" not in err
+
+
+async def test_who_takes_an_event_without_a_name_is_not_mixpanel(bridged, config, emulator):  # noqa: F811  # the fixture
+    """Whatever answers 200 to all that comes proves nothing about a credential: an operator would look for his events in vain."""
+    emulator.script([{"status": 200, "body": {"code": 200, "num_records_imported": 1, "status": "OK"}}])
+    code, out, err = await bridged(_Configured(config()), "check", "--online")
+
+    assert code == 69
+    assert "Mixpanel takes" not in out
+    assert "what answers isn't Mixpanel: it took an event without a name" in err
+
+
+async def test_a_region_that_takes_everything_is_not_where_the_project_lives(config, emulator, monkeypatch):
+    """The others are asked in the same way, and believed no sooner."""
+    emulator.credentials(token="elsewhere")
+    async with MixpanelEmulator(EmulatorConfig(port=0)) as anybody:
+        anybody.script([{"status": 200, "body": {"code": 200, "num_records_imported": 1, "status": "OK"}}])
+        for region, url in (("us", emulator.url), ("eu", anybody.url), ("in", emulator.url)):
+            monkeypatch.setitem(requests.HOSTS, region, url)
+        found = await probe.probe(options.target(config(mixpanel__url="")))
+
+    assert (found.ok, found.problem, found.region) == (False, "credential", None)
+
+
+@pytest.mark.parametrize(
     ("time", "said"),
     [
         ({"not_before": NOW - 9 * DAY, "not_after": NOW - DAY}, "has ended by this machine's clock (2"),
@@ -228,6 +294,10 @@ async def test_the_check_warns_of_authorities(bridged, config, tmp_path, monkeyp
         (Retry("network", "ClientProxyConnectionError: ..."), "HTTPS_PROXY"),
         (Retry("network", "ClientConnectorDNSError: Cannot connect to host proxy.lan:3128 ssl"), "HTTPS_PROXY"),
         (Retry("network", "ClientConnectorDNSError: Cannot connect to host 127.0.0.1:443 ssl"), "find 127.0.0.1"),
+        (
+            Retry("network", "ClientConnectorSSLError: [[SSL: UNSUPPORTED_PROTOCOL] unsupported protocol]"),
+            "no TLS that is",
+        ),
         (Retry("network", "something new"), "try again"),
     ],
 )

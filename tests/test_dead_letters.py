@@ -15,6 +15,7 @@ from bridged.addresses import split_address
 from bridged.backlog import dead_letters
 from bridged.backlog.dead_letters import DeadLetters, Filter, exported
 from bridged.backlog.spool import DeadLetter, DeadLetterRow, Intaken
+from bridged.commands import dead_letters as command
 from bridged.errors import SpoolError, SpoolFull
 
 OPEN = "users.messages.email.Open"
@@ -306,6 +307,34 @@ def test_export_keeps_the_event_as_it_is(event, key):
         assert b'"event":' + event in line
     else:
         assert base64.b64decode(json.loads(line)[key]) == event
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (b'{"n":NaN,"name":"\\udc00"}', '{"n":NaN,"name":"\\udc00"}'),
+        (b"nonsense", "nonsense"),
+        (b"3", "3"),
+        (b"\xff", None),
+        (b'{"a":1}', None),
+    ],
+)
+def test_what_is_no_event_can_be_read_if_it_is_text(event, text):
+    """NaN, or half of a surrogate pair, in plain ASCII: nobody reads base64. What is JSON is there as such."""
+    row = DeadLetterRow(1, 0.0, 0.0, 1, "door", 0, OPEN, "because", event)
+
+    assert json.loads(msgspec.json.encode(exported(row))).get("event_text") == text
+
+
+def test_a_line_of_the_list_has_the_end_of_a_reason():
+    """There Mixpanel's words say what is wrong: a property's name may fill the line before it."""
+    reason = f"properties.{'a' * 70}…: properties.{'a' * 70}… is invalid: string should be valid utf8"
+    shown = command._brief(reason)
+
+    assert len(shown) == 120
+    assert shown.startswith("properties.aaa")
+    assert shown.endswith("is invalid: string should be valid utf8")
+    assert command._brief("short") == "short"
 
 
 def test_export_is_one_line_an_event():

@@ -324,7 +324,7 @@ async def test_a_vast_event_of_crumbs_is_a_dead_letter(intake: Intake, spool: Sp
     assert totals(spool) == {"accepted": 1, "dead_lettered": 1}
     (letter,) = await letters(spool)
     assert letter.event == event
-    assert "bytes, and not looked at" in letter.reason
+    assert "too large, and not looked at" in letter.reason
     with pytest.raises(TooLarge if form != b"%s" else BadRequest):
         intake.accept_body(form % (event + b"," + event))
     with pytest.raises(BadRequest):
@@ -418,6 +418,16 @@ async def test_replay_of_what_mixpanel_refused_sends_the_same_bytes(intake: Inta
     await outcome
     segments, _ = await spool.read_after(0, 2**40)
     assert [(lines_of([s]), s.codes) for s in segments] == [([event], b"\x03")]
+
+
+async def test_events_that_are_too_large_have_one_reason(intake: Intake, spool: Spool) -> None:
+    """However large each is: dead letters are counted by their reason, and their size is told beside it."""
+    for more in range(3):
+        await intake.accept_body(msgspec.json.encode(large(MAX_EVENT_BYTES + more)))
+    assert [letter.stage for letter in await letters(spool)] == ["bridged"] * 3
+    assert {letter.reason for letter in await letters(spool)} == {
+        "too large as a Mixpanel event: Mixpanel takes less than 1000000 bytes"
+    }
 
 
 async def test_replay_of_an_event_that_is_too_large(intake: Intake, spool: Spool) -> None:

@@ -41,9 +41,9 @@ def test_width() -> None:
     assert nested_problem([0] * MAX_ELEMENTS) is None
     assert nested_problem({str(n): n for n in range(MAX_KEYS)}) is None
     assert nested_problem([[0] * MAX_ELEMENTS] * MAX_ELEMENTS) is None
-    assert nested_problem([0] * (MAX_ELEMENTS + 1)) == f"a list of {MAX_ELEMENTS + 1} elements; Mixpanel takes 254"
+    assert nested_problem([0] * (MAX_ELEMENTS + 1)) == "a list of more than 254 elements; Mixpanel takes no more"
     assert nested_problem({"a": [{str(n): n for n in range(MAX_KEYS + 1)}]}) == (
-        f"an object with {MAX_KEYS + 1} keys; Mixpanel takes 254"
+        "an object with more than 254 keys; Mixpanel takes no more"
     )
 
 

@@ -208,8 +208,10 @@ def test_time_is_sent_as_received_unless_it_is_ahead(event_type: str) -> None:
     ("time", "reason"),
     [
         (int(NOW_S) + 3601, "more than 1 h ahead"),
-        (1_790_000_000_000, "milliseconds"),
-        (10**30, "more than 1 h ahead"),
+        (1_790_000_000_000, "; it looks like milliseconds, Currents sends seconds"),
+        (1_790_000_000_000_000, "; it looks like microseconds, Currents sends seconds"),
+        (1_790_000_000_000_000_000, "; it looks like nanoseconds, Currents sends seconds"),
+        (10**30, "h UTC"),
         (365 * 86400 - 1, "before 1971"),
         (0, "before 1971"),
         (-1, "before 1971"),
@@ -223,6 +225,12 @@ def test_a_time_that_mixpanel_would_refuse_is_a_dead_letter(time: Any, reason: s
     """More than an hour ahead, before 1971 or not a whole number of seconds: kept, with what is wrong."""
     assert reason in reason_of(currents(time=time))
     assert reason in reason_of(currents(OPEN, time=time))
+
+
+@pytest.mark.parametrize("time", [20_261_129_120_000, 10**30, 4 * 10**9, 10**39])
+def test_a_time_that_is_in_no_unit_is_not_said_to_be(time: int) -> None:
+    """A date written as a number, or nonsense: a person who was told of milliseconds would look for the wrong mistake."""
+    assert "it looks like" not in reason_of(currents(time=time))
 
 
 def test_times_of_long_ago_have_one_reason() -> None:
@@ -407,9 +415,9 @@ def nested(depth: int) -> Any:
     [
         (nested(11), "deeper than 10"),
         ({"a": {"b": nested(9)}}, "deeper than 10"),
-        (list(range(255)), "a list of 255"),
-        ({str(n): n for n in range(255)}, "an object with 255"),
-        ([{"a": list(range(255))}], "a list of 255"),
+        (list(range(255)), "a list of more than 254"),
+        ({str(n): n for n in range(255)}, "an object with more than 254"),
+        ([{"a": list(range(255))}], "a list of more than 254"),
     ],
 )
 def test_values_that_mixpanel_refuses_are_dead_letters(value: Any, reason: str) -> None:
@@ -417,6 +425,26 @@ def test_values_that_mixpanel_refuses_are_dead_letters(value: Any, reason: str) 
     for event in (custom_event({"bad": value}), currents(OPEN, properties={"bad": value})):
         assert reason in reason_of(event)
         assert "'bad'" in reason_of(event)
+
+
+def test_what_is_too_much_has_one_reason_however_much_it_is() -> None:
+    """Dead letters are counted by their reason."""
+    values: list[Any] = [list(range(n)) for n in (255, 300)] + [{str(i): i for i in range(n)} for n in (255, 300)]
+    assert len({reason_of(custom_event({"bad": value})) for value in values}) == 2
+    for event_type in (CUSTOM, OPEN):
+        many = [{f"p{at}": at for at in range(n)} for n in (300, 400)]
+        events = [custom_event(own) if event_type == CUSTOM else currents(OPEN, properties=own) for own in many]
+        assert {reason_of(event) for event in events} == {"more than 254 properties; Mixpanel takes no more"}
+
+
+def test_a_long_name_does_not_hide_what_is_wrong_with_it() -> None:
+    """What is shown of a reason has its end: of a name as long as all of it, the beginning and the end are enough."""
+    name = "the_name_of_a_property_" * 40 + "end"
+    for event in (custom_event({name: nested(11)}), currents(OPEN, properties={name: nested(11)})):
+        reason = reason_of(event)
+        assert reason.startswith("property 'the_name_of_a_")
+        assert reason.endswith("_property_end' is nested deeper than 10")
+        assert len(reason) < 120
 
 
 @pytest.mark.parametrize("value", [nested(10), list(range(254)), {str(n): n for n in range(254)}])
@@ -436,7 +464,7 @@ def test_as_many_properties_as_mixpanel_takes_and_no_more(event_type: str) -> No
 
     envelope = len(properties_of(event(1))) - 1
     assert len(properties_of(event(MAX_PROPERTIES - envelope))) == MAX_PROPERTIES
-    assert str(MAX_PROPERTIES + 1) in reason_of(event(MAX_PROPERTIES + 1 - envelope))
+    assert f"more than {MAX_PROPERTIES} properties" in reason_of(event(MAX_PROPERTIES + 1 - envelope))
 
 
 json_values = st.recursive(

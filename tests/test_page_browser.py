@@ -622,7 +622,7 @@ def test_who_refused_an_event_is_told_truly(eyes: Eyes, bridge: Callable[..., Br
     expect(letters).to_contain_text("bridged itself")
     box(page, "Refused by").select_option("bridged itself")
     press(page, "Filter")
-    letters.get_by_role("button", name=re.compile("bytes as a Mixpanel event")).click()
+    letters.get_by_role("button", name=re.compile("too large as a Mixpanel event")).click()
     dialog = page.get_by_role("dialog")
     expect(dialog.get_by_role("heading", name="Why bridged didn")).to_be_visible()
     expect(dialog.get_by_role("heading", name="The event, as it would have been sent to Mixpanel")).to_be_visible()

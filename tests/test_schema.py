@@ -158,6 +158,13 @@ def test_two_events_on_a_line_are_no_event() -> None:
             CODES["users.messages.email.Open"],
             "$.properties.send_time",
         ),
+        (
+            b'{"event_type":"users.messages.email.Open","time":1,"id":"\xe9"}',
+            CODES["users.messages.email.Open"],
+            "not valid UTF-8",
+        ),
+        (b'{"event_type":"\xe9","time":1}', UNDECODABLE_CODE, "not valid UTF-8"),
+        (b'{"event_type":"x.y","time":1,"id":"\xe9"}', UNKNOWN_CODE, "unknown event type, and not valid UTF-8"),
         (b'{"event_type":"x.y","time":1.5}', UNKNOWN_CODE, "unknown event type, and ill-typed"),
         (b'{"event_type":"x.y","time":1,"properties":[1]}', UNKNOWN_CODE, "$.properties"),
     ],
@@ -167,6 +174,25 @@ def test_a_refusal_says_what_is_wrong(line: bytes, code: int, reason: str) -> No
     (refusal,) = SCHEMA.lines([line]).refusals
     assert (refusal.code, refusal.original) == (code, line)
     assert reason in refusal.reason
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event_type":"users.messages.email.Open","time":1,"id":"%s","n":NaN}',
+        b'{"event_type":"users.messages.email.Open","time":1,"user":{"device_id":"%s"},"properties":{"url":"\\udc00"}}',
+        b'{"event_type":"users.messages.email.Open","time":1,"id":"%s\xe9"}',
+        b'{"event_type":"x.y","time":1,"id":"%s\xe9"}',
+        b'{"event_type":"users.messages.email.Open","id":"%s","time":nonsense}',
+    ],
+    ids=["NaN", "surrogate", "utf-8", "utf-8 of an unknown type", "nonsense"],
+)
+def test_the_same_fault_has_the_same_reason(line: bytes) -> None:
+    """Wherever it lies in the event: dead letters are counted by their reason, and a thousand of one kind are one group."""
+    refusals = SCHEMA.lines([line % (b"x" * length) for length in range(30)]).refusals
+    (reason,) = {refusal.reason for refusal in refusals}
+    assert len(refusals) == 30
+    assert "position" not in reason
 
 
 def test_bad_lines_cost_the_same_however_many_there_are() -> None:

@@ -25,7 +25,7 @@ from bridged.clock import Clock
 from bridged.delivery.blame import Blame
 from bridged.delivery.delivery import Delivery, DeliveryOptions
 from bridged.delivery.pacing import Pace, PaceLimits
-from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split
+from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, judge
 
 CODE = 3
 NUMBER = re.compile(rb'"i-(\d+)"')
@@ -280,6 +280,68 @@ def test_many_that_were_set_aside_stand_first_after_a_restart(play, tmp_path, ve
             await asyncio.sleep(5)
             assert road.mixpanel.got == set(range(1900))
             assert road.delivery.halted is None
+
+    play(scene())
+
+
+def test_an_event_that_fails_beside_others_is_not_asked_for_as_fast_as_it_fails(play, tmp_path):
+    """As soon as it stands alone it waits, and asks now and then: the others, whose success says that it is about this one, would
+    else pay for hundreds of requests.
+    """
+    alone = []
+
+    def answer(numbers):
+        if numbers == [5]:
+            alone.append(asyncio.get_running_loop().time())
+        return Retry("server", "500") if 5 in numbers else Delivered()
+
+    async def scene():
+        async with Road(tmp_path, answer) as road:
+            road.mixpanel.latency = lambda _: 0.001
+            await road.put(*range(10))
+            for number in range(10, 70):
+                await asyncio.sleep(1)
+                await road.put(number)
+            await asyncio.sleep(1)
+            assert road.mixpanel.got == set(range(70)) - {5}
+            assert road.delivery.set_aside == 1
+            assert 2 <= len(alone) <= 8
+
+    play(scene())
+
+
+def test_a_scout_that_fails_is_told_to_the_pace():
+    """While things are told apart no failure is a reason for others to wait, but a scout's: it comes back as it is, at once."""
+    blame, failed = Blame(), Retry("server", "500")
+    half, scout, other = (Parcel([Segment(id_, 0.0, 100, 0, bytes([CODE]), b"")]) for id_ in (1, 2, 3))
+    half.attempts, scout.scout = 1, True
+    blame.heard(half, Delivered(), 1.0)
+
+    assert blame.spares_others(other, failed, 2.0)
+    assert not blame.spares_others(scout, failed, 2.0)
+
+
+def test_an_outage_in_the_midst_of_telling_apart_is_one(play, tmp_path):
+    """Single events that fail one after the other are soon no matter of each: everything waits, at a pace, and is kept."""
+    failing = lambda numbers: Retry("server", "500") if 5 in numbers else Delivered()  # noqa: E731
+
+    async def scene():
+        async with Road(tmp_path, failing) as road:
+            await road.put(*range(10))
+            while road.mixpanel.got != set(range(10)) - {5}:
+                await asyncio.sleep(0.1)
+            road.mixpanel.answer = lambda _: Retry("server", "503")
+            for number in range(10, 2010):
+                await road.put(number)
+                await asyncio.sleep(0.01)
+            requests = road.mixpanel.requests
+            await asyncio.sleep(HOUR_S)
+            assert road.mixpanel.requests < requests + 4000
+            assert road.delivery.set_aside < 100
+            assert not any(kind == "dead_lettered" for kind in road.books())
+            road.mixpanel.answer = lambda _: Delivered()
+            await asyncio.sleep(HOUR_S)
+            assert road.books() == {"accepted": 2010, "delivered": 2010}
 
     play(scene())
 
@@ -748,6 +810,53 @@ def test_problems_that_take_turns_fill_no_log(play, tmp_path, numbered):
         told = [line["reason"] for line in logs if line["event"] == "delivery_impeded"]
         assert 20 <= len(told) <= 62
         assert told[-1] == "server: the last"
+
+    play(scene())
+
+
+def test_splits_fill_no_log(play, tmp_path):
+    """Something on the way takes 40 events at most: each request of a backlog is split again and again. That is a line a minute, with
+    how many there were; each is there for who asks for all that happens.
+    """
+
+    async def scene():
+        small = lambda numbers: Split("413", None, too_large=True) if len(numbers) > 40 else Delivered()  # noqa: E731
+        async with Road(tmp_path, small) as road:
+            with structlog.testing.capture_logs() as logs:
+                for at in range(0, 20_000, 500):
+                    await road.put(*range(at, at + 500))
+                    await asyncio.sleep(3)
+                await asyncio.sleep(60)
+                await road.put(*range(20_000, 20_500))
+                await asyncio.sleep(60)
+            assert road.books() == {"accepted": 20_500, "delivered": 20_500}
+        each = [line for line in logs if line["event"] == "parcel_split"]
+        told = [line for line in logs if line["event"] == "parcels_split"]
+        assert len(each) > 400
+        assert {line["log_level"] for line in each} == {"debug"}
+        assert told[0]["parcels"] == 1
+        assert 3 <= len(told) <= 5
+        assert sum(line["parcels"] for line in told) > 400
+
+    play(scene())
+
+
+def test_a_rule_about_one_event_is_told_as_such(play, tmp_path):
+    """Of a 403 that meets one event, while others pass, the letter says so, and keeps the words of whoever refused: another address
+    for this machine would change nothing.
+    """
+    rule = judge(403, {"content-type": "text/html"}, b"<html>Request blocked. Rule 7</html>", list, 1)
+
+    async def scene():
+        async with Road(tmp_path, lambda numbers: rule if POISON[0] in numbers else Delivered()) as road:
+            await road.put(1, 2, POISON[0], 3)
+            for number in range(10, 600):
+                await road.put(number)
+                await asyncio.sleep(1)
+            with road.loop.working():
+                [(reason,)] = await road.spool.run(lambda db: db.execute("SELECT reason FROM dead_letters").fetchall())
+            told = "403: Mixpanel, or something before it, refuses this event alone, and takes others"
+            assert reason == f"{told} (it says: Request blocked. Rule 7)"
 
     play(scene())
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import json
 import socket
 import ssl
 import threading
@@ -19,8 +20,9 @@ from bridged.delivery.probe import probe
 from bridged.delivery.transport import Transport
 from bridged.emulator.mixpanel import EmulatorConfig, MixpanelEmulator
 from bridged.errors import ConfigError
+from bridged.mixpanel import verdicts
 from bridged.mixpanel.requests import Credentials, Target
-from bridged.mixpanel.verdicts import Delivered, Halt, Retry
+from bridged.mixpanel.verdicts import Delivered, Halt, Retry, Split
 
 SECRET = "0123456789abcdef0123456789abcdef"
 KEY = ConnectionKey("api.mixpanel.com", 443, True, True, None, None, None)
@@ -100,7 +102,13 @@ def _no_proxies(monkeypatch):
         (aiohttp.ClientProxyConnectionError(KEY, REFUSED), "ClientProxyConnectionError: "),
         (aiohttp.ServerDisconnectedError(), "ServerDisconnectedError: Server disconnected"),
         (aiohttp.ClientOSError(104, "Connection reset by peer"), "ClientOSError: [Errno 104] Connection reset by peer"),
-        (aiohttp.ClientPayloadError("Response payload is not completed"), "ClientPayloadError: "),
+        (aiohttp.ClientPayloadError("Response payload is not completed: <ContentLengthError>"), "the answer broke off"),
+        (
+            aiohttp.ClientPayloadError("400, message: Can not decode"),
+            "ClientPayloadError: 400, message: Can not decode",
+        ),
+        (aiohttp.ClientConnectorError(KEY, ConnectionResetError()), "[it closed the connection in the TLS handshake]"),
+        (aiohttp.ClientConnectorError(KEY, ConnectionAbortedError("SSL takes too long")), "[SSL takes too long]"),
         (aiohttp.ClientConnectionError("closed"), "ClientConnectionError: closed"),
         (aiohttp.ClientError(f"Authorization: Basic {SECRET}"), "ClientError: "),
         (ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer"),
@@ -178,7 +186,7 @@ async def test_a_bug_is_no_network_trouble(answers):
     [
         ({"action": "hang"}, "no answer within 0.3 s"),
         ({"action": "slow", "trickle_s": 0.05}, "no answer within 0.3 s"),
-        ({"action": "truncate"}, "ClientPayloadError"),
+        ({"action": "truncate"}, "the answer broke off"),
         ({"action": "reset"}, ""),
         ({"action": "reset_after_store"}, ""),
     ],
@@ -265,6 +273,27 @@ async def test_an_endless_answer_is_not_read_to_its_end():
 
     assert isinstance(verdict, Retry)
     assert verdict.kind == "server"
+
+
+async def test_large_answers_are_judged_one_by_one(turns, monkeypatch):
+    """Each takes a moment in which nothing else happens, and as many may come at once as requests are in flight: the loop turns
+    between them. A verdict comes for each all the same.
+    """
+    judged_at = []
+
+    def judge(*answer):
+        judged_at.append(turns())
+        return verdicts.judge(*answer)
+
+    monkeypatch.setattr(module, "judge", judge)
+    records = [{"index": 0, "insert_id": "a", "field": "f", "message": "m" * 80}] * 20_000
+    said = json.dumps({"error": "x", "failed_records": records}).encode()
+    head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(said)
+    async with server(head + said) as (port, _), transport(f"http://127.0.0.1:{port}", 60.0) as opened:
+        many = await asyncio.gather(*[opened.send(BODY, 2000, lambda: ["i"] * 2000) for _ in range(12)])
+
+    assert {type(verdict) for verdict in many} == {Split}
+    assert len(set(judged_at)) == len(many)
 
 
 async def test_a_redirect_is_not_followed():

@@ -96,7 +96,7 @@ _ORDER: Final = {
 }
 _LETTER: Final = {
     "type": "object",
-    "description": "A dead letter with its event: as JSON if it is an object or an array, else its bytes.",
+    "description": "A dead letter with its event: as JSON if it is an object or an array, else its bytes, and their text.",
     "properties": {
         "id": {"type": "integer"},
         "first_at": {"type": "number"},
@@ -107,6 +107,7 @@ _LETTER: Final = {
         "reason": {"type": "string"},
         "event": {"type": ["object", "array"]},
         "event_base64": {"type": "string"},
+        "event_text": {"type": "string"},
         "original": {"description": "As Braze sent it; null: it isn't kept, or isn't JSON."},
         "mapped": {
             "description": "As it was or would have been sent to Mixpanel, or would be today; null: it can't be."

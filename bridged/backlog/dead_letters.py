@@ -399,7 +399,10 @@ def _json(data: bytes) -> Any:
 
 
 def exported(row: DeadLetterRow) -> dict[str, Any]:
-    """A dead letter for the world outside: `event` is the event if it is JSON, else `event_base64` its bytes."""
+    """A dead letter for the world outside: `event` is the event if it is JSON, else `event_base64` its bytes.
+
+    With `event_text` to be read by a person, if they are text.
+    """
     form: dict[str, Any] = {
         name: getattr(row, name) for name in ("id", "first_at", "last_at", "attempts", "stage", "event_type", "reason")
     }
@@ -407,4 +410,7 @@ def exported(row: DeadLetterRow) -> dict[str, Any]:
         # Its own spelling is kept: decoding and encoding again would change numbers. Only white space may be a line
         # break in JSON, and a line of NDJSON has none.
         return form | {"event": msgspec.Raw(row.event.translate(_LINE_BREAKS))}
-    return form | {"event_base64": base64.b64encode(row.event).decode()}
+    form["event_base64"] = base64.b64encode(row.event).decode()
+    with contextlib.suppress(UnicodeDecodeError):
+        form["event_text"] = row.event.decode()
+    return form

@@ -29,6 +29,7 @@ examples:
   bridged dead-letters purge --until 2026-01-31 --yes
 """
 _GROUPS_SHOWN = 20
+_SHOWN_CHARS = 120  # of a reason
 _SECONDS_DIGITS = 10  # of the seconds since 1970, since 2001
 
 
@@ -111,18 +112,23 @@ def _list(daemon: Daemon, arguments: argparse.Namespace) -> int:
         print("no dead letters" + (" that match" if _filter(arguments) else ""))
         return 0
     head = ("id", "refused", "tries", "by", "event type", "reason")
-    rows = [[str(d.id), _when(d.last_at), str(d.attempts), d.stage, d.event_type, d.reason[:120]] for d in found]
+    rows = [[str(d.id), _when(d.last_at), str(d.attempts), d.stage, d.event_type, _brief(d.reason)] for d in found]
     print(table([head, *rows], right=[0, 2], indent=""))
     if not _filter(arguments):
         groups = daemon.ask("/api/dead-letters/groups", list[Group])
         total = sum(group.count for group in groups)
         print(f"\n{total:,} dead letters")
-        print(table([[g.count, g.stage, g.event_type, g.reason[:120]] for g in groups[:_GROUPS_SHOWN]], right=[0]))
+        print(table([[g.count, g.stage, g.event_type, _brief(g.reason)] for g in groups[:_GROUPS_SHOWN]], right=[0]))
         if len(groups) > _GROUPS_SHOWN:
             print(f"  and {len(groups) - _GROUPS_SHOWN:,} more reasons: see the page, or GET /api/dead-letters/groups")
     if after is not None:
         print(f"\nthere may be more: --after {after}")
     return 0
+
+
+def _brief(reason: str) -> str:
+    """A line's worth of it: its beginning and its end, where Mixpanel's words say what is wrong."""
+    return reason if len(reason) <= _SHOWN_CHARS else f"{reason[: _SHOWN_CHARS - 41]}…{reason[-40:]}"
 
 
 def _show(daemon: Daemon, arguments: argparse.Namespace) -> int:
@@ -191,7 +197,7 @@ def _replay(daemon: Daemon, arguments: argparse.Namespace) -> int:
     skipped = f", {result.skipped:,} skipped: [events] says today that they aren't forwarded" if result.skipped else ""
     print(f"{result.replayed:,} replayed, {result.refused:,} refused again{skipped}")
     if result.reasons:
-        print(table([[count, reason[:120]] for reason, count in result.reasons.items()], right=[0]))
+        print(table([[count, _brief(reason)] for reason, count in result.reasons.items()], right=[0]))
     if arguments.ids and not result.replayed + result.refused + result.skipped:
         raise BridgedError("no such dead letter", "see bridged dead-letters list: what was replayed or purged is gone")
     return 0 if not result.refused else 1

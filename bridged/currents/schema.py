@@ -239,8 +239,8 @@ class Schema:
             event_type = ""
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as malformed:
             # msgspec says of it that the input was cut off, if it ends a string.
-            problem = _HALF_A_PAIR if _ENDS_IN_HALF_A_PAIR.search(original) else str(malformed)
-            return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, f"not valid JSON: {problem}", original)
+            problem = _HALF_A_PAIR if _ENDS_IN_HALF_A_PAIR.search(original) else fault(malformed)
+            return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, problem, original)
         if not event_type or event_type.isspace():
             return Refusal(UNDECODABLE_CODE, UNDECODABLE_TYPE, _no_event(original), original)
         code = self._codes.get(event_type, UNKNOWN_CODE)
@@ -251,7 +251,7 @@ class Schema:
             return cast("Event", decode(original))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as strict:
             error = strict
-        # What can't even be read so is told as it was above, with its place.
+        # What can't even be read so is told as it was above.
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             lenient = msgspec.json.encode(self._lenient_form(original, code))
             try:
@@ -259,8 +259,8 @@ class Schema:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as ill_typed:
                 error = ill_typed
         if code == UNKNOWN_CODE:
-            return Refusal(code, event_type[:200], f"unknown event type, and ill-typed: {error}", original)
-        return Refusal(code, event_type, f"ill-typed: {error}", original)
+            return Refusal(code, event_type[:200], f"unknown event type, and {fault(error)}", original)
+        return Refusal(code, event_type, fault(error), original)
 
     def _lenient_form(self, original: bytes, code: int) -> dict[str, Any]:
         """An event's members, with those in another spelling of the same as we want them. Raises as a decoder does."""
@@ -315,11 +315,20 @@ def _nothing_if_empty(raw: Raw) -> Any:
     return None if msgspec.json.decode(raw) in ("", []) else raw
 
 
-_HALF_A_PAIR = 'half of a surrogate pair, as in "\\ud83d": a character that was cut in two'
+_PLACE = re.compile(r" \(byte \d+\)$")
+_HALF_A_PAIR = 'not valid JSON: half of a surrogate pair, as in "\\ud83d": a character that was cut in two'
 _ENDS_IN_HALF_A_PAIR = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}"')
 _PROBE = re.compile(rb'\{\s*(?:"events"\s*:\s*null\s*)?\}')
 # A string that doesn't end is taken to the end: looking for strings inside it would take quadratic time.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
+
+
+def fault(error: Exception) -> str:
+    """What a decoder complains of. Not at which byte, for that differs by event, and letters are counted by their reason."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not valid UTF-8"
+    kind = "ill-typed" if isinstance(error, ValidationError | RecursionError) else "not valid JSON"
+    return f"{kind}: {_PLACE.sub('', str(error))}"
 
 
 def _no_event(original: bytes) -> str:

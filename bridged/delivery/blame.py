@@ -14,8 +14,8 @@ something on the way, as everything else then is. After a while segments are cut
 single event: each may hold an event that fails. So after minutes of 429: one request may hold more than a minute's limit.
 
 Where a part of what failed is taken, and nothing that failed comes through as it is, many requests hold something that
-fails: for a moment each that fails is split at once. Where many fail at random, two strikes are no proof: as long as some
-of what failed comes through as it is, so many are needed that chance explains them no more.
+fails: for a moment each that fails is split at once, a single event set aside. Where many fail at random, two strikes are
+no proof: as long as some of what failed comes through as it is, so many are needed that chance explains them no more.
 """
 
 import math
@@ -104,8 +104,11 @@ class Blame:
         return self._refusals >= _REFUSALS_OF_ALL
 
     def spares_others(self, parcel: Parcel, verdict: Verdict, now: float) -> bool:
-        """Whether a failure is no reason for others to wait: it is about what is in the request."""
-        return self._is_its_own(parcel, verdict) or self._tells_apart(verdict, now)
+        """Whether a failure is no reason for others to wait: it is about what is in the request.
+
+        A scout comes back as it is, whatever is told apart: at a pace, then.
+        """
+        return self._is_its_own(parcel, verdict) or (self._tells_apart(verdict, now) and not parcel.scout)
 
     def _is_its_own(self, parcel: Parcel, verdict: Verdict) -> bool:
         """Whether others, that left after it was last tried in vain, were taken: the road is well, then."""
@@ -143,9 +146,10 @@ class Blame:
         match verdict:
             case Retry() if parcel.strikes >= self._strikes_to_split():
                 return "aside" if single else "split"
-            case Retry() if not single and self._tells_apart(verdict, now):
+            case Retry() if self._tells_apart(verdict, now):
+                # A single event can't be told apart any further; as it is, it would be asked for as fast as it fails.
                 parcel.strikes = max(parcel.strikes, 1)
-                return "split"
+                return "aside" if single else "split"
             case Retry() if self._passing >= _BY_CHANCE and not _is_rate(verdict):
                 return "again"  # it can't be too large: such as it come through
             case Retry() if len(parcel.segments) > 1:
@@ -188,6 +192,14 @@ def too_large(parcel: Parcel, verdict: Split | Retry | Halt) -> bool:
     """Whether it is refused for its size, and not for what is in it."""
     is_large = parcel.raw_bytes >= SMALLEST_CAP_BYTES and parcel.events > 1
     return isinstance(verdict, Split) and verdict.too_large and is_large
+
+
+def why_refused(parcel: Parcel, verdict: Split | Retry | Halt) -> str:
+    """Why something is split, set aside or given up. A halt's advice is for when everything is refused: here others pass."""
+    if not (isinstance(verdict, Halt) and verdict.said):
+        return verdict.reason
+    what = "this event alone" if parcel.events == 1 else "something in this request"
+    return f"{verdict.status}: Mixpanel, or something before it, refuses {what}, and takes others {verdict.said}"
 
 
 def aside_s(parcel: Parcel, verdict: Split | Retry | Halt, probe_interval_s: float) -> float:

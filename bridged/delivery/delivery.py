@@ -28,7 +28,7 @@ from bridged.backlog.segment import Batch, Segment
 from bridged.backlog.spool import DeadLetter, Settlement, Spool
 from bridged.delivery.archiver import Archiver
 from bridged.delivery.aside import Aside
-from bridged.delivery.blame import SMALLEST_CAP_BYTES, Blame, aside_s, too_large
+from bridged.delivery.blame import SMALLEST_CAP_BYTES, Blame, aside_s, too_large, why_refused
 from bridged.delivery.pacing import Attempt, Pace, PaceLimits
 from bridged.delivery.transport import Transport
 from bridged.mixpanel.verdicts import Delivered, Failure, Halt, Reject, Retry, Split, Verdict
@@ -47,6 +47,8 @@ _LEARNED_S = 600.0
 _SAME_PROBLEM_S, _OTHER_PROBLEM_S = 60.0, 10.0
 # So many halts are told in a minute: where a share of the requests is refused, what is in flight ends each at once.
 _HALTS_TOLD, _HALTS_TOLD_S = 3, 60.0
+# Splits are told no more often, with their number: a limit on the way can split each request of a backlog many times.
+_SPLITS_TOLD_S = 60.0
 
 
 class DeliveryOptions(Struct, frozen=True, kw_only=True):
@@ -114,6 +116,7 @@ class Delivery:
         self._told_at: deque[float] = deque(maxlen=_HALTS_TOLD)  # loop times, of the latest that were
         self._noted_at = -math.inf  # loop time at which a problem was logged
         self._noted = ""
+        self._splits, self._splits_told_at = 0, -math.inf  # so many since they were told; loop time
         self._short_until = -math.inf  # loop time; till then a count that is short is believed: it was confirmed
         self._aside = Aside()
 
@@ -350,7 +353,7 @@ class Delivery:
         elif self._blame.all_refused:
             self._halt(Halt(0, f"every request is refused, whatever is in it: {verdict.reason}"))
         elif fate == "aside":
-            self._note(verdict.reason)
+            self._note(why_refused(parcel, verdict))
         if fate in ("split", "give up"):
             self._retried.pop(parcel.segments[0].id, None)
         elif fate == "aside" or (isinstance(verdict, Retry) and not parcel.scout):
@@ -358,14 +361,14 @@ class Delivery:
         match fate:
             case "split":
                 self._learn_from(parcel, verdict)
-                self._split(parcel, verdict.reason)
+                self._split(parcel, why_refused(parcel, verdict))
             case "aside" if self._aside.is_full:
                 self._backlog.leave(self._retried.pop(parcel.segments[0].id))
             case "aside":
                 parcel.due_at = now + aside_s(parcel, verdict, self._options.probe_interval_s)
                 self._aside.put(parcel)
             case "give up":
-                self._give_up(parcel, verdict.reason)
+                self._give_up(parcel, why_refused(parcel, verdict))
             case "again" | "halt":
                 self._backlog.in_vain(parcel)
 
@@ -378,7 +381,12 @@ class Delivery:
     def _split(self, parcel: Parcel, reason: str) -> None:
         """Tries the halves of a parcel: of its segments while it has several, whose ages differ, then of the events of one."""
         self.happened("split", f"A request was split: {reason}", events=parcel.events, raw_bytes=parcel.raw_bytes)
-        log.info("parcel_split", events=parcel.events, raw_bytes=parcel.raw_bytes, reason=reason)
+        now, what = asyncio.get_running_loop().time(), {"events": parcel.events, "raw_bytes": parcel.raw_bytes}
+        log.debug("parcel_split", **what, reason=reason)
+        self._splits += 1
+        if now - self._splits_told_at >= _SPLITS_TOLD_S:
+            log.info("parcels_split", parcels=self._splits, **what, reason=reason)
+            self._splits, self._splits_told_at = 0, now
         if len(parcel.segments) > 1:
             half = len(parcel.segments) // 2
             self._backlog.first([parcel.half(parcel.segments[:half]), parcel.half(parcel.segments[half:])])

@@ -1,7 +1,7 @@
 """Does Mixpanel take a credential? Asked with one record that it must refuse, so that nothing is stored.
 
-The record has no event name: a refusal of the record proves that the credential is good. For `bridged check --online` and the
-page's "Test connection", which tell what is wrong in the same words.
+The record has no event name: a refusal of the record proves that the credential is good, and whoever takes it isn't Mixpanel.
+For `bridged check --online` and the page's "Test connection", which tell what is wrong in the same words.
 """
 
 import os
@@ -13,12 +13,13 @@ import msgspec
 from msgspec import Struct
 
 from bridged.connections import unusable_authorities
-from bridged.delivery.transport import Transport
+from bridged.delivery.transport import CLOSED_IN_HANDSHAKE, Transport
 from bridged.errors import ConfigError
 from bridged.mixpanel.requests import HOSTS, Region, Target
 from bridged.mixpanel.verdicts import Delivered, Halt, Reject, Retry, Split, Verdict
 
 _TIMEOUT_S: Final = 15.0
+_IN_THE_WAY: Final = "is a proxy or portal in the way? check [mixpanel] url and region"
 # Mixpanel refuses what is an hour ahead; from a few minutes on somebody should look.
 _SKEWED_S: Final = 300.0
 
@@ -61,9 +62,16 @@ async def probe(target: Target, timeout_s: float = 0.0) -> Finding:
 
 async def _judged(target: Target, verdict: Verdict, timeout_s: float) -> Finding:
     match verdict:
-        case Reject() | Delivered():
+        case Reject():
             return Finding(
                 ok=True, problem="", text=f"Mixpanel takes the {target.credentials.kind}; nothing was stored"
+            )
+        case Delivered():
+            return Finding(
+                ok=False,
+                problem="upstream",
+                text="what answers isn't Mixpanel: it took an event without a name, which Mixpanel refuses",
+                hint=_IN_THE_WAY,
             )
         case Halt():
             # The reason begins with the status, if there was one.
@@ -80,7 +88,7 @@ async def _judged(target: Target, verdict: Verdict, timeout_s: float) -> Finding
                 ok=False,
                 problem="upstream",
                 text=f"what answers doesn't answer as Mixpanel does: {verdict.reason}",
-                hint="is a proxy or portal in the way? check [mixpanel] url and region",
+                hint=_IN_THE_WAY,
             )
 
 
@@ -89,7 +97,7 @@ async def _refused(target: Target, said: str, timeout_s: float) -> Finding:
     credentials = target.credentials
     for region in HOSTS if not target.url else ():
         other = msgspec.structs.replace(target, region=region)
-        if region != target.region and isinstance((await _ask(other, timeout_s))[0], Reject | Delivered):
+        if region != target.region and isinstance((await _ask(other, timeout_s))[0], Reject):
             hint = f'Mixpanel takes it in another region, where the project lives: set [mixpanel] region = "{region}"'
             return Finding(ok=False, problem="region", text=said, hint=hint, region=region)
     match credentials.kind:
@@ -136,6 +144,9 @@ def _trusted() -> str:
     return "if a proxy here inspects TLS, name its authority in SSL_CERT_FILE; if none does, stop"
 
 
+_OLD_TLS: Final = (
+    "{host} speaks no TLS that is safe, as Mixpanel does (1.2, 1.3): is a proxy in the way that inspects TLS?"
+)
 # By a part of the transport's words, the first that is there.
 _NETWORK: Final = (
     ("speak HTTP", "something answers at {host} that is no web server: is it the right port, and http:// or https://?"),
@@ -148,6 +159,12 @@ _NETWORK: Final = (
     (
         "certificate is not yet valid",
         "the certificate of {host} isn't valid yet by this machine's clock ({now} UTC): is it right? set it by NTP",
+    ),
+    ("PROTOCOL_VERSION", _OLD_TLS),  # it says so of ours
+    ("UNSUPPORTED_PROTOCOL", _OLD_TLS),  # and we of the one that it chose
+    (
+        CLOSED_IN_HANDSHAKE,
+        "{host} hangs up when TLS begins: does it speak TLS 1.2 or newer, is it the right port, or is a proxy in the way?",
     ),
     ("ertificate", "{host} can't prove to be it: {trusted}"),
     (

@@ -1,5 +1,6 @@
 """The one HTTP client call of the path: bytes out, a verdict back. Every exception of the network is translated here."""
 
+import asyncio
 import functools
 import secrets
 import time
@@ -19,11 +20,15 @@ from bridged.mixpanel.requests import Target
 from bridged.mixpanel.verdicts import Halt, Retry, Verdict, clean, clock_skew_s, judge
 from bridged.redaction import redacted, redacted_bytes
 
-# An answer larger than this is no answer of Mixpanel's; 2,000 failed records are some 400 kB.
-_MAX_ANSWER_BYTES = 8 * 2**20
+# An answer larger than this is no answer of Mixpanel's, or its request is split: 2,000 failed records are some 400 kB.
+_MAX_ANSWER_BYTES = 2 * 2**20
+# To look through one of that size takes some hundredths of a second. From here on it is done one by one.
+_LARGE_ANSWER_BYTES = 128 * 2**10
 CONNECT_S = 10.0
 # Who may send at a time is the pace's business; the pool only must not be what is waited for.
 _MAX_CONNECTIONS = 64
+# Of which the exception says nothing at all.
+CLOSED_IN_HANDSHAKE = "it closed the connection in the TLS handshake"
 
 
 class Transport:
@@ -33,6 +38,7 @@ class Transport:
         self.target = target
         self.clock_skew_s: float | None = None  # our wall clock less Mixpanel's, by its last answer; None: not known
         self._timeout = _timeout(timeout_s)
+        self._large = asyncio.Lock()  # whose turn it is to look through a large answer
 
     async def __aenter__(self) -> Self:
         """Opens the pool. Raises ConfigError if the environment names a proxy that can't be used."""
@@ -81,8 +87,12 @@ class Transport:
                 timeout=timeout,
             ) as response:
                 self.clock_skew_s = clock_skew_s(response.headers, time.time())
+                said = await read_answer(response)
+                if len(said) > _LARGE_ANSWER_BYTES:
+                    async with self._large:  # twenty may come at once: the loop turns between them
+                        await asyncio.sleep(0)
                 # Before anything quotes it, and cuts the quotation off within a secret.
-                said = redacted_bytes(await read_answer(response))
+                said = redacted_bytes(said)
                 return judge(response.status, response.headers, said, insert_ids, events)
         except aiohttp.ConnectionTimeoutError:
             return Retry("network", f"no connection within {CONNECT_S:g} s")
@@ -111,8 +121,13 @@ def in_words(error: aiohttp.ClientError) -> str:
     """Why there was no answer."""
     if type(error) is aiohttp.ClientResponseError:  # whose 400 is aiohttp's own: nobody has sent it
         return f"it doesn't speak HTTP (what it sent can't be read: {clean(redacted(error.message))})"
+    if isinstance(error, aiohttp.ClientPayloadError) and "not completed" in str(error):
+        return "the answer broke off"
+    words = str(error)
+    if isinstance(error, aiohttp.ClientConnectorError) and error.strerror is None:
+        words = words.replace("[None]", f"[{str(error.os_error) or CLOSED_IN_HANDSHAKE}]")
     # The class is our own word: a long one isn't to be taken for a secret.
-    return f"{type(error).__name__}: {clean(redacted(str(error)))}"
+    return f"{type(error).__name__}: {clean(redacted(words))}"
 
 
 def _timeout(total_s: float) -> aiohttp.ClientTimeout:

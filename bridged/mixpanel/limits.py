@@ -64,6 +64,12 @@ def is_reserved(name: str) -> bool:
 
 
 _NESTED: Final = frozenset({dict, list})
+_SHOWN_CHARS: Final = 80  # of a name
+
+
+def short_name(name: str) -> str:
+    """A property's name as a reason has it: of a long one its beginning and its end, so that the reason is read to its own."""
+    return name if len(name) <= _SHOWN_CHARS else f"{name[: _SHOWN_CHARS - 30]}…{name[-29:]}"
 
 
 def nested_problem(value: Any, depth: int = 1) -> str | None:
@@ -72,10 +78,10 @@ def nested_problem(value: Any, depth: int = 1) -> str | None:
         return f"nested deeper than {MAX_DEPTH}"
     if value.__class__ is dict:
         if len(value) > MAX_KEYS:
-            return f"an object with {len(value)} keys; Mixpanel takes {MAX_KEYS}"
+            return f"an object with more than {MAX_KEYS} keys; Mixpanel takes no more"
         value = value.values()
     elif len(value) > MAX_ELEMENTS:
-        return f"a list of {len(value)} elements; Mixpanel takes {MAX_ELEMENTS}"
+        return f"a list of more than {MAX_ELEMENTS} elements; Mixpanel takes no more"
     for child in value:
         if child.__class__ in _NESTED and (problem := nested_problem(child, depth + 1)):
             return problem

@@ -47,11 +47,17 @@ from bridged.mixpanel.limits import (
     REFUSED_NAMES,
     is_reserved,
     nested_problem,
+    short_name,
 )
 
 _NESTED: Final = frozenset({dict, list})
 _ODD_VALUES: Final = _NESTED | {type(None)}
+# As all reasons without a number that differs by event: such letters are counted by their reason.
 _TOO_DEEP: Final = f"nested deeper than {MAX_DEPTH}"
+_TOO_MANY: Final = f"more than {MAX_PROPERTIES} properties; Mixpanel takes no more"
+# What a time may be in that isn't in seconds, and how many are one.
+_UNITS: Final = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+_YEAR_S: Final = 366 * 86400
 _INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 _NO_IDS: Final = REFUSED_IDS | {None, ""}
@@ -239,9 +245,10 @@ class EventMapping:
             return Refusal(code, event_type, reason, original)
         if event.time > now_s:
             if event.time > now_s + MAX_AHEAD_S:
-                unit = "; it looks like milliseconds, Currents sends seconds" if event.time > 10**11 else ""
                 ours = datetime.fromtimestamp(now_s, UTC)  # to the hour: such letters are counted by their reason
-                reason = f"time is more than 1 h ahead, our clock says {ours:%Y-%m-%d %H h} UTC{unit}"
+                reason = (
+                    f"time is more than 1 h ahead, our clock says {ours:%Y-%m-%d %H h} UTC{_unit(event.time, now_s)}"
+                )
                 return Refusal(code, event_type, reason, original)
             # Mixpanel would overwrite it, differently at each try: clamped once, before it is committed.
             event.time = int(now_s)
@@ -323,6 +330,14 @@ def _file(
         codes.append(code)
 
 
+def _unit(time: int, now_s: float) -> str:
+    """What a time looks like that can't be in seconds: in this unit it would lie in the past, or little ahead."""
+    for unit, in_one_s in _UNITS.items():
+        if EARLIEST_TIME_S * in_one_s <= time <= (int(now_s) + _YEAR_S) * in_one_s:
+            return f"; it looks like {unit}, Currents sends seconds"
+    return ""
+
+
 def _are_plain(ids: list[str]) -> bool:
     """Whether all ids are surely good as `$insert_id`, as Braze's UUIDs are: three operations in C for a whole batch."""
     joined = "".join(ids)
@@ -375,10 +390,10 @@ def _open_name(name: str, beside: Mapping[str, Any], envelope: Mapping[str, Any]
 
 def _properties_problem(properties: Mapping[str, Any]) -> str | None:
     if len(properties) > MAX_PROPERTIES:
-        return f"{len(properties)} properties; Mixpanel takes {MAX_PROPERTIES}"
+        return _TOO_MANY
     for name, value in properties.items():
         if value.__class__ in (dict, list) and (problem := nested_problem(value)):
-            return f"property {name!r} is {problem}"
+            return f"property {short_name(name)!r} is {problem}"
     return None
 
 
@@ -452,14 +467,14 @@ def _custom_form(custom: str, name: str, fields: int, settings: MappingSettings)
                 if value is None:
                     continue
                 if problem := nested_problem(value):
-                    raise Refused(f"property {key!r} is {problem}")
+                    raise Refused(f"property {short_name(key)!r} is {problem}")
             prefixed[prefixes[key]] = value
         if prefixed:
             if len(prefixed) > surely_few:
                 documented = [getattr(properties, each) for each in properties.__struct_fields__]
                 count = len(prefixed) + others + len(documented) - documented.count(None)
                 if count > MAX_PROPERTIES:
-                    raise Refused(f"{count} properties; Mixpanel takes {MAX_PROPERTIES}")
+                    raise Refused(_TOO_MANY)
             properties.ip = Raw(constants + b"," + encode(prefixed)[1:-1])
         return _NamedForm(event_name, properties)
 

@@ -1,6 +1,6 @@
 """What an answer of Mixpanel's /import?strict=1 means: one pure function, one verdict, read by everybody.
 
-    200  the JSON of the strict mode, without failed records     Delivered
+    200  the JSON of the strict mode, with its count             Delivered
     200  the JSON names failed records                           judged as a 400
     200  anything else (HTML of a portal, "1", "0", empty)       Retry(server)
     400  failed records that add up                              Reject: the others are in, nothing is sent again
@@ -17,10 +17,10 @@ And nothing is given up without a name: `Split` narrows a refusal down until one
 `delivery/blame.py` decides; `Retry` and `Halt` keep everything. Sending an event twice is harmless, since
 Mixpanel drops the copy by its `$insert_id`.
 
-A 200 that counts fewer events than were sent is still a success: Mixpanel documents that a 200 means all of them, and the
-count may leave out what it knows already or what the project's owner blocks. The request is sent once more, since it may
-have been another's answer; then the difference is kept and shown. One that counts more is the answer to some other request,
-from a proxy that is out of step.
+A 200 without a count is none: every answer of the strict mode has one. One that counts fewer events than were sent is
+still a success: Mixpanel documents that a 200 means all of them, and the count may leave out what it knows already or what
+the project's owner blocks. The request is sent once more, since it may have been another's answer; then the difference is
+kept and shown. One that counts more is the answer to some other request, from a proxy that is out of step.
 """
 
 import re
@@ -30,6 +30,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
+from msgspec import Raw
+
+from bridged.mixpanel.limits import short_name
 
 RETRY_AFTER_CAP_S: Final = 600.0
 QUOTE_CHARS: Final = 200
@@ -38,6 +41,10 @@ QUOTE_CHARS: Final = 200
 _QUOTE_BYTES: Final = 8192
 # A cap below this is no cap of a batch; it is some other number in the text.
 _SMALLEST_CAP_BYTES: Final = 1024
+# So many failed records are looked at, or one an event: an event may fail in several of its fields. What names more isn't
+# about this request, and would keep everybody waiting.
+_FEW_RECORDS: Final = 100
+_UTF8_BOM: Final = b"\xef\xbb\xbf"
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -87,6 +94,8 @@ class Halt(msgspec.Struct, frozen=True):
 
     status: int
     reason: str
+    said: str = ""
+    """By whoever answered, without our advice."""
 
 
 Verdict: TypeAlias = Delivered | Retry | Split | Reject | Halt
@@ -153,13 +162,11 @@ def judge(
         return Retry("rate", _said("429: over the project's rate limit", body), _retry_after(headers))
     if status in _HALTS:
         advice = _EDGE_403 if status == 403 and _is_html(headers, body) else _HALTS[status]
-        return Halt(status, _said(f"{status}: {advice}", body))
+        return Halt(status, _said(f"{status}: {advice}", body), _quoted(body))
     if 300 <= status < 400:
-        target = clean(_header(headers, "location") or "nowhere")
-        return Halt(
-            status,
-            f"{status}: redirected to {target}: check [mixpanel] url, and whether a portal or proxy is in the way",
-        )
+        said = f"redirected to {clean(_header(headers, 'location') or 'nowhere')}"
+        advice = "check [mixpanel] url, and whether a portal or proxy is in the way"
+        return Halt(status, f"{status}: {said}: {advice}", f"({said})")
     return Retry("server", _said(f"{status}: {_retry_cause(status)}", body), _retry_after(headers))
 
 
@@ -171,10 +178,19 @@ def clock_skew_s(headers: Mapping[str, str], now_s: float) -> float | None:
 
 def clean(text: str) -> str:
     """Make foreign text safe to show: one printable line of at most 200 characters, without tags and credentials."""
-    line = "".join(c if c.isprintable() else " " for c in _TAG.sub(" ", text[:_QUOTE_BYTES]))
-    line = " ".join(line.split())
+    line = _one_line(_TAG.sub(" ", text[:_QUOTE_BYTES]))
     for pattern, replacement in _SECRETS:
         line = pattern.sub(replacement, line)
+    return _cut(line)
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(text.split())
+
+
+def _cut(line: str) -> str:
     return line if len(line) <= QUOTE_CHARS else line[: QUOTE_CHARS - 1] + "…"
 
 
@@ -194,13 +210,12 @@ def _judge_ok(headers: Mapping[str, str], body: bytes, insert_ids: Callable[[], 
     code, said, count = answer.get("code"), answer.get("status"), _integer(answer.get("num_records_imported"))
     says_ok = isinstance(said, str) and said.upper() == "OK"
     ok = (code is None or _integer(code) == 200) and (said is None or says_ok or _integer(said) == 1)
-    # Without a count it takes both words of the strict mode: the other mode says 1 to events that it drops.
-    proof = (code is not None and says_ok) or (count is not None and (code is not None or said is not None))
-    if not (ok and proof) or answer.get("error"):
+    # The count is what no other answer has: the mode that isn't strict says 1 to events that it drops.
+    if not ok or count is None or (code is None and said is None) or answer.get("error"):
         return Retry("server", _said("200 that doesn't say that the events are in", body), after_s)
-    if count is not None and count > events:
+    if count > events:
         return Retry("server", _said(f"200 that counts {count} events of {events}: an answer to another request", body))
-    return Delivered(0 if count is None else max(0, events - count))
+    return Delivered(events - count)
 
 
 def _judge_partial(
@@ -209,9 +224,15 @@ def _judge_partial(
     """A 400 is a partial success, if the failed records and the imported ones add up to what was sent."""
     if answer is None:
         return Split(_said("400 without the JSON of a strict answer", body))
-    records = answer.get("failed_records")
-    if not isinstance(records, list) or not records:
+    named = answer.get("failed_records")
+    if not isinstance(named, list) or not named:
         return Split(_said("400 that names no failed record", body))
+    if len(named) > max(events, _FEW_RECORDS):
+        return Split(_said("400 with more failed records than events were sent", body))
+    try:
+        records = [msgspec.json.decode(record) for record in named]
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return Split(_said("400 without the JSON of a strict answer", body))
     has_count = answer.get("num_records_imported") is not None
     imported = _integer(answer.get("num_records_imported"))
     if has_count and imported is None:
@@ -298,12 +319,14 @@ def _failure(record: Any, answer: dict[str, Any]) -> Failure:
         field, message = None, record
     if message and not isinstance(message, str):
         message = msgspec.json.encode(message).decode()  # several, or in another shape: still the reason
-    if not message:
-        message = answer.get("error")
-    return Failure(
-        clean(field) if isinstance(field, str) else "",
-        clean(message) if isinstance(message, str) and message else "refused without a message",
-    )
+    # They name a property, whatever its name looks like: a secret that is known was masked before, nothing else is.
+    name = _one_line(field[:_QUOTE_BYTES]) if isinstance(field, str) else ""
+    words = _one_line(message[:_QUOTE_BYTES]) if message else ""
+    if (short := short_name(name)) != name:
+        words = words.replace(name, short)  # so that what is wrong with it isn't cut off
+    if not words and isinstance(error := answer.get("error"), str):
+        words = clean(error)
+    return Failure(short, _cut(words) or "refused without a message")
 
 
 def _merge(failures: list[Failure]) -> Failure:
@@ -312,20 +335,38 @@ def _merge(failures: list[Failure]) -> Failure:
     if len(distinct) == 1:
         return distinct[0]
     fields = dict.fromkeys(failure.field for failure in distinct if failure.field)
-    return Failure(clean(", ".join(fields)), clean("; ".join(failure.message for failure in distinct)))
+    return Failure(_cut(", ".join(fields)), _cut("; ".join(failure.message for failure in distinct)))
 
 
 def _records_text(records: list[Any], answer: dict[str, Any]) -> str:
     return _merge([_failure(record, answer) for record in records[:5]]).message
 
 
+class _Members(msgspec.Struct):
+    """What is read of an answer, as it came: what isn't Mixpanel's may hold millions of lists, and take seconds to be read."""
+
+    code: Raw = Raw(b"null")
+    status: Raw = Raw(b"null")
+    error: Raw = Raw(b"null")
+    num_records_imported: Raw = Raw(b"null")
+    failed_records: Raw = Raw(b"null")
+
+
 def _parse(body: bytes) -> dict[str, Any] | None:
-    """Read a JSON object; None for anything else."""
+    """Read a JSON object; None for anything else. Failed records are only counted: a list of `Raw`."""
     try:
-        answer = msgspec.json.decode(body)
+        members = msgspec.json.decode(body.removeprefix(_UTF8_BOM), type=_Members)
+        return {name: _read(getattr(members, name)) for name in members.__struct_fields__}
     except (msgspec.DecodeError, ValueError, RecursionError):
         return None
-    return answer if isinstance(answer, dict) else None
+
+
+def _read(member: Raw) -> Any:
+    """A list's elements aren't looked at; nor is an object of which it only matters that there is something in it."""
+    data = bytes(member)
+    if data[:1] == b"[":
+        return msgspec.json.decode(member, type=list[Raw])
+    return member if data[:1] == b"{" and len(data) > _QUOTE_BYTES else msgspec.json.decode(member)
 
 
 def _integer(value: Any) -> int | None:
@@ -343,10 +384,14 @@ def _integer(value: Any) -> int | None:
 
 def _said(what: str, body: bytes) -> str:
     """Append what the answer says, at most 200 characters of it."""
+    return f"{what} {_quoted(body)}"
+
+
+def _quoted(body: bytes) -> str:
     answer = _parse(body)
     error = answer.get("error") if answer else None
     text = clean(error if isinstance(error, str) else body[:_QUOTE_BYTES].decode(errors="replace"))
-    return f"{what} (it says: {text})" if text else f"{what} (it says nothing)"
+    return f"(it says: {text})" if text else "(it says nothing)"
 
 
 def _retry_cause(status: int) -> str:
