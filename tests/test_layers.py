@@ -182,7 +182,7 @@ LONGER = {
         525,
         "reading, checking and writing: how a key is spelled, and what is said of it, is known in one place",
     ),
-    "delivery/delivery.py": (515, "one dispatcher: the ways on for each verdict read best side by side"),
+    "delivery/delivery.py": (525, "one dispatcher: the ways on for each verdict read best side by side"),
     "delivery/pacing.py": (530, "two control loops that share one schedule"),
     "cohorts/membership.py": (500, "one owner, as the spool: opening, the writer and its transactions belong together"),
     "backlog/spool.py": (

@@ -6,7 +6,6 @@ The properties of an event are decoded into a Struct that also has room for what
 An event that is plain, as nearly all are, costs a few comparisons; only an odd one is looked at closely.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -36,10 +35,9 @@ from bridged.currents.table import (
     SEED_PROPERTY_NAMES,
     EventType,
 )
-from bridged.mixpanel import transforms
+from bridged.mixpanel import insert_ids, transforms
 from bridged.mixpanel.limits import (
     EARLIEST_TIME_S,
-    INSERT_ID,
     MAX_AHEAD_S,
     MAX_DEPTH,
     MAX_PROPERTIES,
@@ -58,9 +56,7 @@ _TOO_MANY: Final = f"more than {MAX_PROPERTIES} properties; Mixpanel takes no mo
 # What a time may be in that isn't in seconds, and how many are one.
 _UNITS: Final = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 _YEAR_S: Final = 366 * 86400
-_INSERT_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
-_NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
-_NO_IDS: Final = REFUSED_IDS | {None, ""}
+_NO_USERS: Final = REFUSED_IDS | {None, ""}
 # The fields that every Mixpanel event has besides the row's own (contract: the import-events reference).
 _ENVELOPE: Final[list[tuple[Any, ...]]] = [
     ("distinct_id", Any, None),
@@ -191,15 +187,15 @@ class EventMapping:
         originals: Sequence[bytes] = ()
         forms_of, special, constants = self._forms, self._special, self._constants
         latest_s = int(now_s)  # compared with integers, which costs half of what a float does
-        plain_ids = _are_plain([event.id for event in decoded.events])
+        plain_ids = insert_ids.are_plain([event.id for event in decoded.events])
         for index, event in enumerate(decoded.events):
             code, form = forms_of[type(event)]
             user, properties = event.user, event.properties
             if (
-                user.external_user_id in _NO_IDS
+                user.external_user_id in _NO_USERS
                 or not EARLIEST_TIME_S <= event.time <= latest_s
                 or code in special
-                or not (plain_ids or _is_plain(event.id))
+                or not (plain_ids or insert_ids.is_plain(event.id))
             ):
                 originals = originals or decoded.originals()
                 event_type, original = self._rows[code].event_type, bare(originals[index])
@@ -254,11 +250,8 @@ class EventMapping:
             event.time = int(now_s)
         elif event.time < EARLIEST_TIME_S:
             return Refusal(code, event_type, "time is before 1971", original)
-        if not _is_plain(event.id):
-            # The same event always gets the same id, or Mixpanel could not recognise its repetition. A placeholder is none:
-            # as one it would make all events of a user and a day that have it repetitions of the first.
-            own = b"" if event.id.strip().lower() in _NO_IDS else event.id.encode()
-            event.id = hashlib.sha256(own or _minified(original)).hexdigest()[:36]
+        if not insert_ids.is_plain(event.id):
+            event.id = insert_ids.made(event.id, original)
         return None
 
     def _whole(self, event_type: str, event: Event, original: bytes, now_s: float) -> Struct | Skip | Refusal:
@@ -336,29 +329,6 @@ def _unit(time: int, now_s: float) -> str:
         if EARLIEST_TIME_S * in_one_s <= time <= (int(now_s) + _YEAR_S) * in_one_s:
             return f"; it looks like {unit}, Currents sends seconds"
     return ""
-
-
-def _are_plain(ids: list[str]) -> bool:
-    """Whether all ids are surely good as `$insert_id`, as Braze's UUIDs are: three operations in C for a whole batch."""
-    joined = "".join(ids)
-    return (
-        set(map(len, ids)) == {36}
-        # Of what Mixpanel refuses as an id only this one is as long as a UUID.
-        and _NIL_UUID not in joined
-        and not joined.encode("utf-8", "surrogatepass").translate(None, _INSERT_ID_BYTES)
-    )
-
-
-def _is_plain(insert_id: str) -> bool:
-    return INSERT_ID.fullmatch(insert_id) is not None and insert_id.lower() not in REFUSED_IDS
-
-
-def _minified(original: bytes) -> bytes:
-    """An event without the blanks between its members: each door, and each tool before it, has its own."""
-    try:
-        return msgspec.json.format(original, indent=-1)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return original
 
 
 def derived_name(event_type: str) -> str:
