@@ -111,9 +111,8 @@ def whose(error: Exception, path: Path, otherwise: str) -> str:
         return LOCKED
     if getattr(error, "errno", 0) == errno.EMFILE:
         return _NO_MORE_FILES
-    folder = Path(
-        os.path.realpath(path.parent)
-    )  # chown -R doesn't go through a link, as that of systemd's DynamicUser is
+    # Behind a link, as that of systemd's DynamicUser is: `chown -R` doesn't go through it.
+    folder = Path(os.path.realpath(path.parent))
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     try:
         if code == sqlite3.SQLITE_CANTOPEN:
