@@ -417,8 +417,7 @@ async def test_files_that_are_removed_while_it_runs(
         (tmp_path / f"cohorts.db{suffix}").unlink()
     await until(lambda: app.cohorts_problem)
     assert (
-        f"was removed or replaced while bridged ran; what it held was saved in {tmp_path}/cohorts.db"
-        in app.cohorts_problem
+        f"removed or replaced while bridged ran; what it held was saved in {tmp_path}/cohorts.db" in app.cohorts_problem
     )
     status, _ = await post(app, client, body("members", ["c"], "s2"))
     assert status == 503

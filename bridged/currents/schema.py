@@ -325,7 +325,7 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTA
 
 def fault(error: Exception) -> str:
     """What a decoder complains of. Not at which byte, for that differs by event, and letters are counted by their reason."""
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeDecodeError) or "Invalid UTF-8" in str(error):  # before msgspec 0.23, and since
         return "not valid UTF-8"
     kind = "ill-typed" if isinstance(error, ValidationError | RecursionError) else "not valid JSON"
     return f"{kind}: {_PLACE.sub('', str(error))}"
