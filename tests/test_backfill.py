@@ -779,15 +779,20 @@ def avro(path, event_type, records, name, codec="null"):
         fastavro.writer(file, fastavro.parse_schema(schema), records, codec=codec)
 
 
-async def test_an_export_arrives_as_the_connector_would_have_sent_it(backfill, daemon, emulator, client, tmp_path):
-    """Every event type, in Avro and over HTTP: Mixpanel gets the same events, to the last property."""
-    app = await daemon()
-    events = [currents(row.event_type, seed) for seed, row in enumerate(EVENT_TYPES)]
+async def mapped_over_http(app, emulator, client, events):
+    """What Mixpanel gets of events that come through the other door: names and properties, sorted."""
     url = f"http://{app.config.sources.http.listen}/v1/currents"
     async with client.post(url, json={"events": events}) as answer:
         assert answer.status == 200
     await arrived(app, emulator, len(events))
-    over_http = sorted((event["event"], event["properties"]) for event in emulator.events())
+    return sorted((event["event"], event["properties"]) for event in emulator.events())
+
+
+async def test_an_export_arrives_as_the_connector_would_have_sent_it(backfill, daemon, emulator, client, tmp_path):
+    """Every event type, in Avro and over HTTP: Mixpanel gets the same events, to the last property."""
+    app = await daemon()
+    events = [currents(row.event_type, seed) for seed, row in enumerate(EVENT_TYPES)]
+    over_http = await mapped_over_http(app, emulator, client, events)
     assert len(over_http) == len(events)
     emulator.clear()
     export = tmp_path / "currents" / "dataexport.prod-01.S3.integration.1a2b"
@@ -861,11 +866,7 @@ async def test_flat_records_as_json_are_the_same_events(backfill, daemon, emulat
     """As somebody makes JSON of an export: all of them were skipped for want of an external_user_id, which they have."""
     app = await daemon()
     events = [currents(row.event_type, seed) for seed, row in enumerate(EVENT_TYPES)]
-    url = f"http://{app.config.sources.http.listen}/v1/currents"
-    async with client.post(url, json={"events": events}) as answer:
-        assert answer.status == 200
-    await arrived(app, emulator, len(events))
-    over_http = sorted((event["event"], event["properties"]) for event in emulator.events())
+    over_http = await mapped_over_http(app, emulator, client, events)
     emulator.clear()
     records = [{"event_type": event["event_type"], "a_field_of_next_year": None} | flat(event) for event in events]
     path = tmp_path / "events.json"

@@ -398,9 +398,9 @@ def document() -> dict[str, Any]:
     paths = msgspec.json.decode(msgspec.json.encode(_PATHS))
     for path, operations in paths.items():
         for method, described in operations.items():
-            if not path.startswith("/v1/"):
-                refusals: tuple[int, ...] = (421,) if method == "get" and path != "/api/live" else (403, 421)
-                refusals = () if path == "/healthz" else refusals  # it is for whoever asks, by whatever name
+            # /healthz is for whoever asks, by whatever name.
+            if not path.startswith("/v1/") and path != "/healthz":
+                refusals = (421,) if method == "get" and path != "/api/live" else (403, 421)
                 described["responses"] |= {str(status): refused(status) for status in refusals}
     # It says 503 with the same body: an orchestrator reads the status, a person the reason.
     ready = paths["/readyz"]["get"]["responses"]

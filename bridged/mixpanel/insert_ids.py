@@ -8,6 +8,7 @@ import msgspec
 from bridged.mixpanel.limits import INSERT_ID, REFUSED_IDS
 
 _BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-"
+_NONE: Final = REFUSED_IDS | {""}
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 
@@ -32,7 +33,7 @@ def made(id_: str, original: bytes) -> str:
 
     A placeholder is no id: as one it would make all events of a user and a day that have it repetitions of the first.
     """
-    own = b"" if id_.strip().lower() in REFUSED_IDS | {""} else id_.encode()
+    own = b"" if id_.strip().lower() in _NONE else id_.encode()
     return hashlib.sha256(own or _minified(original)).hexdigest()[:36]
 
 
